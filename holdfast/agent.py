@@ -1,0 +1,69 @@
+"""What an agent is: data, tools and words. One `AgentWorkflow` runs them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from pydantic import BaseModel
+
+from holdfast.contracts import Effect, Json, Profile, StepSpec
+from holdfast.tools import Tool
+
+
+def _as_json(value: BaseModel) -> str:
+    return json.dumps(value.model_dump(mode="json"), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """An agent. `agents.registry` finds every `SPEC` in `agents/*/spec.py`."""
+
+    name: str
+    description: str
+    instructions: str
+    """The system prompt."""
+    input: type[BaseModel]
+    """What a run is started with; checked at the door."""
+    tools: tuple[Tool, ...]
+    steps: tuple[StepSpec, ...] = ()
+    version: str = "1"
+    prompt: Callable[[Any], str] = _as_json
+    """Turns the validated input into the first user message."""
+    max_turns: int = 40
+    deadline: timedelta = timedelta(days=1)
+    turns_per_execution: int = 100
+    by_name: dict[str, Tool] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for each in self.tools:
+            each.check()
+            if each.name in self.by_name:
+                raise TypeError(f"agent {self.name}: two tools are named {each.name}")
+            self.by_name[each.name] = each
+        for step in self.steps:
+            if unknown := [name for name in step.tools if name not in self.by_name]:
+                raise TypeError(f"agent {self.name}: step {step.name} names unknown tools {unknown}")
+
+    @property
+    def profile(self) -> Profile:
+        """The spec as the data that a run carries."""
+        return Profile(
+            agent=self.name,
+            version=self.version,
+            steps=list(self.steps),
+            max_turns=self.max_turns,
+            deadline_s=self.deadline.total_seconds(),
+            turns_per_execution=self.turns_per_execution,
+        )
+
+    def messages(self, value: Json) -> list[Json]:
+        """The first messages of a run. Raises pydantic's ValidationError for an input that does not fit."""
+        prompt = self.prompt(self.input.model_validate(value))
+        return [{"role": "system", "content": self.instructions}, {"role": "user", "content": prompt}]
+
+
+__all__ = ["AgentSpec", "Effect", "StepSpec"]

@@ -1,0 +1,393 @@
+"""What crosses the workflow boundary: small typed messages, written to history once and read for years.
+
+Every field has a default or is always sent, so that an old history still decodes on newer code. Payloads leave out
+fields that hold their default (see `holdfast.temporal`), which keeps a turn's history small.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from enum import StrEnum
+from hashlib import sha256
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+Json = dict[str, Any]
+
+
+def digest(value: Any) -> str:
+    """A short stable digest of JSON data, the same for any order of the keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+class Effect(StrEnum):
+    """What a tool does outside, hence what a crash in the middle of it means. Every tool names one; there is no default."""
+
+    READ = "read"
+    """Changes nothing: repeated freely, and kept out of the ledger unless it fails."""
+    IDEMPOTENT = "idempotent"
+    """Safe to repeat with the same key (the downstream honours it, or the effect is naturally idempotent)."""
+    PROBE = "probe"
+    """Not safe to repeat, but the downstream can be asked by key whether it happened."""
+    MANUAL = "manual"
+    """Neither: an unknown outcome is never repeated and waits for a person."""
+
+
+# ------------------------------------------------------------------ what an agent is, as data
+
+
+class StepSpec(BaseModel):
+    """A named part of the work that a run has to account for before it may end."""
+
+    name: str
+    tools: list[str]
+    """Any one of these done fulfils the step."""
+    critical: bool = True
+    """A critical step without an outcome forbids finishing; one that failed for good fails the run."""
+    role: str = ""
+    """Who settles the step when it is left pending, e.g. `pharmacist`."""
+
+
+class Profile(BaseModel):
+    """The agent's spec as data. Returned by the first turn and carried, so a deploy never changes a run half-way."""
+
+    agent: str
+    version: str = "1"
+    steps: list[StepSpec] = []
+    max_turns: int = 40
+    deadline_s: float = 86_400
+    """Seconds of work allowed; the clock stands still while a human is asked."""
+    turns_per_execution: int = 100
+    """Continue-as-new after this many turns of one execution (the server's own suggestion counts as well)."""
+
+
+# ------------------------------------------------------------------ one turn
+
+
+class Usage(BaseModel):
+    """Model usage. `cost_usd` counts priced calls only; `unpriced` says how many calls had no known price."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+    unpriced: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            calls=self.calls + other.calls,
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            cost_usd=round(self.cost_usd + other.cost_usd, 9),
+            unpriced=self.unpriced + other.unpriced,
+        )
+
+
+class ToolCall(BaseModel):
+    """One validated tool call of a decision, with the policy it runs under: history says which rules applied."""
+
+    id: str
+    """The model's own call id; only used to answer the model, never as a key."""
+    tool: str
+    arguments: Json = {}
+    version: str = "1"
+    effect: Effect = Effect.READ
+    service: str = ""
+    approval: bool = False
+    undo: bool = False
+    """The tool has a compensation."""
+    timeout_s: float = 10.0
+    deadline_s: float = 3600.0
+    """Schedule-to-close of the call over all its attempts and waits."""
+
+
+class Decision(BaseModel):
+    """What one turn decided: calls to make, or the final words of the run. Exactly one of the two."""
+
+    calls: list[ToolCall] = []
+    final: str | None = None
+
+
+class Note(BaseModel):
+    """Something a turn has to hear: the answer to a tool call (`call` set), or a notice of the platform."""
+
+    call: str = ""
+    text: str
+
+
+class Wait(BaseModel):
+    """Not now: call again at `until`. Waiting is a result and uses up no retry."""
+
+    until: datetime
+    why: str
+
+
+class PlanRequest(BaseModel):
+    """Input of the plan activity. `base` is the checkpoint that the turn goes on from; `input` comes with turn 1 only."""
+
+    agent: str
+    key_base: str
+    turn: int
+    base: str | None = None
+    inbox: list[Note] = []
+    input: Json | None = None
+
+
+class PlanResult(BaseModel):
+    """A decision with the checkpoint it is stored in, or a wait. `profile` comes with turn 1 only."""
+
+    decision: Decision | None = None
+    checkpoint: str = ""
+    usage: Usage = Usage()
+    model: str = ""
+    """The model that answered, as the endpoint names it, when it differs from the turn before or on turn 1."""
+    profile: Profile | None = None
+    wait: Wait | None = None
+
+
+# ------------------------------------------------------------------ one tool call
+
+
+class ToolRequest(BaseModel):
+    """Input of the tool and undo activities. The idempotency key is `key_base/seq` (and `…/undo`)."""
+
+    agent: str
+    key_base: str
+    seq: int
+    tool: str
+    version: str = "1"
+    arguments: Json = {}
+
+    @property
+    def key(self) -> str:
+        return f"{self.key_base}/{self.seq}"
+
+
+class OutcomeStatus(StrEnum):
+    OK = "ok"
+    ERROR = "error"
+    """The caller's own mistake (bad arguments, unknown tool, 400): the model can act on it."""
+    FAILED = "failed"
+    """It certainly did not happen, and trying again will not help (or was tried often enough)."""
+    UNKNOWN = "unknown"
+    """It may have happened; it is never tried blindly again."""
+    REJECTED = "rejected"
+    """A human said no."""
+
+
+class Outcome(BaseModel):
+    """How one tool call ended, in words that go back to the model."""
+
+    status: OutcomeStatus = OutcomeStatus.OK
+    content: str = ""
+    failures: int = 0
+    """Real failures on the way (crashes and deploys are none)."""
+    wait: Wait | None = None
+
+
+class UndoStatus(StrEnum):
+    REGISTERED = "registered"
+    UNDONE = "undone"
+    NOTHING = "nothing"
+    """The effect never happened, so there was nothing to undo."""
+    FAILED = "failed"
+
+
+class UndoOutcome(BaseModel):
+    status: UndoStatus
+    note: str = ""
+    failures: int = 0
+    wait: Wait | None = None
+
+
+# ------------------------------------------------------------------ asking a human
+
+
+class Verdict(StrEnum):
+    APPROVE = "approve"
+    REJECT = "reject"
+
+
+class Approval(BaseModel):
+    """A request that blocks one call until a human decides. Bound to `digest` of the arguments, used once."""
+
+    id: str
+    kind: Literal["tool"] = "tool"
+    subject: str
+    """The tool that wants to run."""
+    seq: int
+    arguments: Json = {}
+    digest: str = ""
+    why: str = ""
+    evidence: str = ""
+    """What the run has done so far, in a line."""
+    cost_usd: float = 0.0
+    asked_at: datetime
+
+
+class ApprovalDecision(BaseModel):
+    """Payload of the Signal and the Update `decide`: plain JSON, typed by hand if need be."""
+
+    approval_id: str
+    verdict: Verdict
+    approver: str = Field(min_length=1)
+    comment: str = ""
+    digest: str = ""
+    """When given it must match the approval's: the decision is then bound to these very arguments."""
+
+
+class DecisionReply(BaseModel):
+    """What the Update `decide` answers; the Signal records the same in the run's status."""
+
+    accepted: bool
+    message: str
+
+
+class DecidedApproval(BaseModel):
+    approval: Approval
+    decision: ApprovalDecision
+    decided_at: datetime
+
+
+# ------------------------------------------------------------------ a run
+
+
+class RunOutcome(StrEnum):
+    COMPLETED = "completed"
+    PARTIAL = "partial"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def unwinds(self) -> bool:
+        return self not in (RunOutcome.COMPLETED, RunOutcome.PARTIAL)
+
+    @property
+    def exit_code(self) -> int:
+        """Exit status of `starter.py run --wait`."""
+        return {"completed": 0, "partial": 3, "rejected": 4, "failed": 1, "cancelled": 5}[self.value]
+
+
+class StepStatus(StrEnum):
+    TODO = "todo"
+    ACTIVE = "active"
+    WAITING = "waiting"
+    """Waits for a human's approval."""
+    DONE = "done"
+    PENDING = "pending"
+    """Left for a person (`role`) to settle."""
+    FAILED = "failed"
+    REJECTED = "rejected"
+    UNDONE = "undone"
+
+
+class StepState(BaseModel):
+    name: str
+    status: StepStatus = StepStatus.TODO
+    critical: bool = True
+    role: str = ""
+    detail: str = ""
+    seq: int | None = None
+    """The call that gave the step its present status."""
+
+
+class UndoRecord(BaseModel):
+    """One entry of the saga."""
+
+    seq: int
+    tool: str
+    version: str = "1"
+    arguments: Json = {}
+    step: str = ""
+    status: UndoStatus = UndoStatus.REGISTERED
+    note: str = ""
+
+
+class Pending(BaseModel):
+    """Something a person still has to settle after the run."""
+
+    step: str
+    role: str
+    what: str
+    key: str = ""
+    """The ledger key of the call in question."""
+
+
+class RunResult(BaseModel):
+    """The result of a run: the Temporal result, the details of a failed run, and the `result` column of the store."""
+
+    outcome: RunOutcome
+    summary: str = ""
+    reason: str = ""
+    """Why it did not complete; empty when it did."""
+    agent: str = ""
+    key_base: str = ""
+    steps: list[StepState] = []
+    pending: list[Pending] = []
+    undone: list[UndoRecord] = []
+    usage: Usage = Usage()
+    model: str = ""
+    turns: int = 0
+    calls: int = 0
+    failures: int = 0
+    human_wait_s: float = 0.0
+    decisions: list[DecidedApproval] = []
+    trace_id: str = ""
+
+
+class Phase(StrEnum):
+    """What a run is doing; also the search attribute `HoldfastStatus`."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PARKED = "parked"
+    """The model is gone; a timer tries again."""
+    WAITING_HUMAN = "waiting-human"
+    COMPENSATING = "compensating"
+    ENDED = "ended"
+
+
+class RunStatus(BaseModel):
+    """Answer of the query `status`."""
+
+    agent: str
+    phase: Phase
+    line: str
+    """One sentence: '4/6 steps complete; pharmacy pending pharmacist'."""
+    percent: int = 0
+    steps: list[StepState] = []
+    approvals: list[Approval] = []
+    notes: list[str] = []
+    """What was ignored or odd, newest last: bad, late and duplicate decisions, parked models."""
+    turn: int = 0
+    calls: int = 0
+    usage: Usage = Usage()
+    model: str = ""
+    key_base: str = ""
+    trace_id: str = ""
+    undone: list[UndoRecord] = []
+    outcome: RunOutcome | None = None
+
+
+class AgentInput(BaseModel):
+    """Input of `AgentWorkflow`. A person may type it: `{"agent": "discharge", "input": {"patient_id": "pat-1"}}`."""
+
+    agent: str
+    input: Json = {}
+    request_key: str = ""
+    requested_by: str = ""
+    tenant: str = "default"
+    trace_id: str = ""
+    state: dict[str, Any] | None = None
+    """Set by continue-as-new only: the dumped `RunState` of `workflows.agent`."""
+
+
+class RunEnd(BaseModel):
+    """Input of the activity that records how a run ended."""
+
+    workflow_id: str
+    result: RunResult

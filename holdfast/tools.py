@@ -1,0 +1,206 @@
+"""Tools: plain typed functions, declared once with what the platform must know to run them safely.
+
+    @tool(effect=Effect.IDEMPOTENT, service="pharmacy", retries=0)
+    async def order_medication(ctx: ToolContext, patient_id: str, items: list[Item]) -> Order:
+        \"\"\"Order discharge medication.\"\"\"
+
+    @order_medication.undo
+    async def cancel_order(ctx: ToolContext, undo: Undo) -> str: ...
+
+The first parameter is the context; the others, with their annotations, are the arguments that the model fills in.
+Async functions run on the loop, sync ones in a thread, so neither blocks the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic_core import to_jsonable_python
+
+from holdfast.contracts import Effect, Json
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from holdfast.models import ModelAnswer
+
+
+class ToolRefused(Exception):
+    """Raised by a tool for the caller's own mistake. The text goes to the model, nothing is retried."""
+
+
+class ToolFailed(Exception):
+    """Raised by a tool that certainly did nothing and never will. Not retried."""
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What a compensation gets. `result` is None when the outcome is unknown: ask by `key`, and cope with 'never happened'."""
+
+    key: str
+    """The idempotency key of the call to undo."""
+    arguments: Mapping[str, Any]
+    result: Any | None
+
+
+@dataclass(frozen=True)
+class ToolContext:
+    """What a tool call may use."""
+
+    key: str
+    """Idempotency key, the same over retries, crashes and resets. Hand it downstream."""
+    attempt: int
+    http: httpx2.AsyncClient
+    """A shared client. Its timeout is the tool's own, enforced around the call."""
+    service_url: Callable[[str], str]
+    """Base address of a named service."""
+    ask_model: Callable[[str, list[Json]], Awaitable[ModelAnswer]]
+    """`await ctx.ask_model("summary", messages)`: a model call of the tool's own, recorded under `key/summary`."""
+
+
+@dataclass
+class Tool:
+    """A declared tool. Made by `@tool`, never by hand."""
+
+    name: str
+    description: str
+    version: str
+    effect: Effect
+    service: str
+    timeout_s: float
+    deadline_s: float
+    retries: int
+    approval: bool
+    function: Callable[..., Any]
+    arguments: type[BaseModel]
+    result_schema: Json
+    undo_function: Callable[..., Any] | None = None
+    probe_function: Callable[..., Any] | None = None
+    _openai: Json | None = field(default=None, repr=False)
+
+    def undo(self, function: Callable[[ToolContext, Undo], Any]) -> Callable[[ToolContext, Undo], Any]:
+        """Declares the compensation: `(ctx, undo) -> str`, what was done in words. It has to be idempotent."""
+        if self.effect is Effect.READ:
+            raise TypeError(f"tool {self.name}: a read has nothing to undo")
+        self.undo_function = function
+        return function
+
+    def probe(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Declares the probe: `(ctx, **arguments)`, asks downstream by `ctx.key`. The result if it happened, None if not."""
+        if self.effect is not Effect.PROBE:
+            raise TypeError(f"tool {self.name}: only a tool of effect class `probe` has a probe")
+        self.probe_function = function
+        return function
+
+    def check(self) -> None:
+        """Raises TypeError when the declaration is incomplete. Called for every tool of an agent at start."""
+        if self.effect is Effect.PROBE and self.probe_function is None:
+            raise TypeError(f"tool {self.name}: effect class `probe` needs a probe; add one with @{self.name}.probe")
+
+    def validate(self, arguments: Any) -> Json:
+        """The arguments as plain JSON data with defaults filled in. Raises pydantic's ValidationError."""
+        return self.arguments.model_validate(arguments).model_dump(mode="json")
+
+    @property
+    def schema(self) -> Json:
+        """JSON schema of the arguments."""
+        schema = self.arguments.model_json_schema()
+        schema.pop("title", None)
+        return schema
+
+    @property
+    def openai(self) -> Json:
+        """The tool as an entry of `tools` in a chat completion request."""
+        if self._openai is None:
+            spec = {"name": self.name, "description": self.description, "parameters": self.schema}
+            self._openai = {"type": "function", "function": spec}
+        return self._openai
+
+    async def call(self, ctx: ToolContext, arguments: Json) -> Any:
+        """Runs the tool; the result as plain JSON data."""
+        return await _run(self.function, ctx, **self._typed(arguments))
+
+    async def run_probe(self, ctx: ToolContext, arguments: Json) -> Any | None:
+        """Asks whether the call happened: its result, or None."""
+        assert self.probe_function is not None
+        return await _run(self.probe_function, ctx, **self._typed(arguments))
+
+    async def run_undo(self, ctx: ToolContext, undo: Undo) -> str:
+        assert self.undo_function is not None
+        return str(await _run(self.undo_function, ctx, undo))
+
+    def _typed(self, arguments: Json) -> dict[str, Any]:
+        model = self.arguments.model_validate(arguments)
+        return {name: getattr(model, name) for name in type(model).model_fields}
+
+
+async def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if inspect.iscoroutinefunction(function):
+        result = await function(*args, **kwargs)
+    else:
+        result = await asyncio.to_thread(function, *args, **kwargs)
+    return to_jsonable_python(result)
+
+
+def tool(
+    *,
+    effect: Effect,
+    service: str,
+    version: str = "1",
+    timeout: float = 10.0,
+    deadline: float = 3600.0,
+    retries: int = 5,
+    approval: bool = False,
+    name: str = "",
+) -> Callable[[Callable[..., Any]], Tool]:
+    """Declares a tool.
+
+    effect: what a crash in the middle means; required.
+    service: the external service it talks to, as breakers and limits count it.
+    timeout: seconds for one attempt. deadline: seconds over all attempts. retries: real failures allowed after the first try.
+    approval: a human has to say yes before each call.
+    Raises TypeError at import for a declaration that could not run safely.
+    """
+
+    def declare(function: Callable[..., Any]) -> Tool:
+        label = name or function.__name__
+        description = inspect.getdoc(function)
+        if not description:
+            raise TypeError(f"tool {label}: needs a docstring, it is what the model reads")
+        hints = get_type_hints(function, include_extras=True)
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        fields: dict[str, Any] = {}
+        for parameter in parameters:
+            if parameter.name not in hints:
+                raise TypeError(f"tool {label}: argument {parameter.name} needs a type")
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[parameter.name] = (hints[parameter.name], default)
+        arguments = create_model(f"{label}_arguments", __config__=ConfigDict(extra="forbid"), **fields)
+        returns = hints.get("return", Any)
+        return Tool(
+            name=label,
+            description=description,
+            version=version,
+            effect=Effect(effect),
+            service=service,
+            timeout_s=timeout,
+            deadline_s=deadline,
+            retries=retries,
+            approval=approval,
+            function=function,
+            arguments=arguments,
+            result_schema=TypeAdapter(returns).json_schema(),
+        )
+
+    return declare
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error in lines that a model or a person can act on."""
+    lines = (f"{'.'.join(str(p) for p in e['loc']) or 'arguments'}: {e['msg']}" for e in error.errors())
+    return "; ".join(lines)
