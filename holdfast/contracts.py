@@ -1,7 +1,7 @@
 """What crosses the workflow boundary: small typed messages, written to history once and read for years.
 
 Every field has a default or is always sent, so that an old history still decodes on newer code. Payloads leave out
-fields that hold their default (see `holdfast.temporal`), which keeps a turn's history small.
+fields that hold their default (see `holdfast.temporal`): so a default, once landed, never changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def digest(value: Any) -> str:
 
 
 class Effect(StrEnum):
-    """What a tool does outside, hence what a crash in the middle of it means. Every tool names one; there is no default."""
+    """What a tool does outside, hence what a crash in the middle of it means. Required of every tool; no default."""
 
     READ = "read"
     """Changes nothing: repeated freely, and kept out of the ledger unless it fails."""
@@ -126,7 +126,7 @@ class Wait(BaseModel):
 
 
 class PlanRequest(BaseModel):
-    """Input of the plan activity. `base` is the checkpoint that the turn goes on from; `input` comes with turn 1 only."""
+    """Input of the plan activity. `base`: the checkpoint that the turn goes on from. `input`: with turn 1 only."""
 
     agent: str
     key_base: str

@@ -1,16 +1,20 @@
 """The one place that reads the environment.
 
-The Temporal connection is the exception: `holdfast.temporal` reads it through the standard profile and `TEMPORAL_*`.
+Precedence: environment variables, then the addresses of the embedded stack (`.holdfast/stack.json`, written by
+`starter.py up`), then defaults. The stack is left out of account when `TEMPORAL_*` or the Temporal profile names a
+server: whoever talks to another cluster must not get the embedded stack's store. The Temporal connection itself is read
+by `holdfast.temporal`.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 
 class Settings(BaseSettings):
@@ -39,10 +43,42 @@ class Settings(BaseSettings):
     drain_s: Annotated[float, Field(alias="HOLDFAST_DRAIN_S")] = 20.0
     """A worker that is told to stop finishes what is in flight, at most this long."""
 
+    stack_temporal_address: str = ""
+    """Where the embedded stack's server is; only ever read from `stack.json`."""
+    ui_url: Annotated[str, Field(alias="HOLDFAST_UI_URL")] = "http://localhost:8233"
+    """Base address of the Temporal Web UI, for links."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        stack = stack_file()
+        if not stack.exists() or _names_a_server():
+            return (init_settings, env_settings)
+        return (init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=stack))
+
     @property
     def store_url(self) -> str:
         """The store's address: `DATABASE_URL`, or the SQLite file under `home`."""
         return self.database_url or f"sqlite:///{(self.home / 'holdfast.db').resolve()}"
+
+
+def stack_file() -> Path:
+    """Where `starter.py up` writes its addresses: a JSON object of the environment variables' names."""
+    return Path(os.environ.get("HOLDFAST_HOME", ".holdfast")) / "stack.json"
+
+
+def _names_a_server() -> bool:
+    if os.environ.get("TEMPORAL_ADDRESS"):
+        return True
+    from temporalio.envconfig import ClientConfigProfile
+
+    return bool(ClientConfigProfile.load().address)
 
 
 @cache

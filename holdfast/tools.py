@@ -40,7 +40,7 @@ class ToolFailed(Exception):
 
 @dataclass(frozen=True)
 class Undo:
-    """What a compensation gets. `result` is None when the outcome is unknown: ask by `key`, and cope with 'never happened'."""
+    """What a compensation gets. `result` is None for an unknown outcome: ask by `key`, cope with 'never happened'."""
 
     key: str
     """The idempotency key of the call to undo."""
@@ -91,7 +91,7 @@ class Tool:
         return function
 
     def probe(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Declares the probe: `(ctx, **arguments)`, asks downstream by `ctx.key`. The result if it happened, None if not."""
+        """Declares the probe: `(ctx, **arguments)` asks by `ctx.key`; the result, or None if it never happened."""
         if self.effect is not Effect.PROBE:
             raise TypeError(f"tool {self.name}: only a tool of effect class `probe` has a probe")
         self.probe_function = function
@@ -162,7 +162,7 @@ def tool(
 
     effect: what a crash in the middle means; required.
     service: the external service it talks to, as breakers and limits count it.
-    timeout: seconds for one attempt. deadline: seconds over all attempts. retries: real failures allowed after the first try.
+    timeout: seconds for one attempt. deadline: seconds over all attempts. retries: real failures after the first try.
     approval: a human has to say yes before each call.
     Raises TypeError at import for a declaration that could not run safely.
     """

@@ -43,7 +43,7 @@ _trace: Path | None = None
 
 
 def arm(fault: str = "", trace: str = "") -> None:
-    """Arms this process; `worker.py` passes what the environment says. Raises ValueError for a point that is not one."""
+    """Arms this process. Raises ValueError for a point that is not one."""
     global _armed, _trace
     if fault:
         action, _, rest = fault.partition(":")

@@ -1,0 +1,69 @@
+"""OpenTelemetry traces: one trace from the starter over workflow, activity, model call and tool call.
+
+On when `OTEL_EXPORTER_OTLP_ENDPOINT` is set. Off, nothing of the SDK is imported and a span is a shared no-op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from holdfast.settings import settings
+
+if TYPE_CHECKING:
+    from temporalio.contrib.opentelemetry import OpenTelemetryPlugin, ReplaySafeTracerProvider
+
+
+@cache
+def _provider() -> ReplaySafeTracerProvider | None:
+    if not settings().otlp_endpoint:
+        return None
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from temporalio.contrib.opentelemetry import create_tracer_provider
+
+    provider = create_tracer_provider(resource=Resource.create({"service.name": "holdfast"}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    return provider
+
+
+def temporal_plugins() -> list[OpenTelemetryPlugin]:
+    """The client plugin that carries the trace over Temporal; empty when tracing is off."""
+    if _provider() is None:
+        return []
+    from temporalio.contrib.opentelemetry import OpenTelemetryPlugin
+
+    return [OpenTelemetryPlugin(add_temporal_spans=True)]
+
+
+@contextmanager
+def span(name: str, **attributes: Any) -> Iterator[Any]:
+    """A span around the block, a no-op yielding None when tracing is off. Attributes never hold prompts or secrets."""
+    provider = _provider()
+    if provider is None:
+        yield None
+        return
+    with provider.get_tracer("holdfast").start_as_current_span(name, attributes=attributes) as current:
+        yield current
+
+
+def trace_id() -> str:
+    """The current trace id as 32 hex digits; empty when tracing is off."""
+    if _provider() is None:
+        return ""
+    from opentelemetry import trace
+
+    context = trace.get_current_span().get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else ""
+
+
+def shutdown() -> None:
+    """Sends what is still buffered. Processes end by `os._exit`, so nothing else would."""
+    provider = _provider()
+    if provider is not None:
+        provider.shutdown()

@@ -1,0 +1,106 @@
+"""The connection to Temporal: address, data converter, search attributes, and what the workflows may import.
+
+The address comes from the standard profile and `TEMPORAL_*` (`temporalio.envconfig`), else from the embedded stack,
+else it is `localhost:7233`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import BaseModel
+from temporalio.api.common.v1 import Payload
+from temporalio.api.enums.v1 import IndexedValueType
+from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
+from temporalio.client import Client
+from temporalio.common import SearchAttributeKey
+from temporalio.contrib.pydantic import PydanticJSONPlainPayloadConverter
+from temporalio.converter import CompositePayloadConverter, DataConverter, DefaultPayloadConverter
+from temporalio.envconfig import ClientConfigProfile
+from temporalio.service import RPCError
+from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
+
+from holdfast.settings import settings
+from holdfast.telemetry.tracing import temporal_plugins
+
+AGENT = SearchAttributeKey.for_keyword("HoldfastAgent")
+STATUS = SearchAttributeKey.for_keyword("HoldfastStatus")
+STAGE = SearchAttributeKey.for_keyword("HoldfastStage")
+TENANT = SearchAttributeKey.for_keyword("HoldfastTenant")
+SEARCH_ATTRIBUTES = (AGENT, STATUS, STAGE, TENANT)
+
+
+class NoServer(Exception):
+    """The Temporal server cannot be reached. The message says where and what to do."""
+
+
+class _LeanJson(PydanticJSONPlainPayloadConverter):
+    """Leaves out fields that hold their default, which more than halves a turn's history.
+
+    The price: a default is part of the format. Never change one; add a new field instead.
+    """
+
+    def to_payload(self, value: Any) -> Payload | None:
+        if isinstance(value, BaseModel):
+            data = value.__pydantic_serializer__.to_json(value, exclude_defaults=True)
+            return Payload(metadata={"encoding": b"json/plain"}, data=data)
+        return super().to_payload(value)
+
+
+class PayloadConverter(CompositePayloadConverter):
+    def __init__(self) -> None:
+        standard = DefaultPayloadConverter.default_encoding_payload_converters
+        super().__init__(*(_LeanJson() if c.encoding == "json/plain" else c for c in standard))
+
+
+DATA_CONVERTER = DataConverter(payload_converter_class=PayloadConverter)
+
+PASSED_THROUGH = ("holdfast", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "opentelemetry")
+
+
+def sandbox() -> SandboxedWorkflowRunner:
+    """The sandbox, with our library and pydantic imported once: most of a parked run's memory is its own copies."""
+    return SandboxedWorkflowRunner(restrictions=SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH))
+
+
+def profile() -> ClientConfigProfile:
+    """Where the server is: profile and environment first, then the embedded stack, then the default address."""
+    found = ClientConfigProfile.load()
+    return found if found.address else replace(found, address=settings().stack_temporal_address or "localhost:7233")
+
+
+async def connect() -> Client:
+    """A client as `profile` says. Raises NoServer."""
+    where = profile()
+    try:
+        return await Client.connect(
+            **where.to_client_connect_config(), data_converter=DATA_CONVERTER, plugins=temporal_plugins()
+        )
+    except RuntimeError as error:
+        raise NoServer(
+            f"no Temporal server at {where.address}: start one with `uv run starter.py up`, "
+            f"or set TEMPORAL_ADDRESS ({error})"
+        ) from None
+
+
+async def missing_search_attributes(client: Client) -> list[str]:
+    """Names of ours that the namespace does not have. An upsert of one of these would block a run for good."""
+    there = await client.operator_service.list_search_attributes(
+        ListSearchAttributesRequest(namespace=client.namespace)
+    )
+    return [key.name for key in SEARCH_ATTRIBUTES if key.name not in there.custom_attributes]
+
+
+async def register_search_attributes(client: Client) -> list[str]:
+    """Registers what is missing and returns the names. Raises RPCError without the right to do it."""
+    missing = await missing_search_attributes(client)
+    if missing:
+        kind = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
+        await client.operator_service.add_search_attributes(
+            AddSearchAttributesRequest(namespace=client.namespace, search_attributes=dict.fromkeys(missing, kind))
+        )
+    return missing
+
+
+__all__ = ["DATA_CONVERTER", "Client", "NoServer", "RPCError", "connect", "sandbox"]
