@@ -1,0 +1,193 @@
+"""The tables, and how a database gets them. Times are epoch seconds, UTC; JSON is text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Double,
+    Engine,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    make_url,
+)
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+from holdfast.state.database import Database, StoreUnavailable, one_line, sqlite_path
+
+VERSION = "0001"
+"""The migration that this code needs: the newest in `migrations/versions`. They are numbered in order."""
+
+metadata = MetaData()
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("request_key", Text, primary_key=True),
+    Column("workflow_id", Text, nullable=False),
+    Column("agent", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("requested_by", Text, nullable=False),
+    Column("input_digest", Text, nullable=False),
+    Column("trace_id", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("outcome", Text),
+    Column("result", Text),
+    Column("ended_at", Double),
+    UniqueConstraint("workflow_id", name="runs_workflow_id_key"),
+)
+"""One row a request, kept for good: Temporal forgets a run after its retention."""
+
+effects = Table(
+    "effects",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("key_base", Text, nullable=False),
+    Column("seq", Integer),
+    Column("kind", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("service", Text, nullable=False),
+    Column("effect", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("prior", Text),
+    Column("attempt", Integer, nullable=False),
+    Column("failures", Integer, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("arguments", Text, nullable=False),
+    Column("result", Text),
+    Column("error", Text),
+    Column("reserved_at", Double, nullable=False),
+    Column("settled_at", Double),
+    Index("effects_key_base", "key_base"),
+)
+"""The ledger: one row an idempotency key."""
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("thread_id", Text, primary_key=True),
+    Column("checkpoint_ns", Text, primary_key=True),
+    Column("checkpoint_id", Text, primary_key=True),
+    Column("parent_id", Text),
+    Column("turn", Text),
+    Column("kind", Text, nullable=False),
+    Column("checkpoint", LargeBinary, nullable=False),
+    Column("metadata", Text, nullable=False),
+    Index("checkpoints_turn", "thread_id", "turn"),
+)
+"""LangGraph's checkpoints, each complete. `kind` names the encoding of `checkpoint`; `turn` repeats metadata's `turn`."""
+
+checkpoint_writes = Table(
+    "checkpoint_writes",
+    metadata,
+    Column("thread_id", Text, primary_key=True),
+    Column("checkpoint_ns", Text, primary_key=True),
+    Column("checkpoint_id", Text, primary_key=True),
+    Column("task_id", Text, primary_key=True),
+    Column("idx", Integer, primary_key=True),
+    Column("channel", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("value", LargeBinary, nullable=False),
+    Column("task_path", Text, nullable=False),
+)
+"""What the tasks of an unfinished superstep have written, for resuming without running them again."""
+
+
+class SchemaMismatch(Exception):
+    """The store's schema is not the one that this code needs. The text is one line that says what to do."""
+
+
+async def check_schema(db: Database) -> None:
+    """Raises SchemaMismatch unless the store has exactly the schema of this code."""
+    found = await _version(db)
+    if found is None:
+        raise SchemaMismatch("the store has no schema yet: run `uv run starter.py migrate`")
+    if found < VERSION:
+        raise SchemaMismatch(
+            f"the store is at schema {found}, this code needs {VERSION}: run `uv run starter.py migrate`"
+        )
+    if found > VERSION:
+        raise SchemaMismatch(
+            f"this code is older than the store (schema {VERSION}, the store has {found}): deploy the newer version"
+        )
+
+
+async def _version(db: Database) -> str | None:
+    tables = {
+        "sqlite": "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'alembic_version'",
+        "postgresql": "SELECT 1 WHERE to_regclass('alembic_version') IS NOT NULL",
+    }
+    if await db.one(tables[db.dialect]) is None:
+        return None
+    row = await db.one("SELECT version_num FROM alembic_version")
+    return row[0] if row else None
+
+
+def migrate(url: str) -> tuple[str | None, str]:
+    """Brings the store to the schema of this code, making an SQLite file if there is none. Blocks.
+
+    Returns the versions (before, after); `before` is None for a new store. Several processes may call it at once: one does
+    the work in one transaction, the others wait for it.
+    Raises StoreUnavailable when it cannot be reached, SchemaMismatch when it is newer than the code.
+    """
+    engine = _engine(url)
+    try:
+        with engine.begin() as connection:
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
+            before = current_version(connection)
+            if before is not None and before > VERSION:
+                raise SchemaMismatch(
+                    f"this code is older than the store (schema {VERSION}, the store has {before}): deploy the newer version"
+                )
+            if before != VERSION:
+                upgrade(connection)
+    except OperationalError as error:
+        raise StoreUnavailable(f"cannot migrate the store: {one_line(error.orig or error)}") from error
+    finally:
+        engine.dispose()
+    return before, VERSION
+
+
+def upgrade(connection: Connection) -> None:
+    """Runs the missing migrations in the connection's transaction."""
+    # Imported here: workers check the schema at start and never migrate.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, VERSION)
+
+
+def current_version(connection: Connection) -> str | None:
+    from alembic.migration import MigrationContext
+
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _engine(url: str) -> Engine:
+    path = sqlite_path(url)
+    if path is None:
+        return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        f"sqlite:///{path}", poolclass=NullPool, connect_args={"timeout": 30, "isolation_level": None}
+    )
+    # The driver's own BEGIN leaves schema changes outside the transaction and takes the write lock late.
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return engine
