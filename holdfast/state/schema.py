@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sqlalchemy import (
+    URL,
     Column,
     Connection,
     Double,
@@ -88,7 +89,7 @@ checkpoints = Table(
     Column("metadata", Text, nullable=False),
     Index("checkpoints_turn", "thread_id", "turn"),
 )
-"""LangGraph's checkpoints, each complete. `kind` names the encoding of `checkpoint`; `turn` repeats metadata's `turn`."""
+"""LangGraph's checkpoints, each complete. `kind` is the encoding of `checkpoint`, `turn` repeats metadata's `turn`."""
 
 checkpoint_writes = Table(
     "checkpoint_writes",
@@ -117,11 +118,15 @@ async def check_schema(db: Database) -> None:
         raise SchemaMismatch("the store has no schema yet: run `uv run starter.py migrate`")
     if found < VERSION:
         raise SchemaMismatch(
-            f"the store is at schema {found}, this code needs {VERSION}: run `uv run starter.py migrate`"
+            f"the store has schema {found}, this code needs {VERSION}: run `uv run starter.py migrate`"
         )
+    _refuse_newer(found)
+
+
+def _refuse_newer(found: str) -> None:
     if found > VERSION:
         raise SchemaMismatch(
-            f"this code is older than the store (schema {VERSION}, the store has {found}): deploy the newer version"
+            f"this code is older than the store (schema {VERSION} < {found}): deploy the newer version"
         )
 
 
@@ -139,8 +144,8 @@ async def _version(db: Database) -> str | None:
 def migrate(url: str) -> tuple[str | None, str]:
     """Brings the store to the schema of this code, making an SQLite file if there is none. Blocks.
 
-    Returns the versions (before, after); `before` is None for a new store. Several processes may call it at once: one does
-    the work in one transaction, the others wait for it.
+    Returns the versions (before, after); `before` is None for a new store. Several processes may call it at once: one
+    does the work in one transaction, the others wait for it.
     Raises StoreUnavailable when it cannot be reached, SchemaMismatch when it is newer than the code.
     """
     engine = _engine(url)
@@ -149,10 +154,8 @@ def migrate(url: str) -> tuple[str | None, str]:
             if engine.dialect.name == "postgresql":
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
             before = current_version(connection)
-            if before is not None and before > VERSION:
-                raise SchemaMismatch(
-                    f"this code is older than the store (schema {VERSION}, the store has {before}): deploy the newer version"
-                )
+            if before is not None:
+                _refuse_newer(before)
             if before != VERSION:
                 upgrade(connection)
     except OperationalError as error:
@@ -185,9 +188,8 @@ def _engine(url: str) -> Engine:
     if path is None:
         return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     path.parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(
-        f"sqlite:///{path}", poolclass=NullPool, connect_args={"timeout": 30, "isolation_level": None}
-    )
+    options = {"timeout": 30, "isolation_level": None}
+    engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool, connect_args=options)
     # The driver's own BEGIN leaves schema changes outside the transaction and takes the write lock late.
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
