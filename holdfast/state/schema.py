@@ -29,6 +29,8 @@ from holdfast.state.database import Database, StoreUnavailable, one_line, sqlite
 VERSION = "0001"
 """The migration that this code needs: the newest in `migrations/versions`. They are numbered in order."""
 
+MIGRATIONS = Path(__file__).parent / "migrations"
+
 metadata = MetaData()
 
 runs = Table(
@@ -148,10 +150,10 @@ def migrate(url: str) -> tuple[str | None, str]:
     does the work in one transaction, the others wait for it.
     Raises StoreUnavailable when it cannot be reached, SchemaMismatch when it is newer than the code.
     """
-    engine = _engine(url)
+    connector = engine(url)
     try:
-        with engine.begin() as connection:
-            if engine.dialect.name == "postgresql":
+        with connector.begin() as connection:
+            if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
             before = current_version(connection)
             if before is not None:
@@ -161,7 +163,7 @@ def migrate(url: str) -> tuple[str | None, str]:
     except OperationalError as error:
         raise StoreUnavailable(f"cannot migrate the store: {one_line(error.orig or error)}") from error
     finally:
-        engine.dispose()
+        connector.dispose()
     return before, VERSION
 
 
@@ -172,7 +174,7 @@ def upgrade(connection: Connection) -> None:
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, VERSION)
 
@@ -183,13 +185,14 @@ def current_version(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def _engine(url: str) -> Engine:
+def engine(url: str) -> Engine:
+    """A synchronous SQLAlchemy engine for migrations and admin queries, without a pool."""
     path = sqlite_path(url)
     if path is None:
         return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"timeout": 30, "isolation_level": None}
-    engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool, connect_args=options)
+    made = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool, connect_args=options)
     # The driver's own BEGIN leaves schema changes outside the transaction and takes the write lock late.
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return engine
+    event.listen(made, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return made
