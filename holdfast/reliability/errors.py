@@ -61,6 +61,8 @@ class ErrorType(StrEnum):
     """The tool says that it did nothing and never will."""
     INTERNAL = "internal"
     """A bug in the tool."""
+    UNKNOWN_OUTCOME = "unknown_outcome"
+    """An earlier attempt was cut off, and nothing can tell whether it acted."""
     AGENT_FAILED = "agent_failed"
     """The run failed; its result is in the details."""
 
@@ -119,6 +121,8 @@ TABLE: dict[str, Meaning] = {
     "httpx.InvalidURL": Meaning(ErrorType.INTERNAL, False, False),
     "openai.APIError": Meaning(ErrorType.UNAVAILABLE, True, True),  # an error event inside a stream
     "openai.APIResponseValidationError": Meaning(ErrorType.BAD_RESPONSE, True, True),
+    "ssl.SSLError": Meaning(ErrorType.CONNECTION, True, True),
+    "anyio.EndOfStream": Meaning(ErrorType.CONNECTION, True, True),
     "TimeoutError": Meaning(ErrorType.TIMEOUT, True, True),
     "ConnectionRefusedError": Meaning(ErrorType.UNREACHABLE, True, False),
     "socket.gaierror": Meaning(ErrorType.UNREACHABLE, True, False),
@@ -205,6 +209,7 @@ def _keys(error: BaseException) -> Iterator[str]:
     if "openai.APIError" in names:
         for code in (getattr(error, "code", None), getattr(error, "type", None), _overflow(error)):
             yield f"code {code}"
+            yield f"status {code}"  # so do some gateways name it in an error event
     status = _status(error)
     if status is not None:
         yield f"status {status}"
