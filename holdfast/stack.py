@@ -1,0 +1,344 @@
+"""The embedded stack: Temporal server, simulated hospital, scripted model and workers, as processes of their own.
+
+`starter.py up`, the demo and the tests stand on it. Every process has a session of its own, so that a Ctrl-C at the
+terminal reaches only the process that is to decide what happens, and on Linux it dies with its parent, however the
+parent dies. Elsewhere a parent that is killed with SIGKILL leaves them running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_S = 30.0
+"""Seconds that a process may take until it answers; they share the machine while they start."""
+OURS = ("TEMPORAL_", "HOLDFAST_", "OPENAI_", "DATABASE_URL")
+"""Environment variables (by prefix) that would point a process of the stack somewhere else."""
+
+
+class StackFailed(Exception):
+    """A process of the stack did not come up. The message names it and quotes the end of its log."""
+
+
+class Child:
+    """One process of the stack: how to start it, and the one that runs now."""
+
+    def __init__(self, name: str, command: list[str], environment: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.command = command
+        self.environment = dict(environment)
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        self.started_at = 0.0
+
+    def start(self) -> None:
+        """Starts the process, again if it ran before. To be called from the main thread: see `_die_with_parent`."""
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        self.started_at = time.monotonic()
+        with self.log.open("ab") as out:
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+            )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs or was never started; negative: the signal that ended it."""
+        return self._process.poll() if self._process is not None else None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the process and whatever it may have started; nothing once it has ended."""
+        if self.alive:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def wait(self, seconds: float) -> bool:
+        """Blocks until it has ended, at most so long; whether it has."""
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def output(self) -> str:
+        """What it has written since its last start."""
+        if not self.log.exists():
+            return ""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode(errors="replace")
+
+    async def until(self, ready: Callable[[], bool], seconds: float = READY_S) -> None:
+        """Waits until `ready()`. Raises StackFailed when it ends before, or takes longer."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if not self.alive:
+                raise StackFailed(self._complaint(f"ended with status {self.exit_code} while starting"))
+            if time.monotonic() > deadline:
+                raise StackFailed(self._complaint(f"was not ready after {seconds:.0f} s"))
+            await asyncio.sleep(0.02)
+
+    def _complaint(self, what: str) -> str:
+        tail = "\n".join(f"  | {line}" for line in self.output().strip().splitlines()[-8:])
+        return f"{self.name} {what}; its log is {self.log}" + (f"\n{tail}" if tail else "")
+
+
+class Stack:
+    """The processes, their ports and the environment that leads to them.
+
+    home: state and logs; it outlives the stack. base: the environment to start from (`os.environ`, say); what would
+    lead elsewhere in it is replaced. durable: the Temporal server keeps its state under `home`, else in memory.
+    scripted_model: start the scripted model and use it; else `base` says which endpoint.
+    think_s: seconds that the scripted model takes for an answer.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        base: Mapping[str, str],
+        *,
+        durable: bool = True,
+        scripted_model: bool = True,
+        think_s: float | None = None,
+    ) -> None:
+        self.home = home.resolve()
+        self.scripted_model = scripted_model
+        self._durable = durable
+        self._think_s = think_s
+        self.logs = self.home / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.ports = _ports(self.home / "ports.json", ("temporal", "ui", "hospital", "model"))
+        self.temporal_address = f"127.0.0.1:{self.ports['temporal']}"
+        self.ui_url = f"http://127.0.0.1:{self.ports['ui']}"
+        self.hospital_url = f"http://127.0.0.1:{self.ports['hospital']}"
+        self.model_url = f"http://127.0.0.1:{self.ports['model']}/v1"
+        self.store_url = base.get("DATABASE_URL") or f"sqlite:///{self.home / 'holdfast.db'}"
+        self.environment = {
+            **{name: value for name, value in base.items() if not name.startswith("TEMPORAL_")},
+            "TEMPORAL_ADDRESS": self.temporal_address,
+            "TEMPORAL_CONFIG_FILE": os.devnull,  # a profile's TLS or API key is for another server
+            "DATABASE_URL": self.store_url,
+            **{k: v for k, v in self.addresses.items() if k.isupper()},
+            "HOLDFAST_HOME": str(self.home),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), base.get("PYTHONPATH", "")))),
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.services = list(self._services())
+        self.workers: list[Child] = []
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """What `stack.json` says to the other commands, by the names of `Settings`."""
+        found = {
+            "stack_temporal_address": self.temporal_address,
+            "HOLDFAST_UI_URL": self.ui_url,
+            "HOLDFAST_HOSPITAL_URL": self.hospital_url,
+        }
+        if self.scripted_model:
+            found |= {"OPENAI_BASE_URL": self.model_url, "OPENAI_API_KEY": "scripted", "HOLDFAST_MODEL": "scripted"}
+        return found
+
+    @property
+    def children(self) -> list[Child]:
+        return [*self.services, *self.workers]
+
+    def _child(self, name: str, command: list[str], **environment: str) -> Child:
+        return Child(name, command, {**self.environment, **environment}, self.logs / f"{name.replace(' ', '-')}.log")
+
+    def _services(self) -> Iterable[Child]:
+        yield self._child("temporal server", self._temporal_command())
+        yield self._simulation("hospital")
+        if self.scripted_model:
+            think = () if self._think_s is None else ("--think", str(self._think_s))
+            yield self._simulation("scripted_model", "model", *think)
+
+    def _simulation(self, module: str, port: str = "", *more: str) -> Child:
+        name = port or module
+        at = ["--port", str(self.ports[name]), "--db", str(self.home / f"{name}.db")]
+        return self._child(name, [sys.executable, "-m", f"holdfast.simulation.{module}", *at, *more])
+
+    def _temporal_command(self) -> list[str]:
+        from holdfast.temporal import SEARCH_ATTRIBUTES
+
+        dynamic = {
+            # Timers are rounded by up to a second otherwise, which a killed worker's parked runs would have to wait.
+            "history.timerProcessorMaxTimeShift": '"10ms"',
+            "history.timerProcessorMaxPollRPS": "10000",
+            "history.transferProcessorMaxPollRPS": "10000",
+            "system.enableActivityEagerExecution": "true",
+        }
+        command = [temporal_cli(), "server", "start-dev", "--ip", "127.0.0.1", "--log-level", "error"]
+        command += ["--port", str(self.ports["temporal"]), "--ui-port", str(self.ports["ui"])]
+        if self._durable:
+            command += ["--db-filename", str(self.home / "temporal.db")]
+        for key, value in dynamic.items():
+            command += ["--dynamic-config-value", f"{key}={value}"]
+        for attribute in SEARCH_ATTRIBUTES:
+            command += ["--search-attribute", f"{attribute.name}=Keyword"]
+        return command
+
+    async def start(self, workers: int = 1) -> None:
+        """Starts everything, migrates the store and returns when all of it is ready.
+
+        Raises StackFailed, StoreUnavailable, SchemaMismatch; `stop` is the caller's in any case.
+        """
+        from holdfast.state.schema import migrate
+
+        for child in self.services:
+            child.start()
+        await asyncio.to_thread(migrate, self.store_url)
+        await asyncio.gather(*(self.until_ready(child) for child in self.services))
+        await asyncio.gather(*(self.start_worker() for _ in range(workers)))
+
+    async def start_worker(self, **environment: str) -> Child:
+        """One more worker, with additions to its environment; returns when it polls."""
+        child = self._child(f"worker {len(self.workers) + 1}", [sys.executable, str(ROOT / "worker.py")], **environment)
+        child.start()
+        self.workers.append(child)
+        await self.until_ready(child)
+        return child
+
+    async def until_ready(self, child: Child) -> None:
+        """Waits until a process that was just started answers. Raises StackFailed."""
+        if child in self.workers:
+            await child.until(lambda: "worker ready" in child.output())
+            return
+        port = int(child.command[child.command.index("--port") + 1])
+        await child.until(lambda: _listens(port))
+        if child.name == "temporal server":
+            await self._until_server_answers()
+
+    async def _until_server_answers(self) -> None:
+        """The port listens before the namespace and the search attributes are there."""
+        from temporalio.service import RPCError
+
+        from holdfast.temporal import DATA_CONVERTER, Client, missing_search_attributes
+
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                client = await Client.connect(self.temporal_address, data_converter=DATA_CONVERTER)
+                if not await missing_search_attributes(client):
+                    return
+            except (RuntimeError, RPCError) as error:
+                if time.monotonic() > deadline:
+                    raise StackFailed(f"temporal server does not answer at {self.temporal_address}: {error}") from None
+            await asyncio.sleep(0.05)
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Ends every process: SIGTERM, workers first, then SIGKILL after `grace_s` seconds. Blocks; may be repeated."""
+        for group in (self.workers, self.services):
+            if grace_s > 0:
+                for child in group:
+                    child.signal(signal.SIGTERM)
+                deadline = time.monotonic() + grace_s
+                for child in group:
+                    child.wait(deadline - time.monotonic())
+            for child in group:
+                child.signal(signal.SIGKILL)
+        for child in self.children:
+            child.wait(5.0)
+
+    async def __aenter__(self) -> Self:
+        """Starts everything with one worker; what did start is ended again when the rest does not."""
+        try:
+            await self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stop()
+
+
+def temporal_cli() -> str:
+    """The `temporal` binary, the one of this environment first. Raises StackFailed."""
+    beside = Path(sys.executable).parent / "temporal"
+    found = str(beside) if beside.exists() else shutil.which("temporal")
+    if not found:
+        raise StackFailed("no `temporal` binary beside Python or on PATH: run `uv sync`")
+    return found
+
+
+def without_ours(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without anything that could lead to another server, store or model."""
+    return {name: value for name, value in environment.items() if not name.startswith(OURS)}
+
+
+def _ports(remembered: Path, names: tuple[str, ...]) -> dict[str, int]:
+    """A free port for each name, the same as last time if possible: addresses that people noted down go on working."""
+    last: dict[str, int] = json.loads(remembered.read_text()) if remembered.exists() else {}
+    ports: dict[str, int] = {}
+    for name in names:
+        port = last.get(name, 0)
+        # Below the ports that the kernel gives to outgoing connections, so that none of those is in the way.
+        while not port or port in ports.values() or not _free(port):
+            port = random.randint(20_000, 32_000)
+        ports[name] = port
+    remembered.write_text(json.dumps(ports))
+    return ports
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before exec so that it dies with this process: PR_SET_PDEATHSIG, on Linux only.
+
+    The kernel means the *thread* that forked, so children are started from the main thread, which lives as long.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def in_child() -> None:
+        prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call above
+            os._exit(1)
+
+    return in_child
