@@ -1,0 +1,136 @@
+"""One row a request: a request key names one run for good, and its result outlives Temporal's retention."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from holdfast.state.database import Database
+
+
+class Run(NamedTuple):
+    """A row of `runs`. Times are epoch seconds; `result` is the JSON of a `RunResult`."""
+
+    request_key: str
+    workflow_id: str
+    agent: str
+    tenant: str
+    requested_by: str
+    input_digest: str
+    """Empty for a run that was started past this table, e.g. by hand with `temporal workflow start`."""
+    trace_id: str
+    created_at: float
+    started_at: float | None
+    """None: claimed, and not known to have been started; starting it (again) under its workflow id is right."""
+    outcome: str | None
+    result: str | None
+    ended_at: float | None
+
+
+class KeyReused(Exception):
+    """A request key that names another run already. The text is one line that names both."""
+
+
+COLUMNS = ", ".join(Run._fields)
+INSERT = f"INSERT INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(Run._fields))}) ON CONFLICT DO NOTHING"
+
+
+class Runs:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def claim(
+        self,
+        request_key: str,
+        workflow_id: str,
+        agent: str,
+        input_digest: str,
+        *,
+        tenant: str = "default",
+        requested_by: str = "",
+        trace_id: str = "",
+    ) -> Run:
+        """The run of this request, made by the first of any number of concurrent callers. The same row for all of them.
+
+        Raises KeyReused when the key, or the workflow id, belongs to a run of another agent or with another input.
+        """
+        mine = Run(
+            request_key,
+            workflow_id,
+            agent,
+            tenant,
+            requested_by,
+            input_digest,
+            trace_id,
+            created_at=time.time(),
+            started_at=None,
+            outcome=None,
+            result=None,
+            ended_at=None,
+        )
+        if await self._db.run(INSERT, *mine):
+            return mine
+        run = await self.get(request_key) or await self.by_workflow(workflow_id)
+        assert run is not None, "the row in the way of the insert is gone, and nothing deletes rows of `runs`"
+        if run.agent != agent:
+            raise KeyReused(
+                f"request key {request_key!r} belongs to {run.workflow_id}, a run of agent {run.agent!r}, not {agent!r}:"
+                " use another key"
+            )
+        if run.input_digest not in ("", input_digest):
+            raise KeyReused(
+                f"request key {request_key!r} belongs to {run.workflow_id}, which has another input"
+                f" (digest {run.input_digest}, not {input_digest}): use another key"
+            )
+        return run
+
+    async def mark_started(self, request_key: str) -> None:
+        """Records that Temporal has taken the run. The first time counts."""
+        await self._db.run(
+            "UPDATE runs SET started_at = ? WHERE request_key = ? AND started_at IS NULL", time.time(), request_key
+        )
+
+    async def finish(
+        self,
+        workflow_id: str,
+        outcome: str,
+        result: str,
+        *,
+        agent: str = "",
+        tenant: str = "default",
+        trace_id: str = "",
+    ) -> None:
+        """Records how a run ended; `result` is JSON. The same end again changes nothing, not even the time.
+
+        Another end replaces the one that is there: a run that was reset ends a second time, and that end is the valid one.
+        A run that never was claimed gets its row here, with its workflow id as the request key.
+        """
+        now = time.time()
+        if await self._end(workflow_id, outcome, result, now):
+            return
+        # The id may be taken as a key by a request for another run; a prefix that no one types then keeps the row apart.
+        for key in (workflow_id, f"workflow:{workflow_id}"):
+            row = Run(key, workflow_id, agent, tenant, "", "", trace_id, now, now, outcome, result, now)
+            if await self._db.run(INSERT, *row) or await self._end(workflow_id, outcome, result, now):
+                return
+
+    async def _end(self, workflow_id: str, outcome: str, result: str, now: float) -> bool:
+        """False when the run has no row."""
+        sql = (
+            "UPDATE runs SET ended_at = CASE WHEN outcome = ? AND result = ? THEN ended_at ELSE ? END,"
+            " outcome = ?, result = ? WHERE workflow_id = ?"
+        )
+        return await self._db.run(sql, outcome, result, now, outcome, result, workflow_id) == 1
+
+    async def get(self, request_key: str) -> Run | None:
+        row = await self._db.one(f"SELECT {COLUMNS} FROM runs WHERE request_key = ?", request_key)
+        return Run(*row) if row else None
+
+    async def by_workflow(self, workflow_id: str) -> Run | None:
+        row = await self._db.one(f"SELECT {COLUMNS} FROM runs WHERE workflow_id = ?", workflow_id)
+        return Run(*row) if row else None
+
+    async def recent(self, limit: int) -> list[Run]:
+        """The runs claimed last, newest first."""
+        rows = await self._db.all(f"SELECT {COLUMNS} FROM runs ORDER BY created_at DESC LIMIT ?", limit)
+        return [Run(*row) for row in rows]
