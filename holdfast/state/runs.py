@@ -74,8 +74,8 @@ class Runs:
         assert run is not None, "the row in the way of the insert is gone, and nothing deletes rows of `runs`"
         if run.agent != agent:
             raise KeyReused(
-                f"request key {request_key!r} belongs to {run.workflow_id}, a run of agent {run.agent!r}, not {agent!r}:"
-                " use another key"
+                f"request key {request_key!r} belongs to {run.workflow_id}, a run of agent {run.agent!r},"
+                f" not {agent!r}: use another key"
             )
         if run.input_digest not in ("", input_digest):
             raise KeyReused(
@@ -102,13 +102,13 @@ class Runs:
     ) -> None:
         """Records how a run ended; `result` is JSON. The same end again changes nothing, not even the time.
 
-        Another end replaces the one that is there: a run that was reset ends a second time, and that end is the valid one.
+        Another end replaces the one that is there: a run that was reset ends a second time, and that end is valid.
         A run that never was claimed gets its row here, with its workflow id as the request key.
         """
         now = time.time()
         if await self._end(workflow_id, outcome, result, now):
             return
-        # The id may be taken as a key by a request for another run; a prefix that no one types then keeps the row apart.
+        # The id may be taken as a key by a request for another run: a prefix that no one types keeps the row apart.
         for key in (workflow_id, f"workflow:{workflow_id}"):
             row = Run(key, workflow_id, agent, tenant, "", "", trace_id, now, now, outcome, result, now)
             if await self._db.run(INSERT, *row) or await self._end(workflow_id, outcome, result, now):

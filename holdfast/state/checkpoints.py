@@ -1,0 +1,193 @@
+"""LangGraph's checkpoints in the store.
+
+Our own saver because LangGraph's take one lock, or one connection, for everything and several statements a step: 50
+agents in one worker would wait for each other. Here a step costs one statement for the checkpoint and one for the writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NoReturn
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import (
+    WRITES_IDX_MAP,
+    BaseCheckpointSaver,
+    ChannelVersions,
+    Checkpoint,
+    CheckpointMetadata,
+    CheckpointTuple,
+    PendingWrite,
+    get_serializable_checkpoint_metadata,
+    writes_sort_key,
+)
+
+from holdfast.state.database import Database, Row
+
+PUT = (
+    "INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_id, turn, kind, checkpoint, metadata)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id) DO UPDATE SET"
+    " parent_id = excluded.parent_id, turn = excluded.turn, kind = excluded.kind, checkpoint = excluded.checkpoint,"
+    " metadata = excluded.metadata"
+)
+WRITES_A_STATEMENT = 500
+"""Databases limit the parameters of a statement: 32,766 in SQLite."""
+
+
+class Checkpoints(BaseCheckpointSaver[int]):
+    """A checkpointer over `Database`. Asynchronous only; one may serve any number of threads and tasks at once.
+
+    Every checkpoint is kept, complete in one row, so that a run can be forked from any of them. All pending writes are
+    stored: after a crash a superstep of parallel nodes repeats only those that had not finished.
+    The metadata entry `turn` has an index: `alist(config, filter={"turn": 7})` reads that turn's checkpoints only.
+    """
+
+    def __init__(self, db: Database) -> None:
+        super().__init__()
+        self._db = db
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        """The checkpoint that `config` names by `checkpoint_id`, else the thread's latest; None when there is none."""
+        thread_id, ns, checkpoint_id = _names(config)
+        sql = (
+            "SELECT checkpoint_id, parent_id, kind, checkpoint, metadata FROM checkpoints"
+            " WHERE thread_id = ? AND checkpoint_ns = ?"
+        )
+        if checkpoint_id:
+            row = await self._db.one(f"{sql} AND checkpoint_id = ?", thread_id, ns, checkpoint_id)
+        else:
+            row = await self._db.one(f"{sql} ORDER BY checkpoint_id DESC LIMIT 1", thread_id, ns)
+        if row is None:
+            return None
+        checkpoint_id, parent_id, kind, body, metadata = row
+        return CheckpointTuple(
+            config=_config(thread_id, ns, checkpoint_id),
+            checkpoint=self.serde.loads_typed((kind, body)),
+            metadata=json.loads(metadata),
+            parent_config=_config(thread_id, ns, parent_id) if parent_id else None,
+            pending_writes=await self._writes(thread_id, ns, checkpoint_id),
+        )
+
+    async def _writes(self, thread_id: str, ns: str, checkpoint_id: str) -> list[PendingWrite]:
+        rows = await self._db.all(
+            "SELECT task_path, task_id, idx, channel, kind, value FROM checkpoint_writes"
+            " WHERE thread_id = ? AND checkpoint_ns = ? AND checkpoint_id = ?",
+            *(thread_id, ns, checkpoint_id),
+        )
+        # Sorted here: the order has to be that of Python's strings, a database's collation may be another.
+        rows.sort(key=lambda row: writes_sort_key(*row[:3]))
+        load = self.serde.loads_typed
+        return [(task_id, channel, load((kind, value))) for _, task_id, _, channel, kind, value in rows]
+
+    async def alist(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[CheckpointTuple]:
+        """Checkpoints, newest first: of one thread (and namespace, and id, as far as `config` names them) or of all.
+
+        filter: values that the metadata must have. before: a config whose `checkpoint_id` is newer than all listed.
+        """
+        where: dict[str, Any] = {}
+        if config is not None:
+            names = config.get("configurable", {})
+            where = {f"{name} = ?": str(names[name]) for name in ("thread_id", "checkpoint_ns") if name in names}
+            if names.get("checkpoint_id"):
+                where["checkpoint_id = ?"] = names["checkpoint_id"]
+        if before is not None and (newest := _names(before)[2]):
+            where["checkpoint_id < ?"] = newest
+        if filter and "turn" in filter:
+            where["turn = ?"] = str(filter["turn"])
+        condition = f" WHERE {' AND '.join(where)}" if where else ""
+        # Names and metadata first: the checkpoints themselves are large and the caller may stop at any.
+        rows = await self._db.all(
+            f"SELECT thread_id, checkpoint_ns, checkpoint_id, metadata FROM checkpoints{condition}"
+            " ORDER BY checkpoint_id DESC",
+            *where.values(),
+        )
+        matching = [row[:3] for row in rows if _matches(json.loads(row[3]), filter or {})]
+        for names in matching[:limit]:
+            if found := await self.aget_tuple(_config(*names)):
+                yield found
+
+    async def aput(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """Stores a checkpoint, durable on return, as a child of the one that `config` names."""
+        thread_id, ns, parent_id = _names(config)
+        stored = dict(get_serializable_checkpoint_metadata(config, metadata))
+        turn = str(stored["turn"]) if "turn" in stored else None
+        kind, body = self.serde.dumps_typed(checkpoint)
+        await self._db.run(PUT, thread_id, ns, checkpoint["id"], parent_id, turn, kind, body, json.dumps(stored))
+        return _config(thread_id, ns, checkpoint["id"])
+
+    async def aput_writes(
+        self,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str = "",
+    ) -> None:
+        """Stores what one task of the superstep after `config`'s checkpoint wrote, all of it or nothing."""
+        thread_id, ns, checkpoint_id = _names(config)
+        # Special channels (errors, interrupts) have one slot each, below zero, where the last write counts.
+        by_idx = {WRITES_IDX_MAP.get(channel, n): (channel, value) for n, (channel, value) in enumerate(writes)}
+        rows = [
+            (thread_id, ns, checkpoint_id, task_id, idx, channel, *self.serde.dumps_typed(value), task_path)
+            for idx, (channel, value) in by_idx.items()
+        ]
+        statements = [
+            _put_writes(rows[start : start + WRITES_A_STATEMENT]) for start in range(0, len(rows), WRITES_A_STATEMENT)
+        ]
+        if len(statements) == 1:
+            sql, params = statements[0]
+            await self._db.run(sql, *params)
+        else:
+            await self._db.batch(statements)
+
+    async def adelete_thread(self, thread_id: str) -> None:
+        await self._db.batch(
+            [
+                ("DELETE FROM checkpoint_writes WHERE thread_id = ?", (thread_id,)),
+                ("DELETE FROM checkpoints WHERE thread_id = ?", (thread_id,)),
+            ]
+        )
+
+    def _only_async(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("Checkpoints is asynchronous: call the graph with ainvoke, astream or aget_state")
+
+    get_tuple = list = put = put_writes = delete_thread = _only_async
+
+
+def _names(config: RunnableConfig) -> tuple[str, str, str | None]:
+    """Thread id, namespace and checkpoint id of a config."""
+    names = config.get("configurable", {})
+    return str(names["thread_id"]), names.get("checkpoint_ns", ""), names.get("checkpoint_id")
+
+
+def _config(thread_id: str, ns: str, checkpoint_id: str) -> RunnableConfig:
+    return {"configurable": {"thread_id": thread_id, "checkpoint_ns": ns, "checkpoint_id": checkpoint_id}}
+
+
+def _matches(metadata: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return all(metadata.get(name) == value for name, value in wanted.items())
+
+
+def _put_writes(rows: Sequence[Row]) -> tuple[str, Row]:
+    """One statement for all rows. A task that ran twice keeps its first ordinary writes, as LangGraph requires."""
+    sql = (
+        "INSERT INTO checkpoint_writes"
+        " (thread_id, checkpoint_ns, checkpoint_id, task_id, idx, channel, kind, value, task_path)"
+        f" VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?, ?, ?)'] * len(rows))}"
+        " ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO UPDATE SET"
+        " channel = excluded.channel, kind = excluded.kind, value = excluded.value WHERE excluded.idx < 0"
+    )
+    return sql, tuple(value for row in rows for value in row)
