@@ -155,8 +155,10 @@ def classify(error: BaseException) -> Failure:
     """The failure that an exception means.
 
     An exception with a `Failure` in its attribute `failure` says for itself. One that the table does not know is judged
-    by the cause it was raised `from`. Cancellation is no failure: it is raised again.
+    by the cause it was raised `from`, a group of one by its member. Cancellation is no failure: it is raised again.
     """
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
     if isinstance(error, asyncio.CancelledError):
         raise error
     told = getattr(error, "failure", None)
