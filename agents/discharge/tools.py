@@ -1,0 +1,186 @@
+"""What the discharge agent can do. Each effect is sent under its idempotency key."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from agents.discharge.prompts import SUMMARY_INSTRUCTIONS, SUMMARY_TEMPLATE
+from holdfast.contracts import Effect, Json
+from holdfast.models import ModelUnavailable
+from holdfast.tools import ToolContext, ToolRefused, Undo, tool
+
+PatientId = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$", description="the patient's id in the records")]
+Line = Annotated[str, Field(min_length=1, max_length=500)]
+Text = Annotated[str, Field(min_length=1, max_length=4000)]
+
+
+class Medication(BaseModel):
+    name: Line
+    dosage: str = Field(default="", max_length=500, description="as ordered; empty when the order names none")
+
+
+async def _request(ctx: ToolContext, method: str, path: str, **options: Any) -> Json | None:
+    """The hospital's answer, None for a 404. Raises httpx2.HTTPError for the platform to classify."""
+    url = ctx.service_url("hospital") + path
+    response = await ctx.http.request(method, url, headers={"Idempotency-Key": ctx.key}, **options)
+    if response.status_code == 404:
+        return None
+    response.raise_for_status()
+    return response.json()
+
+
+async def _of_patient(ctx: ToolContext, patient_id: str, method: str, path: str, **options: Any) -> Json:
+    """As `_request`, where a 404 means that the patient is unknown. Raises ToolRefused then."""
+    answer = await _request(ctx, method, path, **options)
+    if answer is None:
+        raise ToolRefused(f"the hospital knows no patient {patient_id!r}; check the patient id")
+    return answer
+
+
+# ------------------------------------------------------------------ record, insurance
+
+
+@tool(effect=Effect.READ, service="records")
+async def read_record(ctx: ToolContext, patient_id: PatientId) -> Json:
+    """Read the patient's record: a FHIR bundle with Patient, Encounter and Conditions."""
+    return await _of_patient(ctx, patient_id, "GET", f"/records/patients/{patient_id}")
+
+
+@tool(effect=Effect.READ, service="records")
+async def read_orders(ctx: ToolContext, patient_id: PatientId) -> Json:
+    """Read the discharge orders: a FHIR bundle with MedicationRequests and the ServiceRequest for the follow-up."""
+    return await _of_patient(ctx, patient_id, "GET", f"/records/patients/{patient_id}/orders")
+
+
+@tool(effect=Effect.READ, service="insurance", retries=5)
+async def verify_insurance(ctx: ToolContext, patient_id: PatientId) -> Json:
+    """Verify the patient's insurance coverage."""
+    return await _of_patient(ctx, patient_id, "POST", "/insurance/verify", json={"patient_id": patient_id})
+
+
+# ------------------------------------------------------------------ pharmacy, appointments: both honour keys
+
+
+@tool(effect=Effect.IDEMPOTENT, service="pharmacy", timeout=10, retries=0)
+async def order_medication(
+    ctx: ToolContext, patient_id: PatientId, items: Annotated[list[Medication], Field(min_length=1)]
+) -> Json:
+    """Order the discharge medication at the pharmacy, all items in one order."""
+    body = {"patient_id": patient_id, "items": [item.model_dump() for item in items]}
+    return await _of_patient(ctx, patient_id, "POST", "/pharmacy/orders", json=body)
+
+
+@order_medication.undo
+async def cancel_order(ctx: ToolContext, undo: Undo) -> str:
+    return await _cancel(ctx, "/pharmacy/orders", undo, "pharmacy order")
+
+
+@tool(effect=Effect.IDEMPOTENT, service="appointments")
+async def book_appointment(
+    ctx: ToolContext,
+    patient_id: PatientId,
+    reason: Line,
+    not_before: date | None = None,
+    not_after: date | None = None,
+) -> Json:
+    """Book the follow-up appointment, within the ordered dates if there are any."""
+    body = {"patient_id": patient_id, "reason": reason, "not_before": not_before, "not_after": not_after}
+    body = {name: str(value) for name, value in body.items() if value}
+    return await _of_patient(ctx, patient_id, "POST", "/appointments", json=body)
+
+
+@book_appointment.undo
+async def cancel_appointment(ctx: ToolContext, undo: Undo) -> str:
+    return await _cancel(ctx, "/appointments", undo, "appointment")
+
+
+async def _cancel(ctx: ToolContext, path: str, undo: Undo, what: str) -> str:
+    """Cancels by the key of the call. A 404 also bars the key: a request still on its way will be refused."""
+    cancelled = await _request(ctx, "DELETE", path, params={"key": undo.key})
+    return f"{what} cancelled" if cancelled is not None else f"{what} never happened; nothing to cancel"
+
+
+# ------------------------------------------------------------------ summary
+
+
+@tool(effect=Effect.READ, service="model", timeout=60)
+async def write_summary(
+    ctx: ToolContext,
+    patient_id: PatientId,
+    name: Line,
+    stay: Line,
+    diagnoses: list[str],
+    medications: list[str],
+    follow_up: str,
+    open_points: list[str],
+) -> dict[Literal["text", "written_by"], str]:
+    """Write the discharge summary from these facts. The answer says who wrote it: a model, or the template."""
+    facts: Json = {"patient_id": patient_id, "name": name, "stay": stay, "diagnoses": diagnoses}
+    facts |= {"medications": medications, "follow_up": follow_up, "open_points": open_points}
+    messages: list[Json] = [
+        {"role": "system", "content": SUMMARY_INSTRUCTIONS},
+        {"role": "user", "content": json.dumps(facts, ensure_ascii=False)},
+    ]
+    try:
+        answer = await ctx.ask_model("summary", messages)
+    except ModelUnavailable:
+        words = {key: "; ".join(value) if isinstance(value, list) else value for key, value in facts.items()}
+        text = SUMMARY_TEMPLATE.format_map({key: value or "none" for key, value in words.items()})
+        return {"text": text, "written_by": "template"}
+    return {"text": answer.text, "written_by": f"model {answer.model}"}
+
+
+# ------------------------------------------------------------------ messages: the service ignores keys
+
+
+async def _send(ctx: ToolContext, patient_id: str, to: list[str], text: str, **more: str) -> Json:
+    body = {"reference": ctx.key, "patient_id": patient_id, "to": to, "text": text, **more}
+    return await _of_patient(ctx, patient_id, "POST", "/messages", json=body)
+
+
+async def _sent(ctx: ToolContext, reference: str) -> Json | None:
+    """The message that was sent under this reference, if one was."""
+    found = await _request(ctx, "GET", "/messages", params={"reference": reference})
+    messages = found["messages"] if found else []
+    return messages[0] if messages else None
+
+
+@tool(effect=Effect.MANUAL, service="messages", approval=True)
+async def notify_patient(
+    ctx: ToolContext,
+    patient_id: PatientId,
+    channel: Literal["phone", "email", "letter", "providers"],
+    to: Line,
+    text: Text,
+) -> Json:
+    """Send the patient the discharge message. `to`: phone, e-mail, postal address, or the provider to pass it on."""
+    return await _send(ctx, patient_id, [to], text, channel=channel)
+
+
+@tool(effect=Effect.PROBE, service="messages", approval=True)
+async def notify_providers(
+    ctx: ToolContext, patient_id: PatientId, recipients: Annotated[list[Line], Field(min_length=1)], text: Text
+) -> Json:
+    """Send the discharge summary to the providers who go on caring for the patient."""
+    return await _send(ctx, patient_id, recipients, text)
+
+
+@notify_providers.probe
+async def providers_were_notified(ctx: ToolContext, patient_id: str, recipients: list[str], text: str) -> Json | None:
+    return await _sent(ctx, ctx.key)
+
+
+@notify_providers.undo
+async def retract(ctx: ToolContext, undo: Undo) -> str:
+    """What was sent cannot be unsent: the same recipients are told, once, that it no longer holds."""
+    first = await _sent(ctx, undo.key)
+    if first is None:
+        return "message to the providers never happened; nothing to retract"
+    if await _sent(ctx, ctx.key) is None:
+        text = "Please disregard the discharge message sent before; the discharge was not completed."
+        await _send(ctx, first["patient_id"], first["to"], text, retracts=undo.key)
+    return f"retraction sent to {', '.join(first['to'])}"
