@@ -104,12 +104,13 @@ class Child:
         deadline = time.monotonic() + seconds
         while not ready():
             if not self.alive:
-                raise StackFailed(self._complaint(f"ended with status {self.exit_code} while starting"))
+                raise StackFailed(self.complaint(f"ended with status {self.exit_code} while starting"))
             if time.monotonic() > deadline:
-                raise StackFailed(self._complaint(f"was not ready after {seconds:.0f} s"))
+                raise StackFailed(self.complaint(f"was not ready after {seconds:.0f} s"))
             await asyncio.sleep(0.02)
 
-    def _complaint(self, what: str) -> str:
+    def complaint(self, what: str) -> str:
+        """A message about this process, with the end of its log."""
         tail = "\n".join(f"  | {line}" for line in self.output().strip().splitlines()[-8:])
         return f"{self.name} {what}; its log is {self.log}" + (f"\n{tail}" if tail else "")
 

@@ -1,0 +1,87 @@
+"""What there is: agents and tools."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from agents.registry import agent as find_agent
+from agents.registry import agents as all_agents
+from holdfast.agent import AgentSpec
+from holdfast.cli.output import out, print_json
+from holdfast.contracts import Json
+from holdfast.tools import Tool
+
+
+def show_agents(as_json: bool) -> None:
+    specs = all_agents().values()
+    if as_json:
+        print_json([_agent(spec) for spec in specs])
+        return
+    for spec in specs:
+        out.print(f"[bold]{spec.name}[/bold]  [dim]version {spec.version}[/dim]")
+        out.print(f"  {spec.description}", markup=False)
+        out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(spec).items())}", markup=False)
+        steps = (step.name + ("" if step.critical else " (optional)") for step in spec.steps)
+        out.print(f"  steps  {', '.join(steps)}", markup=False)
+
+
+def _agent(spec: AgentSpec) -> Json:
+    return {
+        "name": spec.name,
+        "version": spec.version,
+        "description": spec.description,
+        "input": spec.input.model_json_schema(),
+        "steps": [step.model_dump(mode="json") for step in spec.steps],
+        "tools": list(spec.by_name),
+        "max_turns": spec.max_turns,
+        "deadline_s": spec.deadline.total_seconds(),
+    }
+
+
+def _fields(spec: AgentSpec) -> Json:
+    return spec.input.model_json_schema().get("properties", {})
+
+
+def _type(schema: Json) -> str:
+    return schema.get("type") or str(schema.get("$ref", "any")).rpartition("/")[2]
+
+
+def show_tools(agent: str | None, as_json: bool) -> None:
+    specs = [find_agent(agent)] if agent is not None else list(all_agents().values())
+    if as_json:
+        print_json([{"agent": spec.name, **_tool(tool)} for spec in specs for tool in spec.tools])
+        return
+    for spec in specs:
+        table = Table(title=f"tools of {spec.name}", title_justify="left", box=None, pad_edge=False, header_style="dim")
+        for column in ("tool", "version", "effect", "service", "timeout", "retries", "approval", "undo", "arguments"):
+            table.add_column(column, overflow="fold")
+        for tool in spec.tools:
+            table.add_row(
+                tool.name,
+                tool.version,
+                str(tool.effect),
+                tool.service,
+                f"{tool.timeout_s:g} s",
+                str(tool.retries),
+                "yes" if tool.approval else "",
+                "yes" if tool.undo_function else "",
+                ", ".join(f"{name}: {_type(field)}" for name, field in tool.schema.get("properties", {}).items()),
+            )
+        out.print(table)
+
+
+def _tool(tool: Tool) -> Json:
+    return {
+        "name": tool.name,
+        "version": tool.version,
+        "description": tool.description,
+        "effect": tool.effect,
+        "service": tool.service,
+        "timeout_s": tool.timeout_s,
+        "deadline_s": tool.deadline_s,
+        "retries": tool.retries,
+        "approval": tool.approval,
+        "undo": tool.undo_function is not None,
+        "arguments": tool.schema,
+        "result": tool.result_schema,
+    }

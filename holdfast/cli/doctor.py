@@ -1,0 +1,139 @@
+"""`starter.py doctor`: what is reachable, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import httpx2
+from rich.table import Table
+from rich.text import Text
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
+from temporalio.service import RPCError
+
+from holdfast.cli.output import out, print_json
+from holdfast.cli.up import running_stack
+from holdfast.settings import settings, stack_file
+from holdfast.state.database import StoreUnavailable, open_database
+from holdfast.state.schema import SchemaMismatch, check_schema
+from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, register_search_attributes
+
+
+@dataclass
+class Check:
+    """One finding. `needed`: without it no run can end."""
+
+    what: str
+    ok: bool
+    found: str
+    to_do: str = ""
+    needed: bool = True
+
+
+async def doctor(fix: bool, as_json: bool) -> int:
+    checks = [_versions(), _stack()]
+    try:
+        client = await connect()
+    except NoServer as error:
+        checks.append(Check("Temporal server", False, str(error), "start it, or set TEMPORAL_ADDRESS"))
+    else:
+        checks += await _temporal(client, fix)
+    checks += [await _store(), await _model(), await _hospital()]
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for check in checks:
+            mark = Text("✓", "green") if check.ok else Text("✗", "red") if check.needed else Text("·", "dim")
+            words = check.found + (f"\n→ {check.to_do}" if check.to_do and not check.ok else "")
+            table.add_row(mark, check.what, Text(words))
+        out.print(table)
+    return 0 if all(check.ok for check in checks if check.needed) else 1
+
+
+def _versions() -> Check:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("temporalio", "langgraph", "openai", "pydantic"))
+    return Check("versions", True, f"Python {platform.python_version()}, {packages}")
+
+
+def _stack() -> Check:
+    home = stack_file().parent
+    process = running_stack(home) if home.exists() else None
+    if process is not None:
+        return Check("embedded stack", True, f"runs (process {process}, state in {home})", needed=False)
+    stale = "; stack.json is left over from one that was killed" if stack_file().exists() else ""
+    return Check("embedded stack", False, f"does not run{stale}", "uv run starter.py up", needed=False)
+
+
+async def _temporal(client: Client, fix: bool) -> list[Check]:
+    where = client.service_client.config.target_host
+    system = await client.workflow_service.get_system_info(GetSystemInfoRequest())
+    checks = [Check("Temporal server", True, f"{where}, version {system.server_version}")]
+    try:
+        await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=client.namespace))
+    except RPCError as error:
+        to_do = f"temporal operator namespace create --namespace {client.namespace} --address {where}"
+        return [*checks, Check("namespace", False, f"{client.namespace}: {error.message}", to_do)]
+    checks.append(Check("namespace", True, client.namespace))
+    try:
+        registered = await register_search_attributes(client) if fix else []
+        missing = await missing_search_attributes(client)
+    except RPCError as error:
+        to_do = "ask whoever runs the server to register them as keywords: see holdfast/temporal.py"
+        return [*checks, Check("search attributes", False, error.message, to_do)]
+    done = f"registered now: {', '.join(registered)}" if registered else "all there"
+    lacking = f"missing: {', '.join(missing)}"
+    fixing = "uv run starter.py doctor --fix"
+    return [*checks, Check("search attributes", not missing, lacking if missing else done, fixing)]
+
+
+async def _store() -> Check:
+    kind = "Postgres (DATABASE_URL)" if settings().store_url.startswith("postgres") else settings().store_url
+    try:
+        database = await open_database(settings().store_url)
+    except StoreUnavailable as error:
+        return Check("store", False, str(error), "uv run starter.py migrate (with DATABASE_URL set, for Postgres)")
+    try:
+        await check_schema(database)
+    except SchemaMismatch as error:
+        return Check("store", False, str(error), "uv run starter.py migrate")
+    finally:
+        await database.close()
+    return Check("store", True, f"{kind}, schema up to date")
+
+
+async def _model() -> Check:
+    where = settings().openai_base_url
+    key = settings().openai_api_key.get_secret_value()
+    found = await _get(f"{where}/models", {"Authorization": f"Bearer {key}"} if key else {})
+    if isinstance(found, str):
+        return Check("model", False, f"{where}: {found}", "check OPENAI_BASE_URL and the network")
+    if found.status_code in (401, 403):
+        return Check("model", False, f"{where} refuses the key", "set OPENAI_API_KEY, or OPENAI_BASE_URL")
+    if found.is_error:
+        return Check("model", False, f"{where}/models answers {found.status_code}", "check OPENAI_BASE_URL")
+    names = [str(each.get("id")) for each in found.json().get("data", [])]
+    if names and settings().model not in names:
+        some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        return Check("model", False, f"{where} has no {settings().model}", f"set HOLDFAST_MODEL to one of: {some}")
+    return Check("model", True, f"{settings().model} at {where}")
+
+
+async def _hospital() -> Check:
+    where = settings().hospital_url
+    found = await _get(f"{where}/faults", {})
+    if isinstance(found, str) or found.is_error:
+        why = found if isinstance(found, str) else f"answers {found.status_code}"
+        return Check("hospital (simulated)", False, f"{where}: {why}", "uv run starter.py up, or HOLDFAST_HOSPITAL_URL")
+    faults = found.json()
+    return Check("hospital (simulated)", True, where + (f", faults set: {', '.join(faults)}" if faults else ""))
+
+
+async def _get(url: str, headers: dict[str, str]) -> httpx2.Response | str:
+    """The answer, or in words why there is none."""
+    try:
+        async with httpx2.AsyncClient(timeout=5) as http:
+            return await http.get(url, headers=headers)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        return str(error) or type(error).__name__

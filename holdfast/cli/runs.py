@@ -1,0 +1,517 @@
+"""What the commands do with runs. Workflow code is not imported here: a command should answer at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from temporalio.client import (
+    Client,
+    WorkflowExecution,
+    WorkflowExecutionDescription,
+    WorkflowExecutionStatus,
+    WorkflowFailureError,
+    WorkflowHandle,
+    WorkflowQueryFailedError,
+    WorkflowQueryRejectedError,
+    WorkflowUpdateFailedError,
+    WorkflowUpdateRPCTimeoutOrCancelledError,
+)
+from temporalio.exceptions import ApplicationError
+from temporalio.service import RPCError, RPCStatusCode
+
+from holdfast.cli import view
+from holdfast.cli.output import Refused, err, out, print_json, seconds
+from holdfast.contracts import Approval, ApprovalDecision, DecisionReply, Json, Phase, RunResult, RunStatus, Verdict
+from holdfast.settings import settings
+from holdfast.state.database import StoreUnavailable, open_database
+from holdfast.state.runs import Run, Runs
+from holdfast.temporal import connect
+
+ANSWER = timedelta(seconds=5)
+"""How long a worker may take to answer a query or an update before we go on without it."""
+
+
+Handle = WorkflowHandle[Any, RunResult]
+
+
+class NoAnswer(Exception):
+    """No worker answered in time."""
+
+
+@asynccontextmanager
+async def open_runs() -> AsyncIterator[Runs]:
+    """The `runs` table. Raises StoreUnavailable."""
+    db = await open_database(settings().store_url)
+    try:
+        yield Runs(db)
+    finally:
+        await db.close()
+
+
+async def stored(workflow_id: str) -> Run | None:
+    """The store's row of a run; None when there is none, or no store: Temporal may still know the run."""
+    try:
+        async with open_runs() as runs:
+            return await runs.by_workflow(workflow_id)
+    except StoreUnavailable as error:
+        err.print(f"[dim]note: {error}[/dim]")
+        return None
+
+
+def link(client: Client, workflow_id: str) -> str:
+    """The run's page in the Web UI."""
+    return f"{settings().ui_url}/namespaces/{client.namespace}/workflows/{workflow_id}"
+
+
+# ------------------------------------------------------------------ finding a run
+
+
+@dataclass
+class Known:
+    """What there is of a run: Temporal's execution, the store's row, or both."""
+
+    workflow_id: str
+    handle: Handle
+    execution: WorkflowExecutionDescription | None
+    row: Run | None
+
+    @property
+    def running(self) -> bool:
+        return self.execution is not None and self.execution.status is WorkflowExecutionStatus.RUNNING
+
+    async def result(self) -> RunResult | None:
+        """How the run ended; None when it has not, or nobody recorded it (it was terminated)."""
+        if self.execution is not None and not self.running:
+            with suppress(RPCError):
+                if found := await temporal_result(self.handle):
+                    return found
+        row = self.row or await stored(self.workflow_id)
+        return RunResult.model_validate_json(row.result) if row is not None and row.result else None
+
+
+async def find(client: Client, workflow_id: str, *, with_row: bool = False) -> Known:
+    """The run, from Temporal, else from the store. Raises Refused when neither knows it."""
+    handle = client.get_workflow_handle(workflow_id, result_type=RunResult)
+    execution, row = None, None
+    try:
+        execution = await handle.describe()
+    except RPCError as error:
+        if error.status not in (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT):
+            raise
+    if execution is None or with_row:
+        row = await stored(workflow_id)
+    if execution is None and row is None:
+        raise Refused(f"no run {workflow_id!r}: `uv run starter.py list` shows those there are")
+    if execution is not None and execution.workflow_type != "AgentWorkflow":
+        raise Refused(f"{workflow_id} is a workflow of type {execution.workflow_type}, not a run of an agent")
+    return Known(workflow_id, handle, execution, row)
+
+
+async def find_running(client: Client, workflow_id: str) -> Known:
+    """The run, if it can still be acted on. Raises Refused when it has ended or is unknown."""
+    known = await find(client, workflow_id)
+    if known.running:
+        return known
+    result = await known.result()
+    how = result.outcome.value if result else status_word(known.execution)
+    raise Refused(f"{workflow_id} has ended ({how}): see `uv run starter.py result {workflow_id}`")
+
+
+async def temporal_result(handle: Handle) -> RunResult | None:
+    """Waits for the end. None for an end that carries no result: cancelled (the store has it) or terminated."""
+    try:
+        return await handle.result()
+    except WorkflowFailureError as error:
+        cause = error.cause
+        if isinstance(cause, ApplicationError) and cause.details:
+            with suppress(ValidationError):
+                return RunResult.model_validate(cause.details[0])
+        return None
+
+
+async def ask(handle: Handle, query: str, kind: Any) -> Any:
+    """A query's answer. Raises NoAnswer."""
+    try:
+        return await handle.query(query, result_type=kind, rpc_timeout=ANSWER)
+    except RPCError as error:
+        if error.status in (
+            RPCStatusCode.DEADLINE_EXCEEDED,
+            RPCStatusCode.CANCELLED,
+            RPCStatusCode.FAILED_PRECONDITION,
+        ):
+            raise NoAnswer("no worker answers: is one running for this task queue? (`uv run worker.py`)") from None
+        raise
+    except (WorkflowQueryFailedError, WorkflowQueryRejectedError) as error:
+        raise NoAnswer(f"the run does not answer: {error}") from None
+
+
+def status_word(execution: WorkflowExecution | None) -> str:
+    """Temporal's own word for it, such as `running` or `timed_out`."""
+    return execution.status.name.lower() if execution is not None and execution.status is not None else "unknown"
+
+
+# ------------------------------------------------------------------ run
+
+
+async def run(agent: str, value: str, key: str, *, wait: bool, follow_it: bool, as_json: bool) -> int:
+    """Starts a run (or finds the one of this key), prints its id at once; the exit status."""
+    import getpass
+
+    from holdfast.starting import start_run
+    from holdfast.state.schema import check_schema
+
+    data = read_input(value)
+    client = await connect()
+    db = await open_database(settings().store_url)
+    try:
+        await check_schema(db)
+        started = await start_run(
+            client,
+            Runs(db),
+            agent,
+            data,
+            task_queue=settings().task_queue,
+            request_key=key,
+            requested_by=getpass.getuser(),
+        )
+    finally:
+        await db.close()
+    url = link(client, started.workflow_id)
+    told = {"workflow_id": started.workflow_id, "request_key": started.request_key, "new": started.new, "url": url}
+    if as_json:
+        if not (wait or follow_it):
+            print_json(told)
+    else:
+        print(started.workflow_id, flush=True)
+        err.print(f"[dim]{url}{'' if started.new else '  (started before, with the same key)'}[/dim]")
+    if not (wait or follow_it):
+        return 0
+    return await follow(client, started.workflow_id, silent=wait, as_json=as_json, told=told if wait else None)
+
+
+def read_input(value: str) -> Json:
+    """The input: JSON, the name of a file of it, or `-` for stdin. Raises Refused."""
+    text, source = value, "--input"
+    if value == "-":
+        text, source = sys.stdin.read(), "stdin"
+    elif value and not value.lstrip().startswith(("{", "[", '"')):
+        try:
+            text, source = Path(value).read_text(), value
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refused(f"--input is neither a JSON object nor a readable file: {value} ({error})") from None
+    try:
+        data = json.loads(text or "{}")
+    except ValueError as error:
+        raise Refused(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise Refused(f'{source} has to be a JSON object such as \'{{"patient_id": "…"}}\', not {type(data).__name__}')
+    return data
+
+
+# ------------------------------------------------------------------ looking
+
+
+async def follow(
+    client: Client, workflow_id: str, *, silent: bool = False, as_json: bool = False, told: Json | None = None
+) -> int:
+    """Shows a run until it ends; the outcome's exit status. Ctrl-C leaves the run going and says so."""
+    known = await find(client, workflow_id)
+    try:
+        if not silent and known.running:
+            await _watch(known.handle, as_json)
+        elif known.running:
+            await temporal_result(known.handle)
+    except asyncio.CancelledError:
+        err.print(f"left; the run goes on: uv run starter.py follow {workflow_id}")
+        raise
+    result = await (await find(client, workflow_id, with_row=True)).result()
+    if result is None:
+        raise Refused(f"{workflow_id} ended without a result: it was terminated or its record is gone")
+    if as_json:
+        print_json({**(told or {"workflow_id": workflow_id}), "result": result})
+    else:
+        out.print(view.result_view(workflow_id, result))
+    return result.outcome.exit_code
+
+
+async def _watch(handle: Handle, as_json: bool) -> None:
+    """Shows every change of the status until the run ends."""
+    with Live(console=out, auto_refresh=False, transient=True) as live:
+        async for status in changes(handle):
+            if isinstance(status, str):
+                err.print(f"[dim]{status}[/dim]")
+            elif as_json:
+                print_json({"workflow_id": handle.id, "status": status})
+            elif out.is_terminal:
+                live.update(view.status_view(handle.id, status), refresh=True)
+            else:
+                out.print(view.plain_line(status), markup=False)
+
+
+async def changes(handle: Handle, every_s: float = 0.3) -> AsyncIterator[RunStatus | str]:
+    """The status each time it differs from the last, a line of text when no worker answers; ends with the run."""
+    ended = asyncio.create_task(temporal_result(handle))
+    last: RunStatus | str | None = None
+    quiet = every_s
+    try:
+        while not ended.done():
+            try:
+                now: RunStatus | str = await ask(handle, "status", RunStatus)
+            except NoAnswer as error:
+                now = str(error)
+            if now == last:
+                quiet = min(quiet * 1.3, 2.0)  # a run that waits for days is asked less often
+            else:
+                yield now
+                last, quiet = now, every_s
+            await asyncio.wait((ended,), timeout=quiet)
+        await ended
+    finally:
+        ended.cancel()
+
+
+async def status(workflow_id: str, as_json: bool) -> int:
+    client = await connect()
+    known = await find(client, workflow_id)
+    source, complaint, found = "workflow", "", None
+    if known.execution is not None:
+        try:
+            found = await ask(known.handle, "status", RunStatus)
+        except NoAnswer as error:
+            complaint = str(error)
+    if found is None and (result := await known.result()):
+        found, source = from_result(result), "store"
+    if as_json:
+        server = status_word(known.execution)
+        told: Json = {"workflow_id": workflow_id, "source": source if found else "server", "temporal": server}
+        print_json({**told, "status": found, "note": complaint})
+        return 0
+    if found is not None:
+        out.print(view.status_view(workflow_id, found))
+    else:
+        row, execution = known.row or await stored(workflow_id), known.execution
+        out.print(Text(workflow_id, "bold"), Text(status_word(execution), "cyan"))
+        if row is not None:
+            out.print(f"agent {row.agent}, asked for by {row.requested_by or 'unknown'} at {clock(row.created_at)}")
+        for activity in execution.raw_description.pending_activities if execution is not None else ():
+            failure = f": {activity.last_failure.message}" if activity.HasField("last_failure") else ""
+            out.print(f"in flight: {activity.activity_type.name}, attempt {activity.attempt}{failure}", markup=False)
+    if complaint:
+        err.print(f"[yellow]note: {complaint}[/yellow]")
+    if known.execution is not None:
+        out.print(f"[dim]{link(client, workflow_id)}[/dim]")
+    return 0
+
+
+def from_result(result: RunResult) -> RunStatus:
+    """The status of an ended run that Temporal no longer answers for."""
+    done = sum(step.status == "done" for step in result.steps)
+    return RunStatus(
+        agent=result.agent,
+        phase=Phase.ENDED,
+        line=result.reason or result.summary,
+        percent=round(100 * done / len(result.steps)) if result.steps else 100,
+        steps=result.steps,
+        turn=result.turns,
+        calls=result.calls,
+        usage=result.usage,
+        model=result.model,
+        key_base=result.key_base,
+        trace_id=result.trace_id,
+        undone=result.undone,
+        outcome=result.outcome,
+    )
+
+
+async def result(workflow_id: str, as_json: bool) -> int:
+    client = await connect()
+    known = await find(client, workflow_id, with_row=True)
+    if known.running:
+        raise Refused(f"{workflow_id} is still running: `uv run starter.py follow {workflow_id}` waits for its end")
+    found = await known.result()
+    if found is None:
+        raise Refused(
+            f"{workflow_id} has no result: it is {status_word(known.execution)} in Temporal, and none is stored"
+        )
+    if as_json:
+        print_json({"workflow_id": workflow_id, "result": found})
+    else:
+        out.print(view.result_view(workflow_id, found))
+    return 0
+
+
+async def listing(limit: int, as_json: bool) -> int:
+    """Runs, newest first: what Temporal lists, and from the store what it has forgotten."""
+    client = await connect()
+    try:
+        async with open_runs() as runs:
+            rows = {row.workflow_id: row for row in await runs.recent(limit)}
+    except StoreUnavailable as error:
+        err.print(f"[yellow]note: {error}[/yellow]")
+        rows = {}
+    found: dict[str, Json] = {}
+    # Only the workflow's type is asked for: a query by an attribute that is not registered would be refused.
+    async for execution in client.list_workflows('WorkflowType = "AgentWorkflow"', limit=limit):
+        if execution.id in found:  # an earlier execution of the same run, before its continue-as-new
+            continue
+        attributes = {pair.key.name: str(pair.value) for pair in execution.typed_search_attributes}
+        row = rows.get(execution.id)
+        running = execution.status is WorkflowExecutionStatus.RUNNING
+        word = attributes.get("HoldfastStatus", "running") if running else status_word(execution)
+        found[execution.id] = {
+            "workflow_id": execution.id,
+            "agent": attributes.get("HoldfastAgent") or (row.agent if row else execution.id.partition("-")[0]),
+            "status": row.outcome if row and row.outcome and not running else word,
+            "stage": attributes.get("HoldfastStage", "") if running else "",
+            "started_at": row.created_at if row else execution.start_time.timestamp(),
+            "ended_at": execution.close_time.timestamp() if execution.close_time else None,
+            "running": running,
+        }
+    for row in rows.values():
+        word = row.outcome or ("unknown" if row.started_at else "never started")
+        found.setdefault(
+            row.workflow_id,
+            {
+                "workflow_id": row.workflow_id,
+                "agent": row.agent,
+                "status": word,
+                "stage": "",
+                "started_at": row.created_at,
+                "ended_at": row.ended_at,
+                "running": False,
+            },
+        )
+    listed = sorted(found.values(), key=lambda each: each["started_at"], reverse=True)[:limit]
+    if as_json:
+        print_json(listed)
+        return 0
+    if not listed:
+        out.print("no runs yet: `uv run starter.py run AGENT --input '{…}'` starts one")
+        return 0
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("run", "agent", "status", "stage", "started", "took"):
+        table.add_column(column, no_wrap=column == "run")
+    for each in listed:
+        took = (each["ended_at"] or datetime.now(UTC).timestamp()) - each["started_at"]
+        word = Text(each["status"], view.COLOURS.get(each["status"], "cyan"))
+        when = clock(each["started_at"])
+        table.add_row(each["workflow_id"], each["agent"], word, each["stage"], when, seconds(max(0.0, took)))
+    out.print(table)
+    return 0
+
+
+def clock(epoch: float) -> str:
+    return datetime.fromtimestamp(epoch).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+# ------------------------------------------------------------------ acting
+
+
+async def approvals(workflow_id: str | None, as_json: bool) -> int:
+    """Open approvals of one run, or of all that run."""
+    client = await connect()
+    if workflow_id is not None:
+        ids = [(await find_running(client, workflow_id)).workflow_id]
+    else:
+        query = 'WorkflowType = "AgentWorkflow" AND ExecutionStatus = "Running"'
+        ids = [execution.id async for execution in client.list_workflows(query)]
+    found: list[tuple[str, Approval]] = []
+    for each in ids:
+        try:
+            opened = await ask(client.get_workflow_handle(each), "approvals", list[Approval])
+        except NoAnswer as error:
+            err.print(f"[yellow]note: {each}: {error}[/yellow]")
+            continue
+        found += [(each, approval) for approval in opened]
+    if as_json:
+        print_json([{"workflow_id": each, "approval": approval} for each, approval in found])
+    elif not found:
+        out.print("nothing waits for an approval")
+    else:
+        for each, approval in found:
+            out.print(Text(each, "bold"))
+            out.print(view.approval_view(each, approval))
+    return 0
+
+
+async def decide(
+    workflow_id: str, approval_id: str, verdict: Verdict, approver: str, comment: str, as_json: bool
+) -> int:
+    """Answers one approval, or all that are open at this moment. 0 when every answer was accepted, else 2."""
+    client = await connect()
+    handle = (await find_running(client, workflow_id)).handle
+    if approval_id:
+        wanted = [(approval_id, "")]
+    else:
+        try:
+            opened: list[Approval] = await ask(handle, "approvals", list[Approval])
+        except NoAnswer as error:
+            raise Refused(f"{error} Without one, name the approval's id to have the answer kept for later.") from None
+        wanted = [(approval.id, approval.digest) for approval in opened]
+        if not wanted:
+            raise Refused(f"{workflow_id} waits for no approval: see `uv run starter.py status {workflow_id}`")
+    code = 0
+    replies: list[Json] = []
+    for each, digest in wanted:
+        decision = ApprovalDecision(
+            approval_id=each, verdict=verdict, approver=approver, comment=comment, digest=digest
+        )
+        reply, how = await send(handle, decision)
+        replies.append({"approval_id": each, "accepted": reply.accepted, "message": reply.message, "sent_as": how})
+        if not reply.accepted:
+            code = 2
+        if not as_json:
+            line = f"{each}: {reply.message}"
+            if reply.accepted:
+                out.print(line, markup=False)
+            else:
+                print(f"error: {line}", file=sys.stderr)
+    if as_json:
+        print_json(replies)
+    return code
+
+
+async def send(handle: Handle, decision: ApprovalDecision) -> tuple[DecisionReply, str]:
+    """Sends a decision as an Update, which answers; as a Signal, which waits in the history, when no worker does."""
+    try:
+        reply = await asyncio.wait_for(
+            handle.execute_update("decide", decision, result_type=DecisionReply, rpc_timeout=ANSWER),
+            ANSWER.total_seconds() + 1,
+        )
+        return reply, "update"
+    except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError):
+        pass  # below
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            raise Refused(f"{handle.id} has ended: see `uv run starter.py result {handle.id}`") from None
+        if error.status is not RPCStatusCode.DEADLINE_EXCEEDED:
+            raise
+    except WorkflowUpdateFailedError as error:
+        raise Refused(f"{handle.id} ended before it answered: {error.cause or error}") from None
+    await handle.signal("decide", decision)
+    kept = f"no worker answered, so {decision.verdict} was sent as a signal: the run reads it when a worker is back"
+    return DecisionReply(accepted=True, message=kept), "signal"
+
+
+async def cancel(workflow_id: str, as_json: bool) -> int:
+    """Asks a run to stop and undo what it did."""
+    client = await connect()
+    known = await find_running(client, workflow_id)
+    await known.handle.cancel()
+    if as_json:
+        print_json({"workflow_id": workflow_id, "cancel_requested": True})
+    else:
+        out.print(f"asked to cancel; it undoes what it did: uv run starter.py follow {workflow_id}")
+    return 0

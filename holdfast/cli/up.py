@@ -1,0 +1,139 @@
+"""`starter.py up`: the embedded stack in the foreground, watched over, its addresses where other commands find them."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from holdfast.cli.output import Refused, err, out
+from holdfast.settings import stack_file
+from holdfast.stack import Child, Stack, StackFailed
+
+SHORT_LIFE_S = 10.0
+SHORT_LIVES = 3
+"""A process that ends so often within so short a time each is not started again."""
+
+
+async def up() -> int:
+    """Runs until Ctrl-C or SIGTERM, 0 then. Raises Refused when a stack runs here already, StackFailed."""
+    home = stack_file().parent.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    scripted = not (os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
+    with only_one(home):
+        # Whatever is in flight at Ctrl-C goes on after the next `up`: no need to wait for it.
+        stack = Stack(home, {"HOLDFAST_DRAIN_S": "2", **os.environ}, scripted_model=scripted)
+        try:
+            with cancelled_by_signal():
+                out.print(f"[dim]starting; logs in {stack.logs}[/dim]")
+                await stack.start()
+                _announce(stack)
+                await _watch(stack)
+        except asyncio.CancelledError:
+            out.print("\nstopping …")
+        finally:
+            stack_file().unlink(missing_ok=True)
+            stack.stop()
+        out.print("stopped; the next `up` goes on with the same runs")
+    return 0
+
+
+@contextmanager
+def cancelled_by_signal() -> Iterator[None]:
+    """Within it, the first SIGINT or SIGTERM cancels the current task, at its next await. More of them add nothing.
+
+    So no signal ever falls between the start of a process and its being remembered, nor into the clean-up.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    yield
+
+
+@contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Holds the lock of this state directory; the kernel frees it with the process, however that ends."""
+    with (home / "up.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            where = f"process {lock.read().strip()}"
+            if stack_file().exists():
+                where += f", Web UI {json.loads(stack_file().read_text())['HOLDFAST_UI_URL']}"
+            raise Refused(
+                f"a stack runs here already ({where}, state in {home}): use it, stop it with Ctrl-C, "
+                "or set HOLDFAST_HOME to another directory"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def running_stack(home: Path) -> str | None:
+    """The process id of the `up` that runs here; None when none does."""
+    try:
+        with only_one(home):
+            return None
+    except Refused:
+        return (home / "up.lock").read_text().strip()
+
+
+def _announce(stack: Stack) -> None:
+    """Writes `stack.json`, whole or not at all, and says where everything is."""
+    draft = stack_file().with_suffix(".tmp")
+    draft.write_text(json.dumps(stack.addresses, indent=2) + "\n")
+    draft.replace(stack_file())
+    model = "scripted and SIMULATED (set OPENAI_API_KEY or OPENAI_BASE_URL for a real one)"
+    out.print(f"Web UI     [bold]{stack.ui_url}[/bold]")
+    out.print(f"Temporal   {stack.temporal_address}")
+    out.print(f"hospital   {stack.hospital_url} (simulated)")
+    out.print(f"model      {model if stack.scripted_model else 'as OPENAI_* and HOLDFAST_MODEL say'}")
+    out.print("""try        uv run starter.py run discharge --input '{"patient_id": "pat-1"}' --follow""")
+    for name, what in (("TEMPORAL_ADDRESS", "server"), ("DATABASE_URL", "store")):
+        if name in os.environ:
+            whose = "this stack leaves it alone" if what == "server" else "the other commands need it set as well"
+            err.print(f"[yellow]note: {name} names a {what} of your own: {whose}[/yellow]")
+    out.print("[dim]ready; Ctrl-C ends all of it[/dim]")
+
+
+async def _watch(stack: Stack) -> None:
+    """Starts again what ends. Raises StackFailed when something ends again and again."""
+    short_lives: Counter[str] = Counter()
+    while True:
+        for child in stack.children:
+            if not child.alive:
+                await _revive(stack, child, short_lives)
+        await asyncio.sleep(0.25)
+
+
+async def _revive(stack: Stack, child: Child, short_lives: Counter[str]) -> None:
+    lived = time.monotonic() - child.started_at
+    short_lives[child.name] = short_lives[child.name] + 1 if lived < SHORT_LIFE_S else 0
+    if short_lives[child.name] >= SHORT_LIVES:
+        raise StackFailed(child.complaint("keeps ending"))
+    status = child.exit_code
+    child.start()
+    try:
+        await stack.until_ready(child)
+    except StackFailed as error:
+        err.print(f"[red]{error}[/red]")  # counted above when it is met again
+    else:
+        out.print(f"[yellow]{child.name} had ended (status {status}) and was started again[/yellow]")

@@ -1,0 +1,163 @@
+"""How a run looks at a terminal: pure functions from its status or result to something rich can print."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from holdfast.cli.output import money, seconds
+from holdfast.contracts import (
+    Approval,
+    Phase,
+    RunOutcome,
+    RunResult,
+    RunStatus,
+    StepState,
+    StepStatus,
+    UndoRecord,
+    UndoStatus,
+    Usage,
+)
+
+MARKS: dict[StepStatus, tuple[str, str]] = {
+    StepStatus.TODO: ("·", "dim"),
+    StepStatus.ACTIVE: ("▸", "cyan"),
+    StepStatus.WAITING: ("?", "bold yellow"),
+    StepStatus.DONE: ("✓", "green"),
+    StepStatus.PENDING: ("…", "yellow"),
+    StepStatus.FAILED: ("✗", "red"),
+    StepStatus.REJECTED: ("✗", "red"),
+    StepStatus.UNDONE: ("↶", "magenta"),
+}
+COLOURS: dict[str, str] = {
+    RunOutcome.COMPLETED: "green",
+    RunOutcome.PARTIAL: "yellow",
+    RunOutcome.REJECTED: "magenta",
+    RunOutcome.FAILED: "red",
+    RunOutcome.CANCELLED: "magenta",
+    Phase.WAITING_HUMAN: "yellow",
+    Phase.PARKED: "yellow",
+    Phase.COMPENSATING: "magenta",
+}
+UNDO_WORDS = {
+    UndoStatus.REGISTERED: "to be undone",
+    UndoStatus.UNDONE: "undone",
+    UndoStatus.NOTHING: "never happened, nothing to undo",
+    UndoStatus.FAILED: "could NOT be undone",
+}
+
+
+def is_simulated(model: str) -> bool:
+    """The scripted model names itself so, and whatever shows its words says so too."""
+    return "simulated" in model or "scripted" in model
+
+
+def status_view(workflow_id: str, status: RunStatus, hint: bool = True) -> RenderableType:
+    """The live picture of a run. hint: with the commands that answer an open approval."""
+    word = str(status.outcome or status.phase)
+    head = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=100, completed=status.percent, width=24, complete_style="green", finished_style="green")
+    head.add_row(Text(workflow_id, "bold"), Text(word, COLOURS.get(word, "cyan")), bar, Text(f"{status.percent} %"))
+    parts: list[RenderableType] = [head, steps_view(status.steps, [a.seq for a in status.approvals])]
+    if status.line:
+        parts.append(Text(status.line, "italic"))
+    parts += [approval_view(workflow_id, approval, hint) for approval in status.approvals]
+    if status.undone and status.phase is Phase.COMPENSATING:
+        parts.append(undone_view(status.undone))
+    parts += [Text(f"note: {note}", "dim") for note in status.notes[-3:]]
+    parts.append(usage_line(status.usage, status.model, status.turn, status.calls))
+    return Group(*parts)
+
+
+def steps_view(steps: list[StepState], waiting: list[int] | None = None) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=3, justify="right")
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for step in steps:
+        mark, style = MARKS[step.status]
+        word = {StepStatus.TODO: "", StepStatus.ACTIVE: "running", StepStatus.WAITING: "waits for approval"}.get(
+            step.status, str(step.status)
+        )
+        if step.status is StepStatus.PENDING and step.role:
+            word += f" ({step.role})"
+        table.add_row(Text(mark, style), Text(step.name, style), Text(word, style), Text(shortened(step.detail), "dim"))
+    return table
+
+
+def shortened(text: str, width: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> RenderableType:
+    """What a human is asked, with the arguments in full: they are what is decided on."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=3)
+    grid.add_column(style="yellow", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("", Text(f"approval {approval.id}", "bold yellow"), Text(approval.subject, "bold"))
+    if approval.why:
+        grid.add_row("", "why", approval.why)
+    for name, value in approval.arguments.items():
+        grid.add_row("", Text(name), Text(str(value)))
+    if approval.evidence:
+        grid.add_row("", "so far", approval.evidence)
+    if hint:
+        grid.add_row("", "answer", f"uv run starter.py approve {workflow_id} {approval.id}")
+        grid.add_row("", "", f"uv run starter.py reject {workflow_id} {approval.id} --reason '…'")
+    return grid
+
+
+def undone_view(undone: list[UndoRecord]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=3, justify="right")
+    for entry in undone:
+        style = "red" if entry.status is UndoStatus.FAILED else "magenta"
+        words = UNDO_WORDS[entry.status] + (f": {entry.note}" if entry.note else "")
+        table.add_row(Text("↶", style), Text(entry.tool, style), Text(shortened(words)))
+    return table
+
+
+def usage_line(usage: Usage, model: str, turns: int, calls: int) -> Text:
+    tokens = usage.input_tokens + usage.output_tokens
+    text = f"{turns} turns, {calls} tool calls, {usage.calls} model calls, {tokens:,} tokens, "
+    text += money(usage.cost_usd, usage.unpriced) + (f" · {model}" if model else "")
+    line = Text(text, "dim")
+    if is_simulated(model):
+        line.append("  SIMULATED MODEL", "bold yellow")
+    return line
+
+
+def result_view(workflow_id: str, result: RunResult) -> RenderableType:
+    colour = COLOURS.get(result.outcome, "cyan")
+    head = Table.grid(padding=(0, 2))
+    head.add_row(Text(workflow_id, "bold"), Text(str(result.outcome), f"bold {colour}"))
+    parts: list[RenderableType] = [head, steps_view(result.steps)]
+    if result.reason:
+        parts.append(Text(f"reason: {result.reason}"))
+    if result.summary:
+        label = "the simulated model says: " if is_simulated(result.model) else ""
+        parts.append(Text(label + result.summary))
+    parts += [
+        Text(f"pending: {p.step}, for the {p.role or 'person in charge'}: {p.what}", "yellow") for p in result.pending
+    ]
+    if result.undone:
+        parts.append(undone_view(result.undone))
+    for done in result.decisions:
+        words = f"{done.decision.verdict} by {done.decision.approver}: {done.approval.subject}"
+        parts.append(Text(words + (f" ({done.decision.comment})" if done.decision.comment else ""), "dim"))
+    if result.human_wait_s:
+        parts.append(Text(f"waited for a human: {seconds(result.human_wait_s)}", "dim"))
+    parts.append(usage_line(result.usage, result.model, result.turns, result.calls))
+    if result.trace_id:
+        parts.append(Text(f"trace {result.trace_id}", "dim"))
+    return Group(*parts)
+
+
+def plain_line(status: RunStatus) -> str:
+    """A status as one line, for output that is not a terminal."""
+    return f"{status.percent:3d} %  {status.outcome or status.phase}: {status.line}"
