@@ -36,7 +36,7 @@ from holdfast.reliability.errors import (
 from holdfast.tools import ToolFailed, ToolRefused
 from tests.reliability.wire import STREAM, Step, Then, answer, event, free_port, wire
 
-KEY = "sk-test-4f1c0ffee"
+KEY = "4f1c0ffee-of-a-shape-unknown"
 Act = Callable[[], Awaitable[Any]]
 
 ACTS: list[tuple[str, ErrorType, bool, bool, str, Act]] = []

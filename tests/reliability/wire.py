@@ -49,10 +49,12 @@ class Wire:
 async def wire(*steps: Step, greets: bool = False) -> AsyncIterator[Wire]:
     """Answers every request by the steps. `greets`: does not wait for a request first."""
     server_side = Wire()
+    serving: set[asyncio.Task[None] | None] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_side.connections += 1
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
+        serving.add(asyncio.current_task())
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 if not greets:
                     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -70,6 +72,10 @@ async def wire(*steps: Step, greets: bool = False) -> AsyncIterator[Wire]:
         yield server_side
     finally:
         server.close()
+        for task in serving:
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*filter(None, serving))
 
 
 async def _play(steps: Sequence[Step], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
