@@ -167,7 +167,7 @@ class Stack:
             "HOLDFAST_HOSPITAL_URL": self.hospital_url,
         }
         if self.scripted_model:
-            found |= {"OPENAI_BASE_URL": self.model_url, "OPENAI_API_KEY": "scripted", "HOLDFAST_MODEL": "scripted"}
+            found |= {"OPENAI_BASE_URL": self.model_url, "OPENAI_API_KEY": "scripted", "HOLDFAST_MODEL": "scripted-1"}
         return found
 
     @property
