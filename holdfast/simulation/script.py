@@ -95,7 +95,7 @@ class Try:
     def invalid(self) -> bool:
         """The platform did not accept the arguments."""
         words = self.answer.lower()
-        return not self.done and not self.skipped and words.startswith("error") and "argument" in words
+        return not self.skipped and bool(re.match(r"bad arguments|error: the arguments", words))
 
     @property
     def refused(self) -> bool:
@@ -103,11 +103,14 @@ class Try:
         return not self.done and not self.skipped and not self.invalid and self.answer.lower().startswith("error")
 
     @property
+    def unknown(self) -> bool:
+        """It may have happened: never to be called again."""
+        return self.answer.startswith("outcome unknown")
+
+    @property
     def rejection(self) -> str | None:
         """The reason with which a human rejected the call; None when nobody did."""
-        found = (
-            None if self.done else re.search(r"\b(?:rejected|declined)\b[^:]*(?::\s*(.*))?$", self.answer, re.S | re.I)
-        )
+        found = re.match(r"(?:rejected|declined)\b[^:]*(?::\s*(.*))?$", self.answer, re.S | re.I)
         return (found[1] or "").strip() or "no reason given" if found else None
 
 
@@ -315,9 +318,8 @@ class Discharge:
         if last.invalid:
             mended = mend(last.arguments, last.answer, {**self.facts.__dict__, **self._talk.data})
             return (tool, mended) if mended not in [each.arguments for each in tries] else None
-        if not last.done and last.rejection is None and self._demanded(tool) and last.at < self._talk.noticed_at:
-            return tool, arguments
-        return None
+        open_still = not (last.done or last.rejection or any(each.unknown for each in tries))
+        return (tool, arguments) if open_still and self._demanded(tool) and last.at < self._talk.noticed_at else None
 
     def _demanded(self, tool: str) -> bool:
         """Whether the platform's last notice names this tool or its step."""
@@ -481,7 +483,9 @@ class Discharge:
 def mend(arguments: Json, error: str, facts: Json) -> Json:
     """The arguments as an error about them asks for, as far as the script can: `field: what is wrong; field: …`."""
     mended = dict(arguments)
-    for name, what in re.findall(r"(\w+)(?:\.[\w.]+)?: ([^;]+)", error.rpartition("schema:")[2]):
+    for name, what in re.findall(
+        r"(\w+)(?:\.[\w.]+)?: ([^;]+)", re.sub(r"^.*?(schema|bad arguments for \w+):", "", error)
+    ):
         if "not permitted" in what or "valid date" in what:
             mended.pop(name, None)
         elif "required" in what and facts.get(name):
