@@ -44,7 +44,7 @@ class StepSpec(BaseModel):
 
     name: str
     tools: list[str]
-    """Any one of these done fulfils the step."""
+    """All of these done fulfil the step."""
     critical: bool = True
     """A critical step without an outcome forbids finishing; one that failed for good fails the run."""
     role: str = ""
@@ -185,6 +185,8 @@ class Outcome(BaseModel):
     content: str = ""
     failures: int = 0
     """Real failures on the way (crashes and deploys are none)."""
+    usage: Usage = Usage()
+    """Of the tool's own model calls."""
     wait: Wait | None = None
 
 
@@ -292,7 +294,7 @@ class StepState(BaseModel):
     role: str = ""
     detail: str = ""
     seq: int | None = None
-    """The call that gave the step its present status."""
+    """The call that left the step where it is, when it did not go well."""
 
 
 class UndoRecord(BaseModel):
@@ -390,4 +392,5 @@ class RunEnd(BaseModel):
     """Input of the activity that records how a run ended."""
 
     workflow_id: str
+    tenant: str = "default"
     result: RunResult

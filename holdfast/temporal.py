@@ -47,6 +47,18 @@ class _LeanJson(PydanticJSONPlainPayloadConverter):
             return Payload(metadata={"encoding": b"json/plain"}, data=data)
         return super().to_payload(value)
 
+    def from_payload(self, payload: Payload, type_hint: type | None = None) -> Any:
+        """Untyped input that is no JSON becomes a text that says so.
+
+        Raising would make the SDK drop a Signal without a trace; this way the run records what it ignored.
+        """
+        try:
+            return super().from_payload(payload, type_hint)
+        except ValueError:
+            if type_hint not in (None, Any):
+                raise
+            return f"<not JSON: {payload.data[:200]!r}>"
+
 
 class PayloadConverter(CompositePayloadConverter):
     def __init__(self) -> None:

@@ -1,0 +1,210 @@
+"""The tool activity and its undo: one call under its idempotency key, through the protection chain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from temporalio import activity
+
+from activities.boundary import boundary
+from agents import registry
+from holdfast.contracts import Effect, Json, Outcome, OutcomeStatus, ToolRequest, UndoOutcome, UndoStatus, Usage, digest
+from holdfast.models import ModelAnswer, ModelUnavailable
+from holdfast.reliability import faults
+from holdfast.reliability.chain import protected
+from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.reliability.faults import Point
+from holdfast.reliability.ledger import Call, KeyConflict, Settled, State, tool_call
+from holdfast.runtime import Runtime
+from holdfast.telemetry.tracing import span
+from holdfast.tools import Tool, ToolContext, Undo, explain
+
+MAX_CONTENT = 100_000
+"""Characters of a result that go back to the model. The ledger keeps the whole."""
+
+CALLERS_FAULT = {ErrorType.REFUSED, ErrorType.INVALID_ARGUMENTS}
+
+T = TypeVar("T")
+
+
+class Tools:
+    """The activities with what they need of the process."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    @activity.defn(name="tool")
+    async def tool(self, request: ToolRequest) -> Outcome:
+        """Runs one tool call. Every end that the model can act on is a result, not an error."""
+        with (
+            boundary(),
+            span(f"tool {request.tool}", **{"gen_ai.tool.name": request.tool, "holdfast.key": request.key}),
+        ):
+            tool = _find(request)
+            if tool is None:
+                return Outcome(status=OutcomeStatus.ERROR, content=f"there is no tool named {request.tool!r}")
+            try:
+                arguments = tool.validate(request.arguments)
+            except ValidationError as error:
+                return Outcome(status=OutcomeStatus.ERROR, content=f"bad arguments for {tool.name}: {explain(error)}")
+            return await _uncut(self._run(request, tool, arguments))
+
+    @activity.defn(name="undo")
+    async def undo(self, request: ToolRequest) -> UndoOutcome:
+        """Undoes one tool call. Idempotent; copes with an effect that never happened."""
+        with (
+            boundary(),
+            span(f"undo {request.tool}", **{"gen_ai.tool.name": request.tool, "holdfast.key": request.key}),
+        ):
+            faults.reached(Point.UNDO_STARTED, request.tool)
+            tool = _find(request)
+            if tool is None or tool.undo_function is None:
+                note = f"tool {request.tool} or its undo is gone from agent {request.agent}: undo it by hand"
+                return UndoOutcome(status=UndoStatus.FAILED, note=note)
+            return await _uncut(self._undo(request, tool))
+
+    async def _run(self, request: ToolRequest, tool: Tool, arguments: Json) -> Outcome:
+        call = _call(request, tool, arguments)
+        usage: list[Usage] = []
+
+        async def act(attempt: int) -> Any:
+            return await tool.call(self._context(request.key, request.key_base, tool, attempt, usage), arguments)
+
+        async def probe(attempt: int) -> Any:
+            return await tool.run_probe(self._context(request.key, request.key_base, tool, attempt, usage), arguments)
+
+        try:
+            settled = await protected(self._runtime.ledger, call, act, probe)
+        except KeyConflict as conflict:
+            return Outcome(status=OutcomeStatus.UNKNOWN, content=f"{conflict}; a person has to look at it")
+        return _outcome(settled, sum(usage, Usage()))
+
+    async def _undo(self, request: ToolRequest, tool: Tool) -> UndoOutcome:
+        call = _call(request, tool, request.arguments)
+        state, result = await self._runtime.ledger.seize(call, "the run was undone before this call began")
+        if state is State.FAILED:
+            return UndoOutcome(status=UndoStatus.NOTHING, note="it never happened")
+        undo = Undo(key=request.key, arguments=request.arguments, result=result)
+        undo_call = Call(
+            key=f"{request.key}/undo",
+            key_base=request.key_base,
+            kind="undo",
+            name=tool.name,
+            effect=Effect.IDEMPOTENT,
+            arguments=request.arguments,
+            digest=call.digest,
+            version=tool.version,
+            service=tool.service,
+            seq=request.seq,
+            timeout_s=tool.timeout_s,
+        )
+
+        async def act(attempt: int) -> str:
+            return await tool.run_undo(self._context(undo_call.key, request.key_base, tool, attempt, []), undo)
+
+        settled = await protected(self._runtime.ledger, undo_call, act)
+        if settled.state is not State.DONE:
+            return UndoOutcome(status=UndoStatus.FAILED, note=settled.error, failures=settled.failures)
+        await self._runtime.ledger.compensated(request.key)
+        return UndoOutcome(status=UndoStatus.UNDONE, note=settled.result, failures=settled.failures)
+
+    def _context(self, key: str, key_base: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
+        async def ask_model(label: str, messages: list[Json]) -> ModelAnswer:
+            call = Call(
+                key=f"{key}/{label}",
+                key_base=key_base,
+                kind="model",
+                name=f"{tool.name}/{label}",
+                effect=Effect.IDEMPOTENT,
+                arguments=None,
+                digest=digest(messages),
+                service="model",
+                timeout_s=tool.timeout_s,
+            )
+
+            async def act(_: int) -> Json:
+                return (await self._runtime.models.complete(messages, [], key=call.key)).to_json()
+
+            settled = await protected(self._runtime.ledger, call, act)
+            if settled.state is not State.DONE:
+                raise ModelUnavailable(Failure(ErrorType(settled.error_type), settled.error))
+            answer = ModelAnswer.from_json(settled.result)
+            usage.append(answer.usage)
+            return answer
+
+        return ToolContext(
+            key=key,
+            attempt=attempt,
+            http=self._runtime.http,
+            service_url=self._runtime.service_url,
+            ask_model=ask_model,
+        )
+
+
+def _span(kind: str, request: ToolRequest) -> AbstractContextManager[Any]:
+    return span(f"{kind} {request.tool}", **{"gen_ai.tool.name": request.tool, "holdfast.key": request.key})
+
+
+def _find(request: ToolRequest) -> Tool | None:
+    return registry.agent(request.agent).by_name.get(request.tool)
+
+
+def _call(request: ToolRequest, tool: Tool, arguments: Json) -> Call:
+    return tool_call(
+        request.key,
+        request.key_base,
+        tool.name,
+        tool.effect,
+        arguments,
+        version=tool.version,
+        service=tool.service,
+        seq=request.seq,
+        timeout_s=tool.timeout_s,
+        retries=tool.retries,
+    )
+
+
+def _outcome(settled: Settled, usage: Usage) -> Outcome:
+    """What the model reads of a call's end."""
+    if settled.state in (State.DONE, State.COMPENSATED):
+        status, content = OutcomeStatus.OK, _clip(settled.result)
+    elif settled.state is State.UNKNOWN:
+        status = OutcomeStatus.UNKNOWN
+        content = (
+            f"outcome unknown: {settled.error}. It may have happened. It is left pending for a person; "
+            "do not call this tool again, go on without it."
+        )
+    elif settled.error_type in CALLERS_FAULT:
+        status, content = OutcomeStatus.ERROR, f"error: {settled.error}"
+    else:
+        status = OutcomeStatus.FAILED
+        content = f"failed for good after {settled.failures} failures: {settled.error}"
+    return Outcome(status=status, content=content, failures=settled.failures, usage=usage)
+
+
+def _clip(result: Any) -> str:
+    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    if len(text) <= MAX_CONTENT:
+        return text
+    return f"{text[:MAX_CONTENT]}\n[cut: the result has {len(text)} characters, {MAX_CONTENT} are shown; ask for less]"
+
+
+async def _uncut(body: Coroutine[Any, Any, T]) -> T:
+    """Runs the body to its end even when the activity is cancelled meanwhile.
+
+    An effect that is out is settled and recorded first: an unknown outcome costs more than the seconds it takes. The
+    body is bounded by the tool's timeout.
+    """
+    task = asyncio.ensure_future(body)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+    return task.result()

@@ -1,0 +1,155 @@
+"""One turn of an agent as a LangGraph graph: model → check → (model again | end).
+
+`model` assembles the context and asks; `check` validates what came back: it routes to a decision, or re-asks with the
+validation error, twice at most. Each node's end is a checkpoint, so a crash between the two resumes at `check`.
+Messages are plain OpenAI dicts: what is sent is what is stored.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict
+
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+from pydantic import ValidationError
+
+from holdfast.agent import AgentSpec
+from holdfast.contracts import Decision, Json, Note, ToolCall, Usage
+from holdfast.models import ModelAnswer
+from holdfast.reliability import faults
+from holdfast.reliability.faults import Point
+from holdfast.tools import explain
+
+MAX_REASKS = 2
+
+
+class MalformedOutput(Exception):
+    """The model's output stayed invalid after all re-asks."""
+
+
+class TurnState(TypedDict):
+    messages: Annotated[list[Json], operator.add]
+    """The conversation, over all turns."""
+    inbox: list[Json]
+    """Messages that this turn adds before the model is asked."""
+    asks: int
+    usage: Json
+    model: str
+    decision: Json | None
+
+
+@dataclass(frozen=True)
+class TurnContext:
+    """What the nodes need and no checkpoint holds."""
+
+    spec: AgentSpec
+    ask: Callable[[Sequence[Json], int], Awaitable[ModelAnswer]]
+    """`await ask(messages, n)`: the n-th model call of this turn (from 1), recorded under its own key."""
+    where: str
+    """Names the turn at crash points."""
+
+
+def turn_input(messages: list[Json]) -> TurnState:
+    """The input of a turn that adds these messages."""
+    return {"messages": [], "inbox": messages, "asks": 0, "usage": {}, "model": "", "decision": None}
+
+
+def inbox_messages(inbox: Sequence[Note]) -> list[Json]:
+    """What the turn has to hear, as messages: answers to tool calls first, in their order, then notices."""
+    answers = [{"role": "tool", "tool_call_id": n.call, "content": n.text} for n in inbox if n.call]
+    return answers + [{"role": "user", "content": n.text} for n in inbox if not n.call]
+
+
+async def _model(state: TurnState, runtime: Runtime[TurnContext]) -> Json:
+    new = state["inbox"]
+    asks = state["asks"] + 1
+    answer = await runtime.context.ask(state["messages"] + new, asks)
+    usage = Usage.model_validate(state["usage"]) + answer.usage
+    label = f"{answer.model} (simulated)" if answer.simulated else answer.model
+    return {
+        "messages": [*new, answer.message],
+        "inbox": [],
+        "asks": asks,
+        "usage": usage.model_dump(exclude_defaults=True),
+        "model": label,
+    }
+
+
+async def _check(state: TurnState, runtime: Runtime[TurnContext]) -> Json:
+    faults.reached(Point.NODE_DONE, runtime.context.where)
+    message = state["messages"][-1]
+    decision, problems = parse(message, runtime.context.spec)
+    if decision is not None:
+        return {"decision": decision.model_dump(mode="json", exclude_defaults=True)}
+    if state["asks"] > MAX_REASKS:
+        raise MalformedOutput(
+            f"the model's output was invalid {state['asks']} times in a row; the last error: {problems[-1]['content']}"
+        )
+    return {"inbox": problems}
+
+
+def parse(message: Json, spec: AgentSpec) -> tuple[Decision | None, list[Json]]:
+    """The decision that a model message stands for, or None and the messages that tell the model what is wrong."""
+    calls = message.get("tool_calls") or []
+    if not calls:
+        text = (message.get("content") or "").strip()
+        if text:
+            return Decision(final=text), []
+        return None, [{"role": "user", "content": "Your answer was empty. Call a tool, or say how the task ended."}]
+    parsed = [(call["id"], *_parse_call(call, spec)) for call in calls]
+    if all(good is not None for _, good, _ in parsed):
+        return Decision(calls=[good for _, good, _ in parsed if good is not None]), []
+    kept = "not run, because another call of the same answer was invalid; send all the calls again"
+    return None, [
+        {"role": "tool", "tool_call_id": call_id, "content": f"error: {problem or kept}"}
+        for call_id, _, problem in parsed
+    ]
+
+
+def _parse_call(call: Json, spec: AgentSpec) -> tuple[ToolCall | None, str]:
+    name = call["function"]["name"]
+    tool = spec.by_name.get(name)
+    if tool is None:
+        return None, f"there is no tool named {name!r}; the tools are: {', '.join(spec.by_name)}"
+    try:
+        arguments: Any = json.loads(call["function"]["arguments"] or "{}")
+    except json.JSONDecodeError as error:
+        return None, f"the arguments of {name} are not valid JSON ({error}); send the call again"
+    try:
+        valid = tool.validate(arguments)
+    except ValidationError as error:
+        return None, f"the arguments of {name} do not fit its schema: {explain(error)}"
+    return (
+        ToolCall(
+            id=call["id"],
+            tool=name,
+            arguments=valid,
+            version=tool.version,
+            effect=tool.effect,
+            service=tool.service,
+            approval=tool.approval,
+            undo=tool.undo_function is not None,
+            timeout_s=tool.timeout_s,
+            deadline_s=tool.deadline_s,
+        ),
+        "",
+    )
+
+
+def _route(state: TurnState) -> str:
+    return END if state["decision"] is not None else "model"
+
+
+def build() -> StateGraph[TurnState, TurnContext]:
+    """The graph of a turn, not yet compiled: each call brings its own checkpointer."""
+    graph = StateGraph(TurnState, context_schema=TurnContext)
+    graph.add_node("model", _model)
+    graph.add_node("check", _check)
+    graph.add_edge(START, "model")
+    graph.add_edge("model", "check")
+    graph.add_conditional_edges("check", _route, ["model", END])
+    return graph

@@ -1,0 +1,104 @@
+"""Asking a human: requests that block one call each, and the decisions that answer them.
+
+A decision is checked before it changes anything; one that is bad, late, double or for another request changes nothing
+and is noted. The state survives continue-as-new, so asking again under the same id finds its answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from temporalio import workflow
+
+from holdfast.contracts import Approval, ApprovalDecision, DecidedApproval, DecisionReply, Verdict
+from holdfast.tools import explain
+
+
+class ApprovalsState(BaseModel):
+    open: dict[str, Approval] = {}
+    decided: dict[str, DecidedApproval] = {}
+    asked_since: datetime | None = None
+    """When the run began to wait for a human; None while it waits for none."""
+    waited_s: float = 0.0
+    """Seconds waited before `asked_since`."""
+
+
+class Approvals:
+    """The approvals of one run. `note` records what was ignored, `changed` tells that the state is another."""
+
+    def __init__(self, state: ApprovalsState, note: Callable[[str], None], changed: Callable[[], None]) -> None:
+        self.state = state
+        self._note = note
+        self._changed = changed
+
+    async def ask(self, approval: Approval) -> ApprovalDecision:
+        """Blocks until a human decides, for days if need be; nothing is held in a worker meanwhile."""
+        state = self.state
+        if approval.id not in state.open and approval.id not in state.decided:
+            state.open[approval.id] = approval
+            state.asked_since = state.asked_since or workflow.now()
+            self._changed()
+        await workflow.wait_condition(lambda: approval.id in state.decided)
+        return state.decided[approval.id].decision
+
+    def decide(self, *payload: Any) -> DecisionReply:
+        """Takes one decision. Never raises, and takes anything: a typed handler would drop what does not decode."""
+        reply = self._decide(payload)
+        if not reply.accepted:
+            self._note(reply.message)
+        self._changed()
+        return reply
+
+    def _decide(self, payload: tuple[Any, ...]) -> DecisionReply:
+        decision = _parse(payload)
+        if isinstance(decision, str):
+            return DecisionReply(accepted=False, message=f"decision ignored: {decision}")
+        name, state = decision.approval_id, self.state
+        if done := state.decided.get(name):
+            was = f"{done.decision.verdict}d by {done.decision.approver}".replace("rejectd", "rejected")
+            return DecisionReply(
+                accepted=False, message=f"decision of {decision.approver} ignored: {name} was already {was}"
+            )
+        approval = state.open.get(name)
+        if approval is None:
+            waiting = ", ".join(state.open) or "none"
+            message = f"decision of {decision.approver} ignored: no approval {name!r} is open (open: {waiting})"
+            return DecisionReply(accepted=False, message=message)
+        if decision.digest and decision.digest != approval.digest:
+            message = f"decision of {decision.approver} ignored: its digest is not that of {name} ({approval.digest})"
+            return DecisionReply(accepted=False, message=message)
+        now = workflow.now()
+        del state.open[name]
+        state.decided[name] = DecidedApproval(approval=approval, decision=decision, decided_at=now)
+        if not state.open and state.asked_since:
+            state.waited_s += (now - state.asked_since).total_seconds()
+            state.asked_since = None
+        return DecisionReply(accepted=True, message=f"{name}: {decision.verdict} recorded")
+
+    def close(self) -> None:
+        """The run no longer waits: what is still open can no longer be decided."""
+        state = self.state
+        if state.asked_since:
+            state.waited_s += (workflow.now() - state.asked_since).total_seconds()
+            state.asked_since = None
+        state.open.clear()
+        self._changed()
+
+
+def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:
+    """The decision, or what is wrong with it in words."""
+    if len(payload) != 1 or not isinstance(payload[0], dict):
+        got = json.dumps(payload[0] if len(payload) == 1 else list(payload), default=str)[:200]
+        example = '{"approval_id": "…", "verdict": "approve", "approver": "…"}'
+        return f"expected one JSON object like {example}, got {got}"
+    try:
+        decision = ApprovalDecision.model_validate(payload[0])
+    except ValidationError as error:
+        return explain(error)
+    if decision.verdict is Verdict.REJECT and not decision.comment:
+        return "a rejection needs its reason in `comment`: the agent reads it"
+    return decision

@@ -1,0 +1,170 @@
+"""The state of a run: one serialisable object, carried whole over continue-as-new, and what follows from it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel
+
+from holdfast.contracts import (
+    Note,
+    Outcome,
+    OutcomeStatus,
+    Pending,
+    Phase,
+    Profile,
+    StepSpec,
+    StepState,
+    StepStatus,
+    ToolCall,
+    UndoRecord,
+    UndoStatus,
+    Usage,
+)
+from workflows.approvals import ApprovalsState
+
+
+class CallState(BaseModel):
+    """One call of the decision that is being carried out."""
+
+    call: ToolCall
+    seq: int
+    outcome: Outcome | None = None
+
+
+class ToolEnd(BaseModel):
+    """How the last call of a tool ended that came to an end (an ERROR is none: the model may do better)."""
+
+    status: OutcomeStatus
+    seq: int
+    detail: str = ""
+
+
+class RunState(BaseModel):
+    key_base: str
+    started: datetime
+    phase: Phase = Phase.STARTING
+    turn: int = 0
+    planning: bool = False
+    """The turn was begun and has not answered."""
+    seq: int = 0
+    base: str | None = None
+    """The checkpoint that the next turn goes on from."""
+    inbox: list[Note] = []
+    calls: list[CallState] = []
+    profile: Profile | None = None
+    ends: dict[str, ToolEnd] = {}
+    """By tool."""
+    saga: list[UndoRecord] = []
+    approvals: ApprovalsState = ApprovalsState()
+    notes: list[str] = []
+    usage: Usage = Usage()
+    model: str = ""
+    failures: int = 0
+    refusals: int = 0
+    repeats: int = 0
+    last_turn: str = ""
+
+    def account(self, item: CallState) -> None:
+        """Counts the outcome of a call and keeps it as its tool's end."""
+        outcome = item.outcome
+        assert outcome is not None
+        self.failures += outcome.failures
+        self.usage += outcome.usage
+        if outcome.status is not OutcomeStatus.ERROR:
+            detail = "" if outcome.status is OutcomeStatus.OK else outcome.content[:300]
+            self.ends[item.call.tool] = ToolEnd(status=outcome.status, seq=item.seq, detail=detail)
+
+    def unknown(self, tool: str) -> int | None:
+        """The call of this tool whose outcome is unknown, if there is one."""
+        end = self.ends.get(tool)
+        return end.seq if end and end.status is OutcomeStatus.UNKNOWN else None
+
+    def register_undo(self, item: CallState) -> None:
+        """Registers the undo before the effect starts; once, also when the coroutine starts again."""
+        if all(record.seq != item.seq for record in self.saga):
+            call = item.call
+            step = next((s.name for s in self._specs() if call.tool in s.tools), "")
+            self.saga.append(
+                UndoRecord(seq=item.seq, tool=call.tool, version=call.version, arguments=call.arguments, step=step)
+            )
+
+    def steps(self) -> list[StepState]:
+        """Where each step of the agent stands."""
+        return [self._step(spec) for spec in self._specs()]
+
+    def pending(self) -> list[Pending]:
+        """What a person has to settle after the run."""
+        steps = self.steps()
+        left = [
+            Pending(step=s.name, role=s.role, what=s.detail or "not done", key=self._key(s.seq))
+            for s in steps
+            if s.status is StepStatus.PENDING or (s.status is StepStatus.TODO and not s.critical)
+        ]
+        in_steps = {tool for spec in self._specs() for tool in spec.tools}
+        return left + [
+            Pending(step=tool, role="", what=end.detail, key=self._key(end.seq))
+            for tool, end in self.ends.items()
+            if end.status is OutcomeStatus.UNKNOWN and tool not in in_steps
+        ]
+
+    def stage(self) -> str:
+        """The step at work, for the search attribute."""
+        steps = self.steps()
+        busy = (StepStatus.WAITING, StepStatus.ACTIVE)
+        return next((s.name for status in busy for s in steps if s.status is status), "")
+
+    def doing(self) -> str:
+        """What the run is doing, in words."""
+        match self.phase:
+            case Phase.WAITING_HUMAN:
+                return "Waiting for a human: " + ", ".join(a.subject for a in self.approvals.open.values())
+            case Phase.PARKED:
+                return f"Parked: {self.notes[-1]}"
+            case Phase.COMPENSATING:
+                return "Undoing what was done"
+            case _:
+                running = [c.call.tool for c in self.calls if c.outcome is None]
+                return f"Running {', '.join(running)}" if running else f"Thinking (turn {self.turn})"
+
+    def _specs(self) -> list[StepSpec]:
+        return self.profile.steps if self.profile else []
+
+    def _key(self, seq: int | None) -> str:
+        return f"{self.key_base}/{seq}" if seq else ""
+
+    def _step(self, spec: StepSpec) -> StepState:
+        ends = [self.ends[tool] for tool in spec.tools if tool in self.ends]
+        worst = next((e for bad in _BAD for e in ends if e.status is bad), None)
+        running = {c.call.tool for c in self.calls if c.outcome is None}
+        waiting = {a.subject for a in self.approvals.open.values()}
+        undone = {r.tool for r in self.saga if r.status is UndoStatus.UNDONE}
+        status = StepStatus.TODO
+        if undone.intersection(spec.tools):
+            status = StepStatus.UNDONE
+        elif waiting.intersection(spec.tools):
+            status = StepStatus.WAITING
+        elif running.intersection(spec.tools):
+            status = StepStatus.ACTIVE
+        elif worst:
+            status = _BAD[worst.status]
+            if status is StepStatus.FAILED and not spec.critical:
+                status = StepStatus.PENDING
+        elif len(ends) == len(spec.tools):
+            status = StepStatus.DONE
+        return StepState(
+            name=spec.name,
+            status=status,
+            critical=spec.critical,
+            role=spec.role,
+            detail=worst.detail if worst else "",
+            seq=worst.seq if worst else None,
+        )
+
+
+_BAD = {
+    OutcomeStatus.FAILED: StepStatus.FAILED,
+    OutcomeStatus.REJECTED: StepStatus.REJECTED,
+    OutcomeStatus.UNKNOWN: StepStatus.PENDING,
+}
+"""Ends that decide a step, the worst first. A failed optional step is pending: a person looks at it."""
