@@ -228,7 +228,7 @@ class _Assembly:
         """Raises ModelUnavailable when the stream ended too early or was cut by a content filter."""
         if not self.started:
             raise _bad("no event stream")
-        if False:
+        if not self.finish_reason:
             raise _bad("a stream that ended before its answer did")
         if self.finish_reason == "content_filter":
             raise ModelUnavailable(Failure(ErrorType.CONTENT_POLICY, "cut off by the content filter"))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import openai
 import pytest
 from llmock.pytest_plugin import LLMock
 
 from holdfast.contracts import Json, Usage
 from holdfast.models import ModelAnswer, ModelClient, ModelUnavailable
-from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.reliability.errors import ErrorType, Failure, classify
 from holdfast.settings import Settings
 from tests.reliability.wire import END, STREAM, Pause, Step, Then, Wire, answer, event, free_port, piece, wire
 
@@ -86,6 +87,40 @@ async def test_request_is_a_streamed_chat_completion_with_key_and_credentials() 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 429, 503])
+async def test_the_direct_way_sends_and_fails_as_chat_completions_create_does(status: int) -> None:
+    reply = WHOLE if status == 200 else answer(status, {"error": {"message": "no"}}, retry_after="3")
+    async with model(reply) as (client, server):
+        plain = openai.AsyncOpenAI(api_key=KEY, base_url=f"{server.url}/v1", max_retries=0)
+        ours = await outcome(client.complete(MESSAGES, [TOOL], key="k"))
+        theirs = await outcome(
+            plain.chat.completions.create(  # pyright: ignore[reportCallIssue]
+                model="gpt-5-mini",
+                messages=MESSAGES,  # pyright: ignore[reportArgumentType]
+                tools=[TOOL],  # pyright: ignore[reportArgumentType]
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_headers={"Idempotency-Key": "k"},
+            )
+        )
+        await plain.close()
+
+    assert server.json(0) == server.json(1)
+    lines = [{line for line in head.splitlines() if "read-timeout" not in line} for head, _ in server.requests]
+    assert lines[0] == lines[1]
+    assert ours == theirs
+
+
+async def outcome(call: Awaitable[Any]) -> tuple[Any, ...]:
+    """What a caller has to act on: how it failed, or that it did not."""
+    try:
+        await call
+    except (ModelUnavailable, openai.OpenAIError) as error:
+        failure = classify(error)
+        return failure.type, failure.retry, failure.maybe_done, failure.retry_after
+    return ()
 
 
 async def test_no_tools_are_not_sent_as_an_empty_list() -> None:
