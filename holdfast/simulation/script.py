@@ -472,8 +472,11 @@ class Discharge:
             "notify_providers": "providers notified",
         }
         done = [words for tool, words in did.items() if self._done(tool)]
-        missing = [words for tool, words in did.items() if tool in _MESSAGES and not self._done(tool)]
-        pending = [*self.open_points(), *(f"not done: {words}" for words in missing)]
+        pending = self.open_points()
+        for tool in ("write_summary", *_MESSAGES):
+            if not self._done(tool):
+                last = self._talk.last(tool)
+                pending.append(f"{'not known whether' if last and last.unknown else 'not done'}: {did[tool]}")
         who = self.facts.name or "patient"
         text = f"Discharge of {who} ({self.facts.patient_id or 'no id given'}). Done: {', '.join(done) or 'nothing'}."
         text += f" Pending: {'; '.join(pending) or 'nothing'}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,11 @@ from pydantic import SecretStr, ValidationError
 
 from agents.registry import agent
 from holdfast.contracts import Effect, Json
+from holdfast.graph import parse
 from holdfast.models import ModelAnswer, ModelClient
 from holdfast.settings import Settings
 from holdfast.simulation.hospital import HospitalRecord
+from holdfast.simulation.script import decide
 from holdfast.tools import ToolContext, ToolRefused, Undo
 from tests.simulation.processes import Running, service
 
@@ -229,3 +232,26 @@ async def test_without_a_model_the_template_writes_the_summary_and_says_so(ctx, 
     assert summary["written_by"] == "template"
     assert "Diagnoses: pneumonia; hypertension\nMedication: none\nFollow-up: none" in summary["text"]
     assert "pending pharmacist" in summary["text"]
+
+
+@pytest.mark.parametrize("patient", ["pat-1", "pat-2", "pat-3"])
+async def test_the_scripted_model_and_the_tools_finish_a_discharge_together(ctx, kinds, patient):
+    """Everything but the platform: real answers, each call validated as the platform does it, one effect each."""
+    messages = SPEC.messages({"patient_id": patient})
+    seq = 0
+    decision = None
+    for _ in range(8):
+        messages.append(decide(messages, [each.openai for each in SPEC.tools]))
+        decision, problems = parse(messages[-1], SPEC)
+        assert decision is not None, problems
+        for each in decision.calls:
+            seq += 1
+            answer = await call(replace(ctx, key=f"{ctx.key}/{seq}"), each.tool, each.arguments)
+            messages.append({"role": "tool", "tool_call_id": each.id, "content": json.dumps(answer)})
+        if decision.final:
+            break
+    assert decision is not None
+    assert decision.final is not None
+    assert seq == 8
+    assert kinds() == ["order", "book", "message", "message"]
+    assert ("no coverage on file" in decision.final) == (patient == "pat-3")

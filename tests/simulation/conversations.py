@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from agents.registry import agent
 from holdfast.contracts import Json
 from holdfast.simulation.hospital import PATIENTS
 from holdfast.simulation.script import decide
-
-Answer = str | Json | Callable[[Json], Any]
 
 
 def bundle(*resources: Json) -> Json:

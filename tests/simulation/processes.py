@@ -37,5 +37,5 @@ def service(module: str, db: Path, *options: str) -> Iterator[Running]:
 async def until(condition: Callable[[], object]) -> None:
     """Waits for something that another process does."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - there is no event to wait for across processes
+        while not condition():
             await asyncio.sleep(0.01)

@@ -173,7 +173,7 @@ def test_a_notice_that_steps_have_no_outcome_is_answered_by_doing_them():
 
 def test_a_notice_about_a_step_whose_outcome_is_unknown_never_repeats_it():
     talk = Conversation(notify_patient=UNKNOWN)
-    talk.play()
+    assert "not known whether: patient notified" in talk.play()
     talk.messages.append({"role": "user", "content": "Finishing is refused: no outcome yet: notify."})
     assert talk.turn() is not None
 
