@@ -446,8 +446,9 @@ class Discharge:
             text = (
                 f"{self.facts.name or self.facts.patient_id}: {self.facts.stay or 'discharge'}. {self._visit_line()}."
             )
-        points = "; ".join(self.open_points()) or "none"
-        return " ".join([text.removeprefix(LABEL), f"Open points: {points}.", *self._requested(reason)])
+        unsaid = "; ".join(point for point in self.open_points() if point not in text)
+        points = [f"Open points: {unsaid}."] if unsaid else []
+        return " ".join([text.removeprefix(LABEL), *points, *self._requested(reason)])
 
     def _requested(self, reason: str) -> list[str]:
         """What a rejection asked for, put into the text."""

@@ -57,6 +57,13 @@ def test_a_pharmacy_without_an_answer_is_left_to_the_pharmacist_and_said_everywh
     assert "medication ordered" not in final
 
 
+def test_an_open_point_that_the_summary_names_is_not_said_twice():
+    point = "medication order not confirmed: pending pharmacist"
+    talk = Conversation(order_medication=FAILED, write_summary={"text": f"Ada. Open points: {point}."})
+    talk.play()
+    assert talk.of("notify_providers")[0]["text"].count(point) == 1
+
+
 def test_insurance_and_appointments_without_an_answer_are_said_as_well():
     talk = Conversation(verify_insurance=FAILED, book_appointment=UNKNOWN)
     final = talk.play()
