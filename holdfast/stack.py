@@ -170,6 +170,12 @@ class Stack:
             found |= {"OPENAI_BASE_URL": self.model_url, "OPENAI_API_KEY": "scripted", "HOLDFAST_MODEL": "scripted-1"}
         return found
 
+    def publish(self) -> None:
+        """Writes the addresses where the other commands look for them: `stack.json`, whole or not at all."""
+        draft = self.home / "stack.tmp"
+        draft.write_text(json.dumps(self.addresses, indent=2) + "\n")
+        draft.replace(self.home / "stack.json")
+
     @property
     def children(self) -> list[Child]:
         return [*self.services, *self.workers]

@@ -473,7 +473,7 @@ async def decide(
         if not reply.accepted:
             code = 2
         if not as_json:
-            line = f"{each}: {reply.message}"
+            line = reply.message
             if reply.accepted:
                 out.print(line, markup=False)
             else:

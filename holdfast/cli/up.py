@@ -34,6 +34,7 @@ async def up() -> int:
             with cancelled_by_signal():
                 out.print(f"[dim]starting; logs in {stack.logs}[/dim]")
                 await stack.start()
+                stack.publish()
                 _announce(stack)
                 await _watch(stack)
         except asyncio.CancelledError:
@@ -97,10 +98,7 @@ def running_stack(home: Path) -> str | None:
 
 
 def _announce(stack: Stack) -> None:
-    """Writes `stack.json`, whole or not at all, and says where everything is."""
-    draft = stack_file().with_suffix(".tmp")
-    draft.write_text(json.dumps(stack.addresses, indent=2) + "\n")
-    draft.replace(stack_file())
+    """Says where everything is."""
     model = "scripted and SIMULATED (set OPENAI_API_KEY or OPENAI_BASE_URL for a real one)"
     out.print(f"Web UI     [bold]{stack.ui_url}[/bold]")
     out.print(f"Temporal   {stack.temporal_address}")

@@ -49,21 +49,17 @@ UNDO_WORDS = {
 }
 
 
-def is_simulated(model: str) -> bool:
-    """The scripted model names itself so, and whatever shows its words says so too."""
-    return "simulated" in model or "scripted" in model
-
-
-def status_view(workflow_id: str, status: RunStatus, hint: bool = True) -> RenderableType:
-    """The live picture of a run. hint: with the commands that answer an open approval."""
+def status_view(workflow_id: str, status: RunStatus, ask: bool = True) -> RenderableType:
+    """The live picture of a run. ask: with the open approvals and the commands that answer them."""
     word = str(status.outcome or status.phase)
     head = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=100, completed=status.percent, width=24, complete_style="green", finished_style="green")
     head.add_row(Text(workflow_id, "bold"), Text(word, COLOURS.get(word, "cyan")), bar, Text(f"{status.percent} %"))
-    parts: list[RenderableType] = [head, steps_view(status.steps, [a.seq for a in status.approvals])]
+    parts: list[RenderableType] = [head, steps_view(status.steps)]
     if status.line:
         parts.append(Text(status.line, "italic"))
-    parts += [approval_view(workflow_id, approval, hint) for approval in status.approvals]
+    if ask:
+        parts += [approval_view(workflow_id, approval) for approval in status.approvals]
     if status.undone and status.phase is Phase.COMPENSATING:
         parts.append(undone_view(status.undone))
     parts += [Text(f"note: {note}", "dim") for note in status.notes[-3:]]
@@ -71,7 +67,7 @@ def status_view(workflow_id: str, status: RunStatus, hint: bool = True) -> Rende
     return Group(*parts)
 
 
-def steps_view(steps: list[StepState], waiting: list[int] | None = None) -> RenderableType:
+def steps_view(steps: list[StepState]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(width=3, justify="right")
     table.add_column(no_wrap=True)
@@ -103,7 +99,8 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     if approval.why:
         grid.add_row("", "why", approval.why)
     for name, value in approval.arguments.items():
-        grid.add_row("", Text(name), Text(str(value)))
+        words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        grid.add_row("", Text(name), Text(words))
     if approval.evidence:
         grid.add_row("", "so far", approval.evidence)
     if hint:
@@ -125,10 +122,9 @@ def undone_view(undone: list[UndoRecord]) -> RenderableType:
 def usage_line(usage: Usage, model: str, turns: int, calls: int) -> Text:
     tokens = usage.input_tokens + usage.output_tokens
     text = f"{turns} turns, {calls} tool calls, {usage.calls} model calls, {tokens:,} tokens, "
-    text += money(usage.cost_usd, usage.unpriced) + (f" · {model}" if model else "")
-    line = Text(text, "dim")
-    if is_simulated(model):
-        line.append("  SIMULATED MODEL", "bold yellow")
+    line = Text(text + money(usage.cost_usd, usage.unpriced), "dim")
+    if model:
+        line.append("  ").append(model, "yellow" if "simulated" in model else "dim")
     return line
 
 
@@ -140,8 +136,7 @@ def result_view(workflow_id: str, result: RunResult) -> RenderableType:
     if result.reason:
         parts.append(Text(f"reason: {result.reason}"))
     if result.summary:
-        label = "the simulated model says: " if is_simulated(result.model) else ""
-        parts.append(Text(label + result.summary))
+        parts.append(Text(result.summary))
     parts += [
         Text(f"pending: {p.step}, for the {p.role or 'person in charge'}: {p.what}", "yellow") for p in result.pending
     ]
