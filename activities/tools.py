@@ -104,12 +104,14 @@ class Tools:
             timeout_s=tool.timeout_s,
         )
 
-        async def act(attempt: int) -> str:
+        async def act(attempt: int) -> str | None:
             return await tool.run_undo(self._context(undo_call.key, request.key_base, tool, attempt, []), undo)
 
         settled = await protected(self._runtime.ledger, undo_call, act)
         if settled.state is not State.DONE:
             return UndoOutcome(status=UndoStatus.FAILED, note=settled.error, failures=settled.failures)
+        if settled.result is None:
+            return UndoOutcome(status=UndoStatus.NOTHING, note="it never happened", failures=settled.failures)
         await self._runtime.ledger.compensated(request.key)
         return UndoOutcome(status=UndoStatus.UNDONE, note=settled.result, failures=settled.failures)
 

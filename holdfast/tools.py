@@ -84,7 +84,10 @@ class Tool:
     _openai: Json | None = field(default=None, repr=False)
 
     def undo(self, function: Callable[[ToolContext, Undo], Any]) -> Callable[[ToolContext, Undo], Any]:
-        """Declares the compensation: `(ctx, undo) -> str`, what was done in words. It has to be idempotent."""
+        """Declares the compensation: `(ctx, undo)` says in words what it did, or None when the effect never happened.
+
+        It has to be idempotent.
+        """
         if self.effect is Effect.READ:
             raise TypeError(f"tool {self.name}: a read has nothing to undo")
         self.undo_function = function
@@ -130,9 +133,10 @@ class Tool:
         assert self.probe_function is not None
         return await _run(self.probe_function, ctx, **self._typed(arguments))
 
-    async def run_undo(self, ctx: ToolContext, undo: Undo) -> str:
+    async def run_undo(self, ctx: ToolContext, undo: Undo) -> str | None:
+        """What was done in words; None when there was nothing to undo."""
         assert self.undo_function is not None
-        return str(await _run(self.undo_function, ctx, undo))
+        return await _run(self.undo_function, ctx, undo)
 
     def _typed(self, arguments: Json) -> dict[str, Any]:
         model = self.arguments.model_validate(arguments)

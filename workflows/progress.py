@@ -1,87 +1,171 @@
-"""What a run tells its readers: one line, a percentage, and a page for the Web UI. Pure functions over the state."""
+"""What a run tells its readers: a line, a percentage, a page for the Web UI, search attributes, the result."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Iterable
 
-from holdfast.contracts import Approval, StepState, StepStatus, UndoRecord, Usage
+from temporalio import workflow
+
+from holdfast.contracts import AgentInput, RunResult, RunStatus, StepState, StepStatus, UndoStatus, Usage
+from holdfast.temporal import AGENT, STAGE, STATUS, TENANT
+from workflows.state import Ending, RunState
 
 TICKS = {
-    StepStatus.TODO: "☐",
-    StepStatus.ACTIVE: "▶",
-    StepStatus.WAITING: "⏸",
-    StepStatus.DONE: "✅",
-    StepStatus.PENDING: "⏳",
-    StepStatus.FAILED: "❌",
-    StepStatus.REJECTED: "🚫",
+    StepStatus.TODO: "·",
+    StepStatus.ACTIVE: "▸",
+    StepStatus.WAITING: "?",
+    StepStatus.DONE: "✓",
+    StepStatus.PENDING: "…",
+    StepStatus.FAILED: "✗",
+    StepStatus.REJECTED: "✗",
     StepStatus.UNDONE: "↩",
 }
 
 
-def percent(steps: Iterable[StepState]) -> int:
+def percent(steps: list[StepState]) -> int:
     """Share of the steps that are done, 0…100; 0 for an agent without steps."""
-    all_steps = list(steps)
-    done = sum(step.status is StepStatus.DONE for step in all_steps)
-    return 100 * done // len(all_steps) if all_steps else 0
+    return 100 * _done(steps) // len(steps) if steps else 0
 
 
-def line(steps: Iterable[StepState], doing: str) -> str:
-    """'4/6 steps complete. pharmacy pending pharmacist. <doing>'"""
-    all_steps = list(steps)
-    parts = []
-    if all_steps:
-        done = sum(step.status is StepStatus.DONE for step in all_steps)
-        parts.append(f"{done}/{len(all_steps)} steps complete")
-    parts += [f"{s.name} pending {s.role or 'review'}" for s in all_steps if s.status is StepStatus.PENDING]
-    parts += [f"{s.name} {s.status}" for s in all_steps if s.status in (StepStatus.FAILED, StepStatus.REJECTED)]
-    if doing:
-        parts.append(doing)
-    return ". ".join(parts)
+def line(steps: list[StepState], doing: str) -> str:
+    """'4/6 steps complete. pharmacy pending pharmacist. Thinking (turn 5)'"""
+    parts = [f"{_done(steps)}/{len(steps)} steps complete"] if steps else []
+    parts += [f"{s.name} pending {s.role or 'review'}" for s in steps if s.status is StepStatus.PENDING]
+    parts += [f"{s.name} {s.status}" for s in steps if s.status in (StepStatus.FAILED, StepStatus.REJECTED)]
+    return ". ".join([*parts, doing] if doing else parts)
+
+
+def headline(state: RunState, ending: Ending | None) -> str:
+    doing = state.doing() if ending is None else f"{ending.outcome}: {ending.reason}".removesuffix(": ")
+    return line(state.steps(), doing)
+
+
+def evidence(state: RunState) -> str:
+    """What a person who decides should know of the run so far."""
+    steps = state.steps()
+    said = [
+        f"{s.name} {s.status}" + (f" ({s.role})" if s.status is StepStatus.PENDING and s.role else "") for s in steps
+    ]
+    return f"{_done(steps)}/{len(steps)} steps complete: {', '.join(said)}" if steps else f"turn {state.turn}"
 
 
 def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve", comment: str = "") -> str:
     """The exact command that answers an approval with the plain Temporal CLI."""
-    body = {"approval_id": approval_id, "verdict": verdict, "approver": "YOUR NAME"} | (
-        {"comment": comment} if comment else {}
-    )
+    body = {"approval_id": approval_id, "verdict": verdict, "approver": "YOUR NAME"}
+    if comment:
+        body["comment"] = comment
     return (
-        f"temporal workflow signal --workflow-id {shlex.quote(workflow_id)} --name decide "
-        f"--input {shlex.quote(json.dumps(body))}"
+        f"temporal workflow signal --workflow-id {shlex.quote(workflow_id)} \\\n"
+        f"  --name decide --input \\\n  {shlex.quote(json.dumps(body))}"
     )
 
 
-def details(
-    workflow_id: str,
-    headline: str,
-    steps: Iterable[StepState],
-    approvals: Iterable[Approval],
-    undone: Iterable[UndoRecord],
-    notes: list[str],
-    usage: Usage,
-    model: str,
-) -> str:
+def page(workflow_id: str, state: RunState, ending: Ending | None) -> str:
     """The Markdown that the Web UI shows as the run's current details."""
-    parts = [f"**{headline}**"]
-    ticks = [f"- {TICKS[s.status]} {s.name}: {s.status}" + (f" ({s.detail})" if s.detail else "") for s in steps]
-    if ticks:
-        parts.append("\n".join(ticks))
-    for approval in approvals:
-        arguments = "\n".join(f"- {name}: {value}" for name, value in approval.arguments.items())
+    parts = [f"**{headline(state, ending)}**"]
+    if steps := state.steps():
+        rows = (
+            f"- {TICKS[s.status]} {s.name}: {s.status}" + (f" ({_plain(s.detail)})" if s.detail else "") for s in steps
+        )
+        parts.append("\n".join(rows))
+    for approval in state.approvals.open.values():
+        arguments = "\n".join(f"- {name}: {_plain(value)}" for name, value in approval.arguments.items())
         parts.append(
             f"### Waiting for a human: approval `{approval.id}`\n"
             f"`{approval.subject}` wants to run. {approval.why}\n\n{arguments}\n\n"
             f"So far: {approval.evidence}\n\nApprove:\n\n```\n{signal_command(workflow_id, approval.id)}\n```\n"
             f"Reject:\n\n```\n{signal_command(workflow_id, approval.id, 'reject', 'WHY')}\n```"
         )
-    undo = [f"- undo of #{u.seq} {u.tool}: {u.status}" + (f" ({u.note})" if u.note else "") for u in undone]
-    if undo:
-        parts.append("### Undo\n" + "\n".join(undo))
-    if notes:
-        parts.append("### Notes\n" + "\n".join(f"- {note}" for note in notes[-10:]))
-    if usage.calls:
-        cost = f"${usage.cost_usd:.4f}" + (f" ({usage.unpriced} calls without a known price)" if usage.unpriced else "")
-        tokens = f"{usage.input_tokens} + {usage.output_tokens} tokens"
-        parts.append(f"Model {model}: {usage.calls} calls, {tokens}, {cost}")
+    undone = (u for u in state.saga if u.status is not UndoStatus.REGISTERED)
+    if rows := [
+        f"- undo of #{u.seq} {u.tool}: {u.status}" + (f" ({_plain(u.note)})" if u.note else "") for u in undone
+    ]:
+        parts.append("### Undo\n" + "\n".join(rows))
+    if state.notes:
+        parts.append("### Notes\n" + "\n".join(f"- {_plain(note)}" for note in state.notes[-10:]))
+    if state.usage.calls:
+        parts.append(f"Model {state.model}: {cost(state.usage)}")
     return "\n\n".join(parts)
+
+
+def cost(usage: Usage) -> str:
+    unpriced = f" ({usage.unpriced} calls without a known price)" if usage.unpriced else ""
+    return f"{usage.calls} calls, {usage.input_tokens} + {usage.output_tokens} tokens, ${usage.cost_usd:.4f}{unpriced}"
+
+
+def status(given: AgentInput, state: RunState, ending: Ending | None) -> RunStatus:
+    """Answer of the query `status`."""
+    steps = state.steps()
+    return RunStatus(
+        agent=given.agent,
+        phase=state.phase,
+        line=headline(state, ending),
+        percent=percent(steps),
+        steps=steps,
+        approvals=list(state.approvals.open.values()),
+        notes=state.notes,
+        turn=state.turn,
+        calls=state.seq,
+        usage=state.usage,
+        model=state.model,
+        key_base=state.key_base,
+        trace_id=given.trace_id,
+        undone=[u for u in state.saga if u.status is not UndoStatus.REGISTERED],
+        outcome=ending.outcome if ending else None,
+    )
+
+
+def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
+    """The result of a run that has ended."""
+    return RunResult(
+        outcome=ending.outcome,
+        summary=ending.summary,
+        reason=ending.reason,
+        agent=given.agent,
+        key_base=state.key_base,
+        steps=state.steps(),
+        pending=state.pending(),
+        undone=state.saga if ending.outcome.unwinds else [],
+        usage=state.usage,
+        model=state.model,
+        turns=state.turn,
+        calls=state.seq,
+        failures=state.failures,
+        human_wait_s=state.approvals.waited_s,
+        decisions=list(state.approvals.decided.values()),
+        trace_id=given.trace_id,
+    )
+
+
+class Display:
+    """Keeps the Web UI's page and the search attributes up to date, writing history only for what changed."""
+
+    def __init__(self, given: AgentInput) -> None:
+        self._given = given
+        self._shown: tuple[str, str] | None = None
+
+    def show(self, state: RunState, ending: Ending | None) -> None:
+        workflow.set_current_details(page(workflow.info().workflow_id, state, ending))
+        shown = (state.phase.value, state.stage())
+        if shown == self._shown:
+            return
+        updates = [STATUS.value_set(shown[0]), STAGE.value_set(shown[1])]
+        if self._shown is None:
+            updates += [AGENT.value_set(self._given.agent), TENANT.value_set(self._given.tenant)]
+        self._shown = shown
+        workflow.upsert_search_attributes(updates)
+
+
+def _done(steps: list[StepState]) -> int:
+    return sum(step.status is StepStatus.DONE for step in steps)
+
+
+def _aside(text: str) -> str:
+    return f" ({_plain(text)})" if text else ""
+
+
+def _plain(value: object) -> str:
+    """Text of a model or a service, so that it cannot pose as markup of this page."""
+    return re.sub(r"([\\`*_\[\]<>#|!])", r"\\\1", " ".join(str(value).split()))

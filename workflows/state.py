@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 
 from pydantic import BaseModel
@@ -13,6 +14,7 @@ from holdfast.contracts import (
     Pending,
     Phase,
     Profile,
+    RunOutcome,
     StepSpec,
     StepState,
     StepStatus,
@@ -22,6 +24,15 @@ from holdfast.contracts import (
     Usage,
 )
 from workflows.approvals import ApprovalsState
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the run ends. `summary`: the model's final words, if there were any."""
+
+    outcome: RunOutcome
+    reason: str = ""
+    summary: str = ""
 
 
 class CallState(BaseModel):
@@ -101,12 +112,17 @@ class RunState(BaseModel):
             for s in steps
             if s.status is StepStatus.PENDING or (s.status is StepStatus.TODO and not s.critical)
         ]
-        in_steps = {tool for spec in self._specs() for tool in spec.tools}
+        ends = [(tool, self.ends[tool]) for tool in self.stray_tools()]
         return left + [
             Pending(step=tool, role="", what=end.detail, key=self._key(end.seq))
-            for tool, end in self.ends.items()
-            if end.status is OutcomeStatus.UNKNOWN and tool not in in_steps
+            for tool, end in ends
+            if end.status is OutcomeStatus.UNKNOWN
         ]
+
+    def stray_tools(self) -> list[str]:
+        """Tools with an end that belong to no step."""
+        in_steps = {tool for spec in self._specs() for tool in spec.tools}
+        return [tool for tool in self.ends if tool not in in_steps]
 
     def stage(self) -> str:
         """The step at work, for the search attribute."""

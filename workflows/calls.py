@@ -1,0 +1,94 @@
+"""How the workflow calls its activities: one policy for all, and patience with those that answer "not before T"."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from temporalio import workflow
+from temporalio.common import RetryPolicy
+from temporalio.exceptions import ActivityError
+
+from holdfast.contracts import Wait
+
+HEARTBEAT = timedelta(seconds=3)
+"""A dead worker is noticed after this long. Activities beat four times as often (`holdfast.reliability.heartbeat`)."""
+# Attempts are unlimited: real failures are counted by the ledger and carry their own delay. What this policy paces is
+# being tried again after a crash, which is no reason to wait.
+RETRY = RetryPolicy(initial_interval=timedelta(milliseconds=500), backoff_coefficient=1.0)
+GRACE_S = 30.0
+"""Seconds that an activity gets beyond the limit it enforces itself."""
+UNDO_DEADLINE_S = 3600.0
+
+T = TypeVar("T")
+Parked = Callable[[Wait | None], None]
+"""Told when an activity asks to wait, and with None when the wait is over."""
+
+
+class Calls:
+    """The activities of one run. `open` counts those under way: only at 0 may the run continue as new."""
+
+    def __init__(self, parked: Parked) -> None:
+        self.open = 0
+        self._parked = parked
+
+    async def run(
+        self,
+        name: str,
+        request: Any,
+        result: type[T],
+        *,
+        summary: str,
+        timeout_s: float = 0.0,
+        deadline_s: float | None = None,
+        settle: bool = True,
+    ) -> T:
+        """Runs an activity to its result.
+
+        timeout_s: what it needs for one attempt. deadline_s: over all attempts of one call. settle: a cancelled call is
+        waited for until it has said how it ended; without, it is left alone at once.
+        Raises ActivityError when it gave up or was cancelled.
+        """
+        how = workflow.ActivityCancellationType
+        while True:
+            self.open += 1
+            try:
+                outcome = await workflow.execute_activity(
+                    name,
+                    request,
+                    result_type=result,
+                    start_to_close_timeout=timedelta(seconds=timeout_s + GRACE_S),
+                    schedule_to_close_timeout=timedelta(seconds=deadline_s) if deadline_s else None,
+                    heartbeat_timeout=HEARTBEAT,
+                    retry_policy=RETRY,
+                    summary=summary,
+                    cancellation_type=how.WAIT_CANCELLATION_COMPLETED if settle else how.TRY_CANCEL,
+                )
+            finally:
+                self.open -= 1
+            wait: Wait | None = getattr(outcome, "wait", None)
+            if wait is None:
+                return outcome
+            self._parked(wait)
+            # Waiting is a durable timer, not a worker's time, and uses up no retry.
+            await workflow.sleep(max(wait.until - workflow.now(), timedelta(milliseconds=100)))
+            self._parked(None)
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits work that a cancel must not stop: undoing, once begun, goes to its end."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():  # not the run's cancellation but the end of this execution in this worker
+                raise
+    return task.result()
+
+
+def why(error: ActivityError) -> str:
+    """What was wrong, without Temporal's own words around it."""
+    return str(getattr(error.cause, "message", None) or error.cause or error)

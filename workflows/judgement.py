@@ -1,0 +1,57 @@
+"""Whether a run may end, and how. Pure decisions over the state."""
+
+from __future__ import annotations
+
+from holdfast.contracts import Note, OutcomeStatus, RunOutcome, StepStatus, digest
+from workflows.state import Ending, RunState
+
+MAX_REPEATS = 3
+"""A turn that repeats the one before, calls and outcomes alike, this often is a loop."""
+MAX_REFUSALS = 3
+"""So often the model may try to finish with a critical step undone."""
+
+
+def out_of_turns(state: RunState) -> Ending | None:
+    if state.profile and state.turn >= state.profile.max_turns:
+        return Ending(RunOutcome.FAILED, f"max turns: {state.turn} turns and not finished")
+    return None
+
+
+def judge_final(state: RunState, final: str) -> Ending | Note:
+    """Final words end the run only when every critical step has an outcome; else a note says which has not."""
+    steps = state.steps()
+    if rejected := _rejected(state):
+        comments = [d.decision.comment for d in state.approvals.decided.values() if d.decision.comment]
+        return Ending(
+            RunOutcome.REJECTED, f"rejected by the human: {', '.join(rejected)}: {'; '.join(comments)}", final
+        )
+    if missing := ", ".join(s.name for s in steps if s.critical and s.status is StepStatus.TODO):
+        state.refusals += 1
+        if state.refusals >= MAX_REFUSALS:
+            return Ending(RunOutcome.FAILED, f"critical step gone: {missing} never got an outcome", final)
+        return Note(
+            text=f"Finishing is refused: these critical steps have no outcome yet: {missing}. Do them, then finish."
+        )
+    if pending := state.pending():
+        left = ", ".join(f"{p.step} ({p.role})" if p.role else p.step for p in pending)
+        return Ending(RunOutcome.PARTIAL, f"pending: {left}", final)
+    return Ending(RunOutcome.COMPLETED, "", final)
+
+
+def judge_turn(state: RunState) -> Ending | None:
+    """After the calls of a turn: whether the run can still come to a good end."""
+    same = digest([[c.call.tool, c.call.arguments, c.outcome and c.outcome.content] for c in state.calls])
+    state.repeats = state.repeats + 1 if same == state.last_turn else 0
+    state.last_turn = same
+    if gone := next((s for s in state.steps() if s.critical and s.status is StepStatus.FAILED), None):
+        return Ending(RunOutcome.FAILED, f"critical step gone: {gone.name}: {gone.detail}")
+    if state.repeats >= MAX_REPEATS:
+        times = MAX_REPEATS + 1
+        return Ending(RunOutcome.FAILED, f"loop without progress: the same calls with the same outcomes {times} times")
+    return None
+
+
+def _rejected(state: RunState) -> list[str]:
+    """Critical steps, and tools without a step, where a human's last word was no."""
+    steps = [s.name for s in state.steps() if s.critical and s.status is StepStatus.REJECTED]
+    return steps + [t for t in state.stray_tools() if state.ends[t].status is OutcomeStatus.REJECTED]
