@@ -75,7 +75,7 @@ async def order_medication(
 
 
 @order_medication.undo
-async def cancel_order(ctx: ToolContext, undo: Undo) -> str:
+async def cancel_order(ctx: ToolContext, undo: Undo) -> str | None:
     return await _cancel(ctx, "/pharmacy/orders", undo, "pharmacy order")
 
 
@@ -94,14 +94,14 @@ async def book_appointment(
 
 
 @book_appointment.undo
-async def cancel_appointment(ctx: ToolContext, undo: Undo) -> str:
+async def cancel_appointment(ctx: ToolContext, undo: Undo) -> str | None:
     return await _cancel(ctx, "/appointments", undo, "appointment")
 
 
-async def _cancel(ctx: ToolContext, path: str, undo: Undo, what: str) -> str:
+async def _cancel(ctx: ToolContext, path: str, undo: Undo, what: str) -> str | None:
     """Cancels by the key of the call. A 404 also bars the key: a request still on its way will be refused."""
     cancelled = await _request(ctx, "DELETE", path, params={"key": undo.key})
-    return f"{what} cancelled" if cancelled is not None else f"{what} never happened; nothing to cancel"
+    return f"{what} cancelled" if cancelled is not None else None
 
 
 # ------------------------------------------------------------------ summary
@@ -175,11 +175,11 @@ async def providers_were_notified(ctx: ToolContext, patient_id: str, recipients:
 
 
 @notify_providers.undo
-async def retract(ctx: ToolContext, undo: Undo) -> str:
+async def retract(ctx: ToolContext, undo: Undo) -> str | None:
     """What was sent cannot be unsent: the same recipients are told, once, that it no longer holds."""
     first = await _sent(ctx, undo.key)
     if first is None:
-        return "message to the providers never happened; nothing to retract"
+        return None
     if await _sent(ctx, ctx.key) is None:
         text = "Please disregard the discharge message sent before; the discharge was not completed."
         await _send(ctx, first["patient_id"], first["to"], text, retracts=undo.key)
