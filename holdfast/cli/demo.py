@@ -11,12 +11,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
@@ -26,7 +25,17 @@ from holdfast.cli import runs, view
 from holdfast.cli.output import err, money, out, seconds
 from holdfast.cli.tally import Line, Sent, count, doubled, received, unmatched
 from holdfast.cli.up import cancelled_by_signal
-from holdfast.contracts import Approval, ApprovalDecision, Json, Phase, RunOutcome, RunResult, RunStatus, Verdict
+from holdfast.contracts import (
+    Approval,
+    ApprovalDecision,
+    Json,
+    Phase,
+    RunOutcome,
+    RunResult,
+    RunStatus,
+    StepStatus,
+    Verdict,
+)
 from holdfast.reliability.ledger import Entry, Ledger
 from holdfast.simulation.hospital import EffectRow, HospitalRecord
 from holdfast.simulation.scripted_model import ModelRecord
@@ -41,7 +50,7 @@ PATIENT = "pat-1"
 THINK_S = 0.4
 """Seconds that the scripted model takes for an answer, so that one can see it think."""
 SLOW_S = 4.0
-WITHIN_S = 10.0
+WITHIN_S = 15.0
 """A killed worker's run goes on within so many seconds, the start of another worker included."""
 PATIENCE_S = 45.0
 
@@ -78,7 +87,7 @@ async def demo(*, fail: bool, yes: bool, keep: bool) -> int:
         except asyncio.CancelledError:
             err.print("\n[dim]stopped[/dim]")
         except Stuck as error:
-            err.print(f"[red]{error}[/red]", soft_wrap=True)
+            err.print(Text(str(error), "red"))
             code = 1
         finally:
             stack.stop(grace_s=0)  # nothing of it is kept
@@ -97,7 +106,10 @@ class Demo:
         self._model = ModelRecord(stack.home / "model.db")
         self._kills: list[Kill] = []
         self._status: RunStatus | None = None
-        self._live = Live(console=out, auto_refresh=False, transient=True)
+        self._watching: asyncio.Task[None] | None = None
+        self._live: Live | None = None
+        self._told: set[str] = set()
+        """What was said already: ids of failed requests, names of pending steps, ids of answered approvals."""
 
     async def play(self) -> int:
         out.print("[bold]Holdfast demo[/bold]: a patient's discharge whose workers are killed, on simulated services")
@@ -105,25 +117,22 @@ class Demo:
         await self._stack.start()
         client = await connect()
         handle = await self._start(client)
-        watching = asyncio.create_task(self._watch(handle))
+        self._watching = asyncio.create_task(self._watch(handle))
         try:
             await self._kill_in_flight()
             await self._kill_between_turns()
-            approvals = await self._until_asked()
-            verdict = await self._decide(handle, approvals)
-            await asyncio.wait_for(watching, PATIENCE_S)
-        except TimeoutError:
-            raise Stuck(f"the run did not end within {PATIENCE_S:.0f} s\n{self._logs()}") from None
+            # After a rejection the agent may word it better and ask again.
+            while approvals := await self._until_asked_or_ended():
+                await self._decide(handle, approvals)
+            await self._watching
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
-            self._live.stop()
+            self._watching.cancel()
+            self._show(None)
         known = await runs.find(client, handle.id, with_row=True)
         result = await known.result()
         if result is None:
             raise Stuck(f"{handle.id} ended without a result\n{self._logs()}")
-        return await self._judge(handle.id, result, verdict)
+        return await self._judge(handle.id, result)
 
     # ------------------------------------------------------------ the story
 
@@ -142,7 +151,6 @@ class Demo:
         out.print(
             f"model      {Text('scripted, SIMULATED', 'yellow').markup}: it calls tools and writes text by rules\n"
         )
-        self._live.start()
         return client.get_workflow_handle(started.workflow_id, result_type=RunResult)
 
     async def _order_faults(self) -> None:
@@ -191,85 +199,80 @@ class Demo:
         started = f"another worker polls after {polling:.1f} s"
         self._say("✓", "green", f"the run goes on {resumed:.1f} s after the kill ({started})")
 
-    async def _until_asked(self) -> list[Approval]:
-        def asked() -> bool:
-            return self._status is not None and self._status.phase is Phase.WAITING_HUMAN
+    async def _until_asked_or_ended(self) -> list[Approval]:
+        """What the physician is asked now; empty when the run has ended instead."""
+        assert self._watching is not None
+        watching = self._watching
 
-        await self._until(asked, "the physician to be asked")
-        assert self._status is not None
-        return self._status.approvals
+        def asked() -> list[Approval]:
+            waits = self._status is not None and self._status.phase is Phase.WAITING_HUMAN
+            return [a for a in self._status.approvals if a.id not in self._told] if waits and self._status else []
 
-    async def _decide(self, handle: runs.Handle, approvals: list[Approval]) -> Verdict:
-        """Gets the physician's answer to all that is asked and sends it; what it was."""
-        self._live.stop()
+        await self._until(lambda: watching.done() or bool(asked()), "the physician to be asked")
+        return [] if watching.done() else asked()
+
+    async def _decide(self, handle: runs.Handle, approvals: list[Approval]) -> None:
+        """Gets the physician's answer to all that is asked, and sends it."""
+        self._show(None)
+        self._told.update(approval.id for approval in approvals)
         if self._fail:
             await self._fault("messages", mode="fail", status=403, method="POST")
         self._say("?", "bold yellow", "the run stops here and asks the physician; nothing of it is held in a worker")
         for approval in approvals:
             out.print(Padding(view.approval_view(handle.id, approval, hint=False), (0, 0, 0, 6)))
         commands = [self._signal_command(handle.id, approval.id) for approval in approvals]
-        if not self._ask:
-            out.print("\n[dim]no one is asked, so the demo approves with the plain Temporal CLI:[/dim]")
-            for command in commands:
-                print(f"  {shlex.join(command)}", flush=True)
-                await _run(command)
-            verdict = Verdict.APPROVE
-        else:
+        if self._ask:
             out.print("\n[dim]from another terminal, the plain Temporal CLI does the same as your yes:[/dim]")
-            for command in commands:
-                print(f"  {shlex.join(command)}", flush=True)
-            verdict = await self._ask_person(handle, approvals)
-        self._live.start()
-        return verdict
+        else:
+            out.print("\n[dim]no one is asked, so the demo approves with the plain Temporal CLI:[/dim]")
+        for command in commands:
+            print(f"  {shlex.join(command)}", flush=True)
+        if self._ask:
+            await self._ask_person(handle, approvals)
+        else:
+            await asyncio.gather(*(_run(command) for command in commands))
 
-    async def _ask_person(self, handle: runs.Handle, approvals: list[Approval]) -> Verdict:
-        question = f"\n[bold yellow]{PHYSICIAN}, send {len(approvals)} messages?[/bold yellow] (a)pprove or (r)eject: "
+    async def _ask_person(self, handle: runs.Handle, approvals: list[Approval]) -> None:
+        """Puts the question at the terminal. Returns too when it was answered elsewhere, in the Web UI say."""
+        question = f"\n[bold yellow]{PHYSICIAN}, send this?[/bold yellow] (a)pprove or (r)eject: "
         verdict, comment = None, ""
         while verdict is None:
-            answer = await self._line(question)
-            if answer is None:  # answered elsewhere, in the Web UI say
-                return await self._verdict_from_elsewhere(handle)
-            word = answer.strip().lower()
-            verdict = {"a": Verdict.APPROVE, "r": Verdict.REJECT}.get(word[:1]) if word else None
+            if (answer := await self._line(question, approvals)) is None:
+                return
+            verdict = {"a": Verdict.APPROVE, "r": Verdict.REJECT}.get(answer[:1].lower())
         while verdict is Verdict.REJECT and not comment:
-            answer = await self._line("reason, which the agent reads: ")
+            answer = await self._line("reason, which the agent reads: ", approvals)
             if answer is None:
-                return await self._verdict_from_elsewhere(handle)
-            comment = answer.strip()
+                return
+            comment = answer
         for approval in approvals:
             decision = ApprovalDecision(
                 approval_id=approval.id, verdict=verdict, approver=PHYSICIAN, comment=comment, digest=approval.digest
             )
             reply, _ = await runs.send(handle, decision)
             out.print(f"[dim]{reply.message}[/dim]")
-        return verdict
 
-    async def _line(self, question: str) -> str | None:
-        """A line typed at the terminal; None when the run stopped waiting meanwhile.
+    async def _line(self, question: str, approvals: list[Approval]) -> str | None:
+        """A line typed at the terminal; None when these approvals were answered elsewhere meanwhile.
 
         Not `input()` in a thread: a thread that waits for a key would hold up the end after Ctrl-C.
         """
         out.print(question, end="")
+        ids = {approval.id for approval in approvals}
         loop = asyncio.get_running_loop()
         typed: asyncio.Future[str] = loop.create_future()
         loop.add_reader(sys.stdin, lambda: typed.done() or typed.set_result(sys.stdin.readline()))
         try:
             while not typed.done():
                 await asyncio.wait((typed,), timeout=0.2)
-                if self._status is not None and self._status.phase is not Phase.WAITING_HUMAN:
+                if self._status is not None and ids.isdisjoint(each.id for each in self._status.approvals):
+                    out.print("\n[dim]answered elsewhere[/dim]")
                     return None
         finally:
             loop.remove_reader(sys.stdin)
-        if not typed.result():  # end of input
+        if not typed.result():
             raise Stuck("the terminal was closed before there was an answer")
-        return typed.result()
-
-    async def _verdict_from_elsewhere(self, handle: runs.Handle) -> Verdict:
-        out.print("\n[dim]answered from elsewhere[/dim]")
-        result = await asyncio.wait_for(runs.temporal_result(handle), PATIENCE_S)
-        decided = result.decisions if result is not None else []
-        rejected = any(each.decision.verdict is Verdict.REJECT for each in decided)
-        return Verdict.REJECT if rejected else Verdict.APPROVE
+        return typed.result().strip()
 
     def _signal_command(self, workflow_id: str, approval_id: str) -> list[str]:
         decision = json.dumps({"approval_id": approval_id, "verdict": "approve", "approver": PHYSICIAN})
@@ -280,16 +283,43 @@ class Demo:
 
     async def _watch(self, handle: runs.Handle) -> None:
         """Keeps the picture of the run up to date until it ends."""
+        self._show(Text(""))
         async for status in runs.changes(handle, every_s=0.2):
             if isinstance(status, str):
                 continue  # no worker, for the moment: that is what the demo is about
             told = self._status and view.plain_line(self._status)
             self._status = status
-            if out.is_terminal:
+            for step in status.steps:
+                if step.status is StepStatus.PENDING:
+                    self._say_once(step.name, "…", "yellow", f"{step.name} is left pending, for the {step.role}")
+            asked = status.phase is Phase.WAITING_HUMAN
+            if out.is_terminal and not asked:
                 picture = view.status_view(handle.id, status, ask=False)
-                self._live.update(Group("", Padding(picture, (0, 0, 0, 6))), refresh=True)
-            elif told != view.plain_line(status):
+                self._show(Group("", Padding(picture, (0, 0, 0, 6))))
+            elif not out.is_terminal and told != view.plain_line(status):
                 self._say("·", "dim", view.plain_line(status).strip())
+
+    def _show(self, picture: RenderableType | None) -> None:
+        """Puts the picture below the lines, at a terminal; None takes it away."""
+        if picture is None and self._live is not None:
+            self._live.stop()
+            self._live = None
+        if picture is not None and self._live is None:
+            self._live = Live(console=out, auto_refresh=False, transient=True)
+            self._live.start()
+        if picture is not None and self._live is not None:
+            self._live.update(picture, refresh=True)
+
+    def _say_once(self, name: str, mark: str, style: str, text: str) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            self._say(mark, style, text)
+
+    def _tell_failures(self) -> None:
+        for each in self._hospital.requests():
+            # A 404 is a plain answer: there was nothing to undo.
+            if each.status is not None and each.status >= 400 and each.status != 404:
+                self._say_once(f"request {each.id}", "!", "yellow", f"{each.service} answers {each.status}")
 
     def _say(self, mark: str, style: str, text: str) -> None:
         out.print(Text.assemble((f"{time.monotonic() - self._began:5.1f} s  ", "dim"), (mark, style), f"  {text}"))
@@ -301,6 +331,9 @@ class Demo:
         """Waits for something that other processes do. Raises Stuck."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
+            self._tell_failures()
+            if self._watching is not None and self._watching.done():
+                raise Stuck(f"the run ended before {what}\n{self._logs()}")
             if time.monotonic() > deadline:
                 raise Stuck(f"waited {PATIENCE_S:.0f} s for {what}\n{self._logs()}")
             await asyncio.sleep(0.02)
@@ -310,7 +343,7 @@ class Demo:
 
     # ------------------------------------------------------------ the end
 
-    async def _judge(self, workflow_id: str, result: RunResult, verdict: Verdict) -> int:
+    async def _judge(self, workflow_id: str, result: RunResult) -> int:
         """Shows what was counted and which claims held; 0 when all of them did."""
         store = await open_database(self._stack.store_url)
         try:
@@ -319,7 +352,7 @@ class Demo:
             await store.close()
         effects = self._hospital.effects()
         lines = count(self._sent(), effects, entries)
-        claims = list(self._claims(result, verdict, lines, effects, entries))
+        claims = list(self._claims(result, lines, effects, entries))
         out.print()
         out.print(view.result_view(workflow_id, result))
         out.print()
@@ -344,86 +377,80 @@ class Demo:
         return 1 if broken else 0
 
     def _claims(
-        self, result: RunResult, verdict: Verdict, lines: list[Line], effects: list[EffectRow], entries: list[Entry]
+        self, result: RunResult, lines: list[Line], effects: list[EffectRow], entries: list[Entry]
     ) -> Iterable[tuple[str, bool]]:
         by_service = {line.service: line for line in lines}
-        slowest = max((kill.resumed_s for kill in self._kills), default=0.0)
+        slowest = max(kill.resumed_s for kill in self._kills)
         killed = len(self._kills) == 2 and all(kill.status == -signal.SIGKILL for kill in self._kills)
-        yield (
-            f"two workers were killed with SIGKILL, and the run went on within {slowest:.1f} s",
-            (killed and slowest <= WITHIN_S),
-        )
+        held = killed and slowest <= WITHIN_S
+        yield f"two workers were killed with SIGKILL, and the run went on within {slowest:.1f} s", held
         yield "no recorded call was repeated, of a tool or of the model", not any(line.recorded for line in lines)
         yield "nothing was done twice: one effect a key in the hospital's record", not doubled(effects)
         yield "the ledger and the hospital's record agree on what was done", not unmatched(effects, entries)
         answers = by_service["insurance"].answers
         yield "insurance failed twice and recovered", answers["503"] == 2 and answers["200"] >= 1
-        if not self._fail:
-            held = not by_service["pharmacy"].effects and any(p.step == "pharmacy" for p in result.pending)
-            if verdict is Verdict.APPROVE:
-                yield "the pharmacy hung; its order is left pending for the pharmacist", held
-        if verdict is Verdict.APPROVE and not self._fail:
-            yield from self._claims_of_sending(result, effects)
+        yield from self._claims_of_messages(result, effects)
+        rejected = bool(result.decisions) and result.decisions[-1].decision.verdict is Verdict.REJECT
+        if self._fail or rejected:
+            outcome = RunOutcome.REJECTED if rejected else RunOutcome.FAILED
+            yield from self._claims_of_undoing(effects)
         else:
-            yield from self._claims_of_undoing(result, verdict, effects)
+            outcome = RunOutcome.PARTIAL
+            held = not by_service["pharmacy"].effects and any(each.step == "pharmacy" for each in result.pending)
+            yield "the pharmacy hung; its order is left pending for the pharmacist", held
+        yield f"the run ended as it should: {outcome}", result.outcome is outcome
 
-    def _claims_of_sending(self, result: RunResult, effects: list[EffectRow]) -> Iterable[tuple[str, bool]]:
-        sent = [effect for effect in effects if effect.service == "messages"]
-        yes = [each.decided_at.timestamp() for each in result.decisions if each.decision.verdict is Verdict.APPROVE]
-        after = len(yes) == 2 and all(effect.at > min(yes) for effect in sent)
-        yield "patient and providers got one message each, after the physician's yes", len(sent) == 2 and after
-        yield "the run ended with a partial result", result.outcome is RunOutcome.PARTIAL
+    def _claims_of_messages(self, result: RunResult, effects: list[EffectRow]) -> Iterable[tuple[str, bool]]:
+        """Every yes sent one message, afterwards, and nothing else did; with --fail no message can be sent."""
+        sent = sorted(effect.at for effect in effects if effect.kind == "message")
+        said = [each for each in result.decisions if each.decision.verdict is Verdict.APPROVE]
+        yes = sorted(each.decided_at.timestamp() for each in said)
+        if self._fail or not yes:
+            yield "no message was sent", not sent
+        else:
+            held = len(sent) == len(yes) and all(at > when for at, when in zip(sent, yes, strict=True))
+            yield f"{len(sent)} messages were sent, each after the physician's yes to it", held
 
-    def _claims_of_undoing(
-        self, result: RunResult, verdict: Verdict, effects: list[EffectRow]
-    ) -> Iterable[tuple[str, bool]]:
-        """What holds when the run fails after the approval (`--fail`), or the physician says no."""
-        rejected = verdict is Verdict.REJECT
-        yield "no message was sent", not any(effect.kind == "message" for effect in effects)
-        undo = {"book": "cancel-booking", "order": "cancel-order"}
-        done = [effect.kind for effect in effects if effect.kind in undo]
-        undone = [effect.kind for effect in effects if effect.kind in undo.values()]
-        wanted = ["book"] if not self._fail else ["book", "order"]
-        yield (
-            f"what was done before is undone: {', '.join(undone)}",
-            sorted(done) == wanted and sorted(undone) == sorted(undo[kind] for kind in done),
-        )
-        backwards = sorted((entry.seq for entry in result.undone), reverse=True)
-        yield (
-            "in reverse order",
-            [entry.seq for entry in result.undone] == backwards
-            or undone
-            == [
-                "cancel-booking",
-                "cancel-order",
-            ],
-        )
-        outcome = RunOutcome.REJECTED if rejected else RunOutcome.FAILED
-        yield f"the run ended as {outcome}", result.outcome is outcome
+    def _claims_of_undoing(self, effects: list[EffectRow]) -> Iterable[tuple[str, bool]]:
+        opposite = {"book": "cancel-booking", "order": "cancel-order"}
+        done = [effect.kind for effect in effects if effect.kind in opposite]
+        undone = [effect.kind for effect in effects if effect.kind in opposite.values()]
+        wanted = ["book", "order"] if self._fail else ["book"]
+        held = sorted(done) == wanted and sorted(undone) == [opposite[kind] for kind in wanted]
+        yield f"what was done is undone: {', '.join(undone)}", held
+        if self._fail:  # the order was decided before the booking
+            yield "it is undone in reverse order", undone == ["cancel-booking", "cancel-order"]
 
 
 def counted(lines: list[Line]) -> Table:
     """The table of what the hospital, the model and the ledger have on record."""
     table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_footer=True, footer_style="bold"
+        title="counted from the hospital's and the model's own records, and the ledger",
+        title_style="bold",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+        show_footer=True,
+        footer_style="bold",
     )
-    table.add_column("counted from their own records", "in all")
-    for name, number in (
-        ("requests\nreceived", sum(line.requests for line in lines)),
-        ("effects\ndone", None),
-        ("retries after\na failure", sum(line.retries for line in lines)),
-        ("repeated, killed\nunrecorded", sum(line.repeated for line in lines)),
-        ("repeated though\nrecorded", sum(line.recorded for line in lines)),
-    ):
-        table.add_column(name, "" if number is None else str(number), justify="left" if number is None else "right")
-    table.add_column("answers", "")
+
+    def number(heading: str, values: list[int]) -> None:
+        table.add_column(heading, str(sum(values)), justify="right", no_wrap=True)
+
+    table.add_column("service", "in all", no_wrap=True)
+    number("requests", [line.requests for line in lines])
+    table.add_column("effects", no_wrap=True)
+    number("retries", [line.retries for line in lines])
+    number("again after\na kill", [line.repeated for line in lines])
+    number("again though\nrecorded", [line.recorded for line in lines])
+    table.add_column("answers", no_wrap=True)
     for line in lines:
-        effects = ", ".join(f"{number} {kind}" for kind, number in line.effects.items())
-        answers = ", ".join(
-            f"{number} × {'none' if status == 'none' else status}" for status, number in line.answers.items()
-        )
-        cells = (str(line.requests), effects or "–", *(str(n) for n in (line.retries, line.repeated, line.recorded)))
-        table.add_row(line.service, *cells, answers)
+        effects = "\n".join(f"{times} {kind}" for kind, times in line.effects.items())
+        answers = ", ".join(f"{times} × {status}" for status, times in line.answers.items())
+        numbers = (str(n) for n in (line.retries, line.repeated, line.recorded))
+        table.add_row(line.service, str(line.requests), effects or "–", *numbers, answers)
     return table
 
 
