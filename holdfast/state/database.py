@@ -7,8 +7,10 @@ several processes at once.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import sqlite3
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,8 @@ T = TypeVar("T")
 
 BUSY_S = 10.0
 """Seconds that SQLite itself waits for another process's write lock."""
-BUSY_TRIES = 3
+GIVE_UP_S = 30.0
+"""Seconds after which a call that still meets a lock fails."""
 
 
 class StoreUnavailable(Exception):
@@ -153,15 +156,19 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _until_free(job: Callable[[], T]) -> T:
-    """Runs a job again while another process holds the file: SQLite refuses some locks at once, without waiting."""
-    for left in reversed(range(BUSY_TRIES)):
+    """Runs a job again while another process holds the file: SQLite refuses some locks at once, without waiting.
+
+    One of them is the switch to WAL, in a new file that another process writes to.
+    """
+    until = time.monotonic() + GIVE_UP_S
+    while True:
         try:
             return job()
         except sqlite3.OperationalError as error:
             # The low byte is the primary code, without the extended ones such as SQLITE_BUSY_SNAPSHOT.
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or not left:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
-    raise AssertionError
+        time.sleep(random.uniform(0.005, 0.02))
 
 
 # ------------------------------------------------------------------ Postgres

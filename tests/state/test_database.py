@@ -138,11 +138,11 @@ async def test_calls_cancelled_at_any_moment_leave_a_working_store(db: Database)
     assert all((f"{n}/a" in keys) == (f"{n}/b" in keys) for n in range(200))
 
 
-def test_sqlite_waits_for_a_writer_that_holds_the_lock(sqlite_url: str) -> None:
-    """Another process keeps a write transaction open for a while: callers wait instead of failing."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, sqlite_url.removeprefix("sqlite:///")], stdout=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
+def test_sqlite_waits_for_a_writer_that_holds_the_lock(sqlite_url: str, lock: str) -> None:
+    """Another process keeps a write transaction open for a while: opening and writing wait instead of failing."""
+    command = [sys.executable, "-c", HOLD, sqlite_url.removeprefix("sqlite:///"), lock]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
 
     async def write() -> None:
@@ -157,7 +157,7 @@ def test_sqlite_waits_for_a_writer_that_holds_the_lock(sqlite_url: str) -> None:
 HOLD = """
 import sqlite3, sys, time
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute("BEGIN EXCLUSIVE")
+connection.execute(f"BEGIN {sys.argv[2]}")
 print("held", flush=True)
 time.sleep(0.5)
 connection.execute("COMMIT")
