@@ -154,6 +154,7 @@ def migrate(url: str) -> tuple[str | None, str]:
     try:
         with connector.begin() as connection:
             if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
             before = current_version(connection)
             if before is not None:
@@ -191,7 +192,7 @@ def engine(url: str) -> Engine:
     if path is None:
         return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"timeout": 30, "isolation_level": None}
+    options = {"timeout": 30.0, "isolation_level": None}
     made = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool, connect_args=options)
     # The driver's own BEGIN leaves schema changes outside the transaction and takes the write lock late.
     event.listen(made, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
