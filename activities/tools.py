@@ -81,7 +81,11 @@ class Tools:
         try:
             settled = await protected(self._runtime.ledger, call, act, probe)
         except KeyConflict as conflict:
-            return Outcome(status=OutcomeStatus.UNKNOWN, content=f"{conflict}; a person has to look at it")
+            return Outcome(
+                status=OutcomeStatus.UNKNOWN,
+                content=f"outcome unknown: {conflict}. A person has to look at it; go on without it.",
+                reason=str(conflict),
+            )
         return _outcome(settled, sum(usage, Usage()))
 
     async def _undo(self, request: ToolRequest, tool: Tool) -> UndoOutcome:
@@ -173,10 +177,11 @@ def _call(request: ToolRequest, tool: Tool, arguments: Json) -> Call:
 
 def _outcome(settled: Settled, usage: Usage) -> Outcome:
     """What the model reads of a call's end."""
+    reason = settled.error
     if settled.state in (State.DONE, State.COMPENSATED):
         status, content = OutcomeStatus.OK, _clip(settled.result)
     elif settled.state is State.UNKNOWN:
-        status = OutcomeStatus.UNKNOWN
+        status, reason = OutcomeStatus.UNKNOWN, f"{settled.error}; it may have happened"
         content = (
             f"outcome unknown: {settled.error}. It may have happened. It is left pending for a person; "
             "do not call this tool again, go on without it."
@@ -186,7 +191,7 @@ def _outcome(settled: Settled, usage: Usage) -> Outcome:
     else:
         status = OutcomeStatus.FAILED
         content = f"failed for good after {settled.failures} failures: {settled.error}"
-    return Outcome(status=status, content=content, failures=settled.failures, usage=usage)
+    return Outcome(status=status, content=content, reason=reason, failures=settled.failures, usage=usage)
 
 
 def _clip(result: Any) -> str:

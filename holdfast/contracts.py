@@ -179,10 +179,13 @@ class OutcomeStatus(StrEnum):
 
 
 class Outcome(BaseModel):
-    """How one tool call ended, in words that go back to the model."""
+    """How one tool call ended."""
 
     status: OutcomeStatus = OutcomeStatus.OK
     content: str = ""
+    """What the model reads."""
+    reason: str = ""
+    """What a person reads when it did not go well."""
     failures: int = 0
     """Real failures on the way (crashes and deploys are none)."""
     usage: Usage = Usage()

@@ -155,6 +155,8 @@ class Stack:
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), base.get("PYTHONPATH", "")))),
             "PYTHONUNBUFFERED": "1",
         }
+        # A worker that has to compile all its imports anew takes twice as long to take over.
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self.services = list(self._services())
         self.workers: list[Child] = []
 

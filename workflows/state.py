@@ -83,7 +83,7 @@ class RunState(BaseModel):
         self.failures += outcome.failures
         self.usage += outcome.usage
         if outcome.status is not OutcomeStatus.ERROR:
-            detail = "" if outcome.status is OutcomeStatus.OK else outcome.content[:300]
+            detail = "" if outcome.status is OutcomeStatus.OK else (outcome.reason or outcome.content)[:300]
             self.ends[item.call.tool] = ToolEnd(status=outcome.status, seq=item.seq, detail=detail)
 
     def unknown(self, tool: str) -> int | None:

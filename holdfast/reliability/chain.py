@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from holdfast.contracts import Effect
@@ -68,7 +69,7 @@ async def _read(ledger: Ledger, call: Call, act: Act) -> Settled:
     reserved, answered, _ = _POINTS[call.kind]
     faults.reached(reserved, call.name)
     try:
-        async with asyncio.timeout(call.timeout_s):
+        async with _limit(call):
             result = await act(1)
     except RetryLater:
         raise  # a call inside this one failed and was counted there
@@ -94,14 +95,14 @@ async def _act(
     try:
         if doubtful and call.effect is Effect.PROBE:
             assert probe is not None
-            async with asyncio.timeout(call.timeout_s):
+            async with _limit(call):
                 found = await probe(grant.attempt)
             if found is not None:
                 return await _done(ledger, call, grant, found)
             doubtful = False  # asked by key: it did not happen
         if time.monotonic() - since > _STALE_S:
             await ledger.check(call, grant.attempt)
-        async with asyncio.timeout(call.timeout_s):
+        async with _limit(call):
             result = await act(grant.attempt)
     except Fenced:
         raise
@@ -148,6 +149,28 @@ async def _give_up(ledger: Ledger, call: Call, grant: Grant, state: State, failu
     else:
         await ledger.record(call, grant.attempt, state, failures, settled, failure)
     return settled
+
+
+class NoAnswer(Exception):
+    """The call's own limit passed."""
+
+    def __init__(self, call: Call) -> None:
+        message = f"no answer from {call.service or call.name} within {call.timeout_s:g} s"
+        super().__init__(message)
+        self.failure = Failure(ErrorType.TIMEOUT, message, retry=True, maybe_done=True)
+
+
+@asynccontextmanager
+async def _limit(call: Call) -> AsyncIterator[None]:
+    """Bounds the block to the call's timeout. Raises NoAnswer."""
+    timer = asyncio.timeout(call.timeout_s)
+    try:
+        async with timer:
+            yield
+    except TimeoutError as error:
+        if not timer.expired():
+            raise  # the tool's own, shorter limit
+        raise NoAnswer(call) from error
 
 
 def _delay(failures: int, failure: Failure) -> float:
