@@ -6,10 +6,12 @@ else it is `localhost:7233`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
@@ -18,11 +20,15 @@ from temporalio.common import SearchAttributeKey
 from temporalio.contrib.pydantic import PydanticJSONPlainPayloadConverter
 from temporalio.converter import CompositePayloadConverter, DataConverter, DefaultPayloadConverter
 from temporalio.envconfig import ClientConfigProfile
+from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
+from holdfast.contracts import AgentInput
+from holdfast.reliability.errors import ErrorType
 from holdfast.settings import settings
 from holdfast.telemetry.tracing import temporal_plugins
+from holdfast.tools import explain
 
 AGENT = SearchAttributeKey.for_keyword("HoldfastAgent")
 STATUS = SearchAttributeKey.for_keyword("HoldfastStatus")
@@ -47,23 +53,35 @@ class _LeanJson(PydanticJSONPlainPayloadConverter):
             return Payload(metadata={"encoding": b"json/plain"}, data=data)
         return super().to_payload(value)
 
-    def from_payload(self, payload: Payload, type_hint: type | None = None) -> Any:
-        """Untyped input that is no JSON becomes a text that says so.
-
-        Raising would make the SDK drop a Signal without a trace; this way the run records what it ignored.
-        """
-        try:
-            return super().from_payload(payload, type_hint)
-        except ValueError:
-            if type_hint not in (None, Any):
-                raise
-            return f"<not JSON: {payload.data[:200]!r}>"
-
 
 class PayloadConverter(CompositePayloadConverter):
     def __init__(self) -> None:
         standard = DefaultPayloadConverter.default_encoding_payload_converters
         super().__init__(*(_LeanJson() if c.encoding == "json/plain" else c for c in standard))
+
+    def from_payloads(self, payloads: Sequence[Payload], type_hints: list[type] | None = None) -> list[Any]:
+        """Untyped input that cannot be read becomes a text that says so.
+
+        Raising would make the SDK drop a Signal without a trace; this way the run records what it ignored. A run's own
+        input that cannot be read ends the run: any other error would try the workflow task again for ever.
+        """
+        return [self._read(payload, hint) for payload, hint in zip_longest(payloads, type_hints or ())]
+
+    def _read(self, payload: Payload, hint: Any) -> Any:
+        try:
+            return super().from_payloads([payload], [hint])[0]
+        except (KeyError, ValueError, RuntimeError) as error:
+            if hint in (None, Any):
+                encoding = payload.metadata.get("encoding", b"none").decode(errors="replace")
+                return f"<not readable, encoding {encoding}: {payload.data[:200]!r}>"
+            if hint is AgentInput:
+                words = explain(error) if isinstance(error, ValidationError) else str(error)
+                raise ApplicationError(
+                    f'the input of a run is an object like {{"agent": "…", "input": {{}}}}: {words}',
+                    type=ErrorType.INVALID_INPUT,
+                    non_retryable=True,
+                ) from error
+            raise
 
 
 DATA_CONVERTER = DataConverter(payload_converter_class=PayloadConverter)
