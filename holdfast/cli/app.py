@@ -243,7 +243,7 @@ def mendable(error: Exception) -> str | None:
     from holdfast.starting import BadRequest
     from holdfast.state.database import StoreUnavailable
     from holdfast.state.runs import KeyReused
-    from holdfast.state.schema import SchemaMismatch
+    from holdfast.state.version import SchemaMismatch
     from holdfast.temporal import NoServer
     from holdfast.tools import explain
 

@@ -337,6 +337,7 @@ class Demo:
             if time.monotonic() > deadline:
                 raise Stuck(f"waited {PATIENCE_S:.0f} s for {what}\n{self._logs()}")
             await asyncio.sleep(0.02)
+        self._tell_failures()
 
     def _logs(self) -> str:
         return "\n".join(child.complaint("says") for child in self._stack.children)

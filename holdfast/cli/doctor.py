@@ -16,7 +16,7 @@ from holdfast.cli.output import out, print_json
 from holdfast.cli.up import running_stack
 from holdfast.settings import settings, stack_file
 from holdfast.state.database import StoreUnavailable, open_database
-from holdfast.state.schema import SchemaMismatch, check_schema
+from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, register_search_attributes
 
 

@@ -170,7 +170,7 @@ async def run(agent: str, value: str, key: str, *, wait: bool, follow_it: bool, 
     import getpass
 
     from holdfast.starting import start_run
-    from holdfast.state.schema import check_schema
+    from holdfast.state.version import check_schema
 
     data = read_input(value)
     client = await connect()

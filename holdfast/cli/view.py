@@ -110,9 +110,10 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
 
 
 def undone_view(undone: list[UndoRecord]) -> RenderableType:
+    """The compensations in the order in which they run: the last effect first."""
     table = Table.grid(padding=(0, 2))
     table.add_column(width=3, justify="right")
-    for entry in undone:
+    for entry in reversed(undone):
         style = "red" if entry.status is UndoStatus.FAILED else "magenta"
         words = UNDO_WORDS[entry.status] + (f": {entry.note}" if entry.note else "")
         table.add_row(Text("↶", style), Text(entry.tool, style), Text(shortened(words)))
@@ -121,7 +122,7 @@ def undone_view(undone: list[UndoRecord]) -> RenderableType:
 
 def usage_line(usage: Usage, model: str, turns: int, calls: int) -> Text:
     tokens = usage.input_tokens + usage.output_tokens
-    text = f"{turns} turns, {calls} tool calls, {usage.calls} model calls, {tokens:,} tokens, "
+    text = f"turns {turns} · tool calls {calls} · model calls {usage.calls} · tokens {tokens:,} · "
     line = Text(text + money(usage.cost_usd, usage.unpriced), "dim")
     if model:
         line.append("  ").append(model, "yellow" if "simulated" in model else "dim")

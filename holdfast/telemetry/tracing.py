@@ -1,10 +1,13 @@
 """OpenTelemetry traces: one trace from the starter over workflow, activity, model call and tool call.
 
 On when `OTEL_EXPORTER_OTLP_ENDPOINT` is set. Off, nothing of the SDK is imported and a span is a shared no-op.
+A run is one trace: it goes on over retries, restarted workers and continue-as-new. Spans that a killed worker had not
+sent yet are lost with it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,19 +18,22 @@ from holdfast.settings import settings
 if TYPE_CHECKING:
     from temporalio.contrib.opentelemetry import OpenTelemetryPlugin, ReplaySafeTracerProvider
 
+FLUSH_S = 2.0
+
 
 @cache
 def _provider() -> ReplaySafeTracerProvider | None:
     if not settings().otlp_endpoint:
         return None
     from opentelemetry import trace
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from temporalio.contrib.opentelemetry import create_tracer_provider
 
+    from holdfast.telemetry.export import DiscreetExporter
+
     provider = create_tracer_provider(resource=Resource.create({"service.name": "holdfast"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(BatchSpanProcessor(DiscreetExporter()))
     trace.set_tracer_provider(provider)
     return provider
 
@@ -64,6 +70,8 @@ def trace_id() -> str:
 
 def shutdown() -> None:
     """Sends what is still buffered. Processes end by `os._exit`, so nothing else would."""
+    if not _provider.cache_info().currsize:  # never asked for, perhaps because the settings do not even load
+        return
     provider = _provider()
     if provider is not None:
         provider.shutdown()

@@ -1,0 +1,73 @@
+"""Wrong use, no server, unknown ids: one clear line on stderr, exit status 2, no traceback."""
+
+import pytest
+
+from tests.fixtures.stack import Cli
+
+NOWHERE = {"TEMPORAL_ADDRESS": "127.0.0.1:1"}
+INPUT = '{"patient_id": "pat-1"}'
+
+WRONG = {
+    "no agent": (["run"], "AGENT"),
+    "unknown command": (["runn"], "runn"),
+    "unknown option": (["list", "--jsn"], "--jsn"),
+    "unknown agent": (["run", "nobody"], "there are: discharge"),
+    "missing field": (["run", "discharge"], "patient_id: Field required"),
+    "wrong type": (["run", "discharge", "-i", '{"patient_id": 7}'], "patient_id: Input should be a valid string"),
+    "unknown field": (["run", "discharge", "-i", '{"patient_id": "pat-1", "colour": 1}'], "colour"),
+    "bad JSON": (["run", "discharge", "-i", '{"patient_id": '], "not valid JSON"),
+    "no object": (["run", "discharge", "-i", "[1]"], "JSON object"),
+    "no file": (["run", "discharge", "-i", "nothing.json"], "nothing.json"),
+    "bad key": (["run", "discharge", "-i", INPUT, "--id", " a\n"], "request key"),
+    "wait and follow": (["run", "discharge", "-i", INPUT, "--wait", "--follow"], "exclude each other"),
+    "status of unknown": (["status", "nobody-1"], "no run 'nobody-1'"),
+    "follow of unknown": (["follow", "nobody-1"], "starter.py list"),
+    "result of unknown": (["result", "nobody-1"], "starter.py list"),
+    "approvals of unknown": (["approvals", "nobody-1"], "starter.py list"),
+    "approve unknown": (["approve", "nobody-1"], "starter.py list"),
+    "cancel unknown": (["cancel", "nobody-1"], "starter.py list"),
+    "reject without reason": (["reject", "nobody-1"], "--reason"),
+    "reject with an empty reason": (["reject", "nobody-1", "--reason", " "], "--reason is empty"),
+    "tools of unknown": (["tools", "nobody"], "there are: discharge"),
+}
+
+
+def is_one_clear_line(code: int, stderr: str, says: str) -> None:
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use(cli: Cli, name: str) -> None:
+    arguments, says = WRONG[name]
+    done = cli(*arguments)
+    is_one_clear_line(done.returncode, done.stderr, says)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "discharge", "-i", INPUT], ["list"], ["status", "r"], ["approve", "r"], ["cancel", "r"], ["result", "r"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_server(cli: Cli, arguments: list[str]) -> None:
+    done = cli(*arguments, **NOWHERE)
+    is_one_clear_line(done.returncode, done.stderr, "starter.py up")
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"DATABASE_URL": "sqlite:////nowhere/holdfast.db"}, "starter.py migrate"),
+        ({"DATABASE_URL": "mysql://there"}, "postgresql://"),
+        ({"HOLDFAST_DRAIN_S": "soon"}, "HOLDFAST_DRAIN_S"),
+    ],
+    ids=["no store", "unknown kind of store", "bad setting"],
+)
+def test_settings_that_do_not_fit(cli: Cli, environment: dict[str, str], says: str) -> None:
+    done = cli("run", "discharge", "-i", INPUT, **environment)
+    is_one_clear_line(done.returncode, done.stderr, says)

@@ -1,0 +1,87 @@
+"""`up`: one at a time, watched over, gone without a trace at Ctrl-C, and back with the same runs."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from holdfast.stack import without_ours
+from tests.fixtures.stack import Cli, processes_of, until
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def cli(home: Path) -> Cli:
+    """The command line as a person has it: it finds the stack by its state directory alone."""
+    return Cli({**without_ours(os.environ), "HOLDFAST_HOME": str(home)})
+
+
+@contextmanager
+def running(cli: Cli, home: Path) -> Iterator[Popen[str]]:
+    up = cli.start("up")
+    try:
+        until(lambda: (home / "stack.json").exists() or up.poll() is not None)
+        assert up.poll() is None, up.stdout and up.stdout.read()
+        yield up
+    finally:
+        up.send_signal(signal.SIGINT)
+        up.communicate(timeout=60)
+    assert up.returncode == 0
+    assert processes_of(home) == []
+    assert not (home / "stack.json").exists()
+
+
+def test_one_at_a_time_watched_over_and_back_with_the_same_run(cli: Cli, home: Path) -> None:
+    with running(cli, home) as up:
+        second = cli("up")
+        assert second.returncode == 2
+        assert f"process {up.pid}" in second.stderr
+        assert "Traceback" not in second.stderr
+
+        run = json.loads(cli("run", "discharge", "-i", '{"patient_id": "pat-1"}', "--json").stdout)["workflow_id"]
+        until(lambda: len(json.loads(cli("approvals", run, "--json").stdout)) == 2)
+        (worker,) = (each for each in processes_of(home) if "worker.py" in " ".join(each.cmdline()))
+        worker.kill()
+        assert up.stdout is not None
+        said = ""
+        while "was started again" not in said:
+            said = up.stdout.readline()
+            assert said, "up ended"
+        assert "worker 1" in said
+
+    nobody = cli("status", run)
+    assert (nobody.returncode, "starter.py up" in nobody.stderr) == (2, True)
+
+    with running(cli, home):
+        approved = cli("approve", run, "--by", "dr.lee")
+        assert approved.returncode == 0, approved.stderr
+        assert cli("follow", run).returncode == 0
+
+
+@pytest.mark.parametrize("moment", ["temporal-server.log", "worker-1.log"])
+def test_ctrl_c_while_starting_leaves_nothing(cli: Cli, home: Path, moment: str) -> None:
+    up = cli.start("up")
+    until((home / "logs" / moment).exists)
+    for _ in range(2):  # a terminal and a wrapper such as `uv run` may both pass it on
+        up.send_signal(signal.SIGINT)
+    said, _ = up.communicate(timeout=60)
+    assert up.returncode == 0, said
+    assert "Traceback" not in said
+    assert processes_of(home) == []
+
+
+def test_nothing_outlives_a_parent_that_is_killed(cli: Cli, home: Path) -> None:
+    up = cli.start("up")
+    until((home / "stack.json").exists)
+    up.kill()
+    up.communicate()
+    until(lambda: not processes_of(home), seconds=5)

@@ -1,0 +1,78 @@
+"""A worker drains on SIGTERM, and its exit status is its own."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from uuid import uuid4
+
+import httpx2
+
+from holdfast.contracts import RunResult
+from holdfast.simulation.hospital import HospitalRecord
+from holdfast.stack import ROOT, Stack
+from holdfast.temporal import DATA_CONVERTER, Client
+from tests.fixtures.stack import Cli, until
+
+
+def worker(stack: Stack, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "worker.py")],
+        env={**stack.environment, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_finishes_what_is_in_flight(stack: Stack, cli: Cli) -> None:
+    queue, key = {"HOLDFAST_TASK_QUEUE": uuid4().hex}, uuid4().hex[:8]
+    record = HospitalRecord(stack.home / "hospital.db")
+    slow = {"mode": "slow", "seconds": 1.5, "times": 1}
+    httpx2.put(f"{stack.hospital_url}/faults/records", json=slow).raise_for_status()
+    draining = worker(stack, **queue)
+    run = f"discharge-{key}"
+    assert cli("run", "discharge", "-i", '{"patient_id": "pat-1"}', "--id", key, **queue).returncode == 0
+    until(lambda: any(each.status is None for each in record.requests(f"{run}/")))
+    draining.send_signal(signal.SIGTERM)
+    said, wrong = draining.communicate(timeout=30)
+    assert (draining.returncode, wrong) == (0, "")
+    assert said.splitlines()[-1] == "worker draining"
+    assert [each.status for each in record.requests(f"{run}/")] == [200, 200]  # each read was sent once, and answered
+    cli("cancel", run)
+
+
+def test_cannot_start(stack: Stack) -> None:
+    for environment, says in (
+        ({"TEMPORAL_ADDRESS": "127.0.0.1:1"}, "starter.py up"),
+        ({"DATABASE_URL": "sqlite:////nowhere/holdfast.db"}, "starter.py migrate"),
+        ({"HOLDFAST_FAULT": "kill:nowhere@*"}, "nowhere"),
+    ):
+        failed = worker(stack, **environment)
+        _, said = failed.communicate(timeout=60)
+        assert failed.returncode == 2
+        assert says in said
+        assert "Traceback" not in said
+        assert len(said.strip().splitlines()) == 1
+
+
+def test_a_killed_workers_run_goes_on(stack: Stack, cli: Cli) -> None:
+    """The least of it; the kill sweep goes through every point."""
+    queue, key = {"HOLDFAST_TASK_QUEUE": uuid4().hex}, uuid4().hex[:8]
+    doomed = worker(stack, **queue, HOLDFAST_FAULT="kill:effect-done@book_appointment")
+    assert cli("run", "discharge", "-i", '{"patient_id": "pat-1"}', "--id", key, **queue).returncode == 0
+    doomed.communicate(timeout=60)
+    assert doomed.returncode == -signal.SIGKILL
+    heir = worker(stack, **queue)
+    until(lambda: '"approval"' in cli("approvals", f"discharge-{key}", "--json").stdout)
+    assert cli("approve", f"discharge-{key}").returncode == 0
+
+    async def result() -> RunResult:
+        client = await Client.connect(stack.temporal_address, data_converter=DATA_CONVERTER)
+        return await client.get_workflow_handle(f"discharge-{key}", result_type=RunResult).result()
+
+    assert asyncio.run(result()).outcome == "completed"
+    booked = [e for e in HospitalRecord(stack.home / "hospital.db").effects(f"discharge-{key}/") if e.kind == "book"]
+    assert len(booked) == 1
+    heir.send_signal(signal.SIGTERM)
+    assert heir.wait(30) == 0
