@@ -55,10 +55,11 @@ async def protected(ledger: Ledger, call: Call, act: Act, probe: Act | None = No
     if call.effect is Effect.READ:
         settled = await _read(ledger, call, act)
     else:
+        # Before the reservation is asked for: a process frozen until it hears of it would take an old one for new.
+        since = time.monotonic()
         held = await ledger.reserve(call)
         if isinstance(held, Settled):
             return held
-        since = time.monotonic()
         faults.reached(reserved, call.name)
         settled = await _act(ledger, call, held, since, act, probe, answered)
     faults.reached(recorded, call.name)
@@ -86,7 +87,7 @@ async def _read(ledger: Ledger, call: Call, act: Act) -> Settled:
 async def _act(
     ledger: Ledger, call: Call, grant: Grant, since: float, act: Act, probe: Act | None, answered: Point
 ) -> Settled:
-    """Acts under the reservation. `since`: the monotonic time at which it was made."""
+    """Acts under the reservation. `since`: the monotonic time at which it was asked for."""
     doubtful = grant.doubtful
     if doubtful and call.effect is Effect.MANUAL:
         message = "an earlier attempt was cut off; whether it happened is not known"
@@ -100,7 +101,8 @@ async def _act(
             if found is not None:
                 return await _done(ledger, call, grant, found)
             doubtful = False  # asked by key: it did not happen
-        if time.monotonic() - since > _STALE_S:
+        while time.monotonic() - since > _STALE_S:
+            since = time.monotonic()
             await ledger.check(call, grant.attempt)
         async with _limit(call):
             result = await act(grant.attempt)

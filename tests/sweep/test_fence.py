@@ -1,0 +1,47 @@
+"""What the kill sweep has found, each as the smallest case that shows it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from holdfast.contracts import Effect
+from holdfast.reliability import chain
+from holdfast.reliability.chain import protected
+from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State, tool_call
+from holdfast.state.database import Database
+
+
+class FrozenInReserve(Ledger):
+    """A worker that is stopped after its reservation was made and before it hears of it; another one takes over."""
+
+    def __init__(self, db: Database, other: Ledger, seconds: float) -> None:
+        super().__init__(db, "frozen")
+        self._other, self._seconds = other, seconds
+
+    async def reserve(self, call: Call) -> Grant | Settled:
+        held = await super().reserve(call)
+        await self._other.reserve(call)
+        time.sleep(self._seconds)  # noqa: ASYNC251 - the whole process stands still
+        return held
+
+
+@pytest.mark.parametrize("effect", [Effect.IDEMPOTENT, Effect.PROBE, Effect.MANUAL])
+async def test_frozen_between_reservation_and_its_answer_does_not_act(
+    db: Database, monkeypatch: pytest.MonkeyPatch, effect: Effect
+) -> None:
+    monkeypatch.setattr(chain, "_STALE_S", 0.05)
+    acted: list[int] = []
+
+    async def act(attempt: int) -> str:
+        acted.append(attempt)
+        return "done"
+
+    other = Ledger(db, "other")
+    call = tool_call("k/1", "k", "send", effect, {"to": "ada"})
+    with pytest.raises(Fenced):
+        await protected(FrozenInReserve(db, other, 0.1), call, act, act)
+    assert acted == []
+    (entry,) = await other.entries("k")
+    assert (entry.state, entry.attempt, entry.worker) == (State.RESERVED, 2, "other")
