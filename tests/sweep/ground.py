@@ -27,6 +27,7 @@ from holdfast.state.runs import Runs
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER
 from tests.sweep.cases import Evidence
+from tests.sweep.nursery import Nursery
 
 
 async def until(holds: Callable[[], object], seconds: float, what: str) -> None:
@@ -76,7 +77,7 @@ class Run:
 
     async def worker(self, **environment: str) -> Child:
         """Starts a worker process on this run's queue; returns when it polls."""
-        child = await self.ground.stack.start_worker(
+        child = await self.ground.nursery.worker(
             HOLDFAST_TASK_QUEUE=self.queue,
             DATABASE_URL=self.ground.urls[self.store],
             HOLDFAST_HOSPITAL_URL=self.lane.url,
@@ -127,6 +128,7 @@ class Ground:
         self.home = home
         self.urls = dict(urls)
         self.stack = Stack(home, {**without_ours(os.environ), "DATABASE_URL": next(iter(urls.values()))}, durable=False)
+        self.nursery = Nursery(self.stack.environment, self.stack.logs)
         self.model = ModelRecord(self.stack.home / "model.db")
         self.databases: dict[str, Database] = {}
         self.client: Client
@@ -140,6 +142,7 @@ class Ground:
         ground = cls(home, urls)
         async with AsyncExitStack() as stack:
             stack.callback(ground.stack.stop, 0.0)
+            stack.callback(ground.nursery.stop)
             for name, url in ground.urls.items():
                 await asyncio.to_thread(migrate, url)
                 ground.databases[name] = await open_database(url)
