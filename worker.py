@@ -23,7 +23,7 @@ from holdfast.reliability.heartbeat import HeartbeatInterceptor
 from holdfast.runtime import open_runtime
 from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
-from holdfast.state.schema import SchemaMismatch, check_schema
+from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
 from workflows.agent import AgentWorkflow
 

@@ -12,7 +12,7 @@ from holdfast.models import ModelClient
 from holdfast.reliability.ledger import Ledger
 from holdfast.settings import Settings
 from holdfast.state.database import Database, open_database
-from holdfast.state.schema import check_schema
+from holdfast.state.version import check_schema
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from holdfast.state.database import Database, StoreUnavailable, one_line, sqlite_path
-
-VERSION = "0001"
-"""The migration that this code needs: the newest in `migrations/versions`. They are numbered in order."""
+from holdfast.state.database import StoreUnavailable, one_line, sqlite_path
+from holdfast.state.version import VERSION, refuse_newer
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -109,40 +107,6 @@ checkpoint_writes = Table(
 """What the tasks of an unfinished superstep have written, for resuming without running them again."""
 
 
-class SchemaMismatch(Exception):
-    """The store's schema is not the one that this code needs. The text is one line that says what to do."""
-
-
-async def check_schema(db: Database) -> None:
-    """Raises SchemaMismatch unless the store has exactly the schema of this code."""
-    found = await _version(db)
-    if found is None:
-        raise SchemaMismatch("the store has no schema yet: run `uv run starter.py migrate`")
-    if found < VERSION:
-        raise SchemaMismatch(
-            f"the store has schema {found}, this code needs {VERSION}: run `uv run starter.py migrate`"
-        )
-    _refuse_newer(found)
-
-
-def _refuse_newer(found: str) -> None:
-    if found > VERSION:
-        raise SchemaMismatch(
-            f"this code is older than the store (schema {VERSION} < {found}): deploy the newer version"
-        )
-
-
-async def _version(db: Database) -> str | None:
-    tables = {
-        "sqlite": "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'alembic_version'",
-        "postgresql": "SELECT 1 WHERE to_regclass('alembic_version') IS NOT NULL",
-    }
-    if await db.one(tables[db.dialect]) is None:
-        return None
-    row = await db.one("SELECT version_num FROM alembic_version")
-    return row[0] if row else None
-
-
 def migrate(url: str) -> tuple[str | None, str]:
     """Brings the store to the schema of this code, making an SQLite file if there is none. Blocks.
 
@@ -158,7 +122,7 @@ def migrate(url: str) -> tuple[str | None, str]:
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
             before = current_version(connection)
             if before is not None:
-                _refuse_newer(before)
+                refuse_newer(before)
             if before != VERSION:
                 upgrade(connection)
     except OperationalError as error:

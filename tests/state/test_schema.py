@@ -13,7 +13,8 @@ from sqlalchemy import Connection
 
 from holdfast.state import schema
 from holdfast.state.database import Database, StoreUnavailable, open_database
-from holdfast.state.schema import SchemaMismatch, check_schema, migrate
+from holdfast.state.schema import migrate
+from holdfast.state.version import SchemaMismatch, check_schema
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -1,0 +1,43 @@
+"""Which schema this code needs, and whether a store has it. Checked at every start, so without SQLAlchemy."""
+
+from __future__ import annotations
+
+from holdfast.state.database import Database
+
+VERSION = "0001"
+"""The migration that this code needs: the newest in `migrations/versions`. They are numbered in order."""
+
+
+class SchemaMismatch(Exception):
+    """The store's schema is not the one that this code needs. The text is one line that says what to do."""
+
+
+async def check_schema(db: Database) -> None:
+    """Raises SchemaMismatch unless the store has exactly the schema of this code."""
+    found = await _version(db)
+    if found is None:
+        raise SchemaMismatch("the store has no schema yet: run `uv run starter.py migrate`")
+    if found < VERSION:
+        raise SchemaMismatch(
+            f"the store has schema {found}, this code needs {VERSION}: run `uv run starter.py migrate`"
+        )
+    refuse_newer(found)
+
+
+def refuse_newer(found: str) -> None:
+    """Raises SchemaMismatch for a store from the future: its data may mean what this code cannot know."""
+    if found > VERSION:
+        raise SchemaMismatch(
+            f"this code is older than the store (schema {VERSION} < {found}): deploy the newer version"
+        )
+
+
+async def _version(db: Database) -> str | None:
+    tables = {
+        "sqlite": "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'alembic_version'",
+        "postgresql": "SELECT 1 WHERE to_regclass('alembic_version') IS NOT NULL",
+    }
+    if await db.one(tables[db.dialect]) is None:
+        return None
+    row = await db.one("SELECT version_num FROM alembic_version")
+    return row[0] if row else None
