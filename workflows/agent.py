@@ -111,7 +111,12 @@ class AgentWorkflow:
                     return None
                 if ending := await self._plan():
                     return ending
-            await asyncio.gather(*(self._one(item) for item in state.calls if item.outcome is None))
+            under_way = (self._one(item) for item in state.calls if item.outcome is None)
+            # Collecting exceptions, because a plain gather ends with the first child that is cancelled (one that waits
+            # for a human), while an effect of another is still in flight.
+            for error in await asyncio.gather(*under_way, return_exceptions=True):
+                if error is not None:
+                    raise error
             if state.calls:
                 state.inbox = [Note(call=c.call.id, text=c.outcome.content) for c in state.calls if c.outcome]
                 ending, state.calls = judge_turn(state), []
