@@ -82,7 +82,8 @@ class Plan:
     @activity.defn(name="plan")
     async def plan(self, request: PlanRequest) -> PlanResult:
         """Runs the turn. A model that is gone is a result (`wait`), not an error."""
-        with boundary(), span(f"plan turn {request.turn}", agent=request.agent, turn=request.turn):
+        turn = {"gen_ai.agent.name": request.agent, "holdfast.turn": request.turn}
+        with boundary(), span(f"plan turn {request.turn}", **turn):
             try:
                 return await self._turn(request)
             except ModelGone as gone:
@@ -158,13 +159,7 @@ class Plan:
         )
 
         async def act(attempt: int) -> Json:
-            with span("chat", **{"gen_ai.operation.name": "chat", "holdfast.key": key}) as current:
-                answer = await self._runtime.models.complete(messages, [t.openai for t in spec.tools], key=key)
-                if current is not None:
-                    current.set_attribute("gen_ai.response.model", answer.model)
-                    current.set_attribute("gen_ai.usage.input_tokens", answer.usage.input_tokens)
-                    current.set_attribute("gen_ai.usage.output_tokens", answer.usage.output_tokens)
-                return answer.to_json()
+            return (await self._runtime.models.complete(messages, [t.openai for t in spec.tools], key=key)).to_json()
 
         settled = await protected(self._runtime.ledger, call, act)
         if settled.state is not State.DONE:

@@ -21,6 +21,7 @@ import openai
 from holdfast.contracts import Json, Usage
 from holdfast.reliability.errors import ErrorType, Failure, classify
 from holdfast.settings import Settings
+from holdfast.telemetry.tracing import span
 
 CONNECT_S = 5.0
 DRAIN_S = 0.1
@@ -95,6 +96,19 @@ class ModelClient:
         messages, tools: as in a chat completion request. key: sent as `Idempotency-Key`.
         Raises ModelUnavailable, and nothing else.
         """
+        asked = {"gen_ai.operation.name": "chat", "gen_ai.request.model": self._settings.model, "holdfast.key": key}
+        with span(f"chat {self._settings.model}", **asked) as current:
+            answer = await self._complete(messages, tools, key)
+            if current is not None:
+                current.set_attribute("gen_ai.response.model", answer.model)
+                current.set_attribute("gen_ai.usage.input_tokens", answer.usage.input_tokens)
+                current.set_attribute("gen_ai.usage.output_tokens", answer.usage.output_tokens)
+            return answer
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _complete(self, messages: list[Json], tools: list[Json], key: str) -> ModelAnswer:
         assembly = _Assembly()
         try:
             if self._no_key:
@@ -106,9 +120,6 @@ class ModelClient:
             failure = classify(error)
             # `from None`: the original's words and request hold what must not reach a history or a log.
             raise ModelUnavailable(replace(failure, message=f"{self._who}: {failure.message}")) from None
-
-    async def close(self) -> None:
-        await self._client.close()
 
     async def _stream(self, messages: list[Json], tools: list[Json], key: str, assembly: _Assembly) -> None:
         """Sends the request and feeds every chunk to `assembly`, under the three deadlines."""

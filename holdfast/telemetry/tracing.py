@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from temporalio.contrib.opentelemetry import OpenTelemetryPlugin, ReplaySafeTracerProvider
 
 FLUSH_S = 2.0
+"""Seconds that the end of a process may wait for the collector."""
 
 
 @cache
@@ -69,9 +70,12 @@ def trace_id() -> str:
 
 
 def shutdown() -> None:
-    """Sends what is still buffered. Processes end by `os._exit`, so nothing else would."""
+    """Sends what is still buffered, for a process that is about to end by `os._exit`. Takes at most `FLUSH_S`."""
     if not _provider.cache_info().currsize:  # never asked for, perhaps because the settings do not even load
         return
     provider = _provider()
     if provider is not None:
-        provider.shutdown()
+        # In a thread: the exporter tries for ten seconds, and a collector that is gone must not hold up the end.
+        flushing = threading.Thread(target=provider.shutdown, daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_S)

@@ -1,4 +1,4 @@
-"""`requirements.lock`, which the container image installs from, is in step with `pyproject.toml` and this environment."""
+"""`requirements.lock`, which the image installs from, is in step with `pyproject.toml` and with what is tested."""
 
 import re
 import tomllib
