@@ -100,7 +100,7 @@ class AgentWorkflow:
             return self._ending or work.result()
         work.cancel()
         # Tool calls settle first: an effect must not end after its undo began.
-        await asyncio.wait([work])
+        await workflow.wait([work])
         return self._ending
 
     async def _work(self) -> Ending | None:
