@@ -1,0 +1,42 @@
+"""The same work as a Holdfast agent."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from agents import registry
+from bench import task
+from holdfast.agent import AgentSpec
+from holdfast.contracts import Effect
+from holdfast.tools import ToolContext, tool
+
+
+class Work(BaseModel):
+    name: str
+    turns: int
+    gate: bool = False
+
+
+@tool(effect=Effect.IDEMPOTENT, service="rows")
+async def record(ctx: ToolContext, row: str) -> str:
+    """Record one row."""
+    return task.record(row)
+
+
+@tool(effect=Effect.IDEMPOTENT, service="rows", approval=True)
+async def release(ctx: ToolContext, row: str) -> str:
+    """Release the rows."""
+    return task.release(row)
+
+
+SPEC = registry.add(
+    AgentSpec(
+        name="bench",
+        description="Records a row a turn.",
+        instructions=task.INSTRUCTIONS,
+        input=Work,
+        prompt=lambda work: task.prompt(work.name, work.turns, work.gate),
+        tools=(record, release),
+        max_turns=10_000,
+    )
+)
