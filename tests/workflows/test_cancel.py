@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from datetime import timedelta
 from typing import Any
 
@@ -14,14 +13,8 @@ from holdfast.contracts import Effect, Phase, RunOutcome, StepSpec, UndoRecord
 from holdfast.reliability.ledger import State
 from holdfast.tools import ToolFailed, ToolRefused
 from tests.fixtures.model import Message, call, error, say, sequence, turn
-from tests.fixtures.temporal import Stage, binary, cancelled, status, until
+from tests.fixtures.temporal import Stage, cancelled, status, temporal_cli, until
 from tests.fixtures.world import World, agent
-
-
-async def temporal_cli(stage: Stage, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the real `temporal` command against the server of this stage."""
-    command = [binary("temporal"), *arguments, "--address", stage.client.service_client.config.target_host]
-    return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=30)
 
 
 def ends(undone: list[UndoRecord]) -> list[tuple[str, str]]:
