@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from rich.text import Text
 
 from agents.registry import agent as find_agent
 from agents.registry import agents as all_agents
@@ -52,22 +52,14 @@ def show_tools(agent: str | None, as_json: bool) -> None:
         print_json([{"agent": spec.name, **_tool(tool)} for spec in specs for tool in spec.tools])
         return
     for spec in specs:
-        table = Table(title=f"tools of {spec.name}", title_justify="left", box=None, pad_edge=False, header_style="dim")
-        for column in ("tool", "version", "effect", "service", "timeout", "retries", "approval", "undo", "arguments"):
-            table.add_column(column, overflow="fold")
+        out.print(f"[bold]{spec.name}[/bold]")
         for tool in spec.tools:
-            table.add_row(
-                tool.name,
-                tool.version,
-                str(tool.effect),
-                tool.service,
-                f"{tool.timeout_s:g} s",
-                str(tool.retries),
-                "yes" if tool.approval else "",
-                "yes" if tool.undo_function else "",
-                ", ".join(f"{name}: {_type(field)}" for name, field in tool.schema.get("properties", {}).items()),
-            )
-        out.print(table)
+            marks = [str(tool.effect), tool.service, f"{tool.timeout_s:g} s", f"{tool.retries} retries"]
+            marks += ["needs approval"] * tool.approval + ["can be undone"] * (tool.undo_function is not None)
+            out.print(Text.assemble("  ", (tool.name, "cyan"), f"  version {tool.version} · {' · '.join(marks)}"))
+            out.print(Text(f"      {tool.description.splitlines()[0]}", "dim"))
+            arguments = ", ".join(f"{name}: {_type(field)}" for name, field in tool.schema["properties"].items())
+            out.print(Text(f"      {arguments}", "dim"))
 
 
 def _tool(tool: Tool) -> Json:
