@@ -1,0 +1,132 @@
+"""What a person finds in Temporal's Web UI, in a real browser: what waits, how to answer it, how to stop a run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, FrameLocator, Page, expect, sync_playwright
+
+from holdfast.contracts import RunOutcome, RunResult, RunStatus
+from holdfast.simulation.hospital import HospitalRecord
+from holdfast.stack import Stack
+from tests.fixtures.stack import Cli, until
+
+CHROMIUM = Path("/usr/bin/chromium")
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--no-first-run"),
+)
+expect.set_options(timeout=20_000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM.exists() and not os.environ.get("CI"):
+        pytest.skip(f"no {CHROMIUM}: install Debian's package `chromium`, as .ci/run does")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1400, "height": 1200})
+    yield page
+    page.screenshot(path=tmp_path / "end.png", full_page=True)  # for whoever looks into a failure
+    page.close()
+
+
+@pytest.fixture
+def waiting(cli: Cli) -> str:
+    """A discharge that waits for the physician's two approvals."""
+    started = cli("run", "discharge", "--input", '{"patient_id": "pat-1"}', "--json")
+    assert started.returncode == 0, started.stderr
+    run = json.loads(started.stdout)["workflow_id"]
+    until(lambda: len(status_of(cli, run).approvals) == 2)
+    return run
+
+
+def status_of(cli: Cli, run: str) -> RunStatus:
+    return RunStatus.model_validate(json.loads(cli("status", run, "--json").stdout)["status"])
+
+
+def result_of(cli: Cli, run: str) -> RunResult:
+    return RunResult.model_validate(json.loads(cli("result", run, "--json").stdout)["result"])
+
+
+def visit(page: Page, stack: Stack, run: str, tab: str) -> None:
+    page.goto(f"{stack.ui_url}/namespaces/default/workflows/{run}")
+    page.get_by_role("tab", name=tab).click()
+
+
+def current_details(page: Page) -> FrameLocator:
+    """The page that the run keeps up to date: the Web UI renders its Markdown in a frame of its own."""
+    return page.frame_locator("iframe#user-metadata-current-details")
+
+
+def test_the_page_shows_what_waits_and_the_command_as_shown_answers_it(
+    page: Page, stack: Stack, cli: Cli, waiting: str
+):
+    visit(page, stack, waiting, "User Metadata")
+    details = current_details(page).locator("body")
+    expect(details).to_contain_text("Waiting for a human: notify_patient, notify_providers")
+    expect(details).to_contain_text("✓ record: done")
+    expect(details).to_contain_text("notify: waiting")
+    for approval in status_of(cli, waiting).approvals:
+        expect(details).to_contain_text(f"Waiting for a human: approval {approval.id}")
+        assert approval.arguments["text"][:60] in details.inner_text(), "what is to be sent has to be readable"
+    shown = [text for text in current_details(page).locator("pre").all_inner_texts() if '"approve"' in text]
+    assert len(shown) == 2
+
+    for command in shown:
+        assert "YOUR NAME" in command
+        ran = subprocess.run(
+            ["sh", "-c", f"{command.strip().replace('YOUR NAME', 'dr.lee')} --address {stack.temporal_address}"],
+            env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(stack.home)},
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+    cli("follow", waiting)
+    result = result_of(cli, waiting)
+    assert result.outcome is RunOutcome.COMPLETED
+    assert [each.decision.approver for each in result.decisions] == ["dr.lee", "dr.lee"]
+
+
+def test_the_timeline_names_every_turn_and_call(page: Page, stack: Stack, cli: Cli, waiting: str):
+    visit(page, stack, waiting, "Timeline")
+    for summary in ("turn 1", "#1 read_record (records)", "#4 order_medication (pharmacy)", "turn 4"):
+        expect(page.get_by_text(re.compile(rf"• {re.escape(summary)}$")).first).to_be_visible()
+
+
+def test_search_attributes_say_agent_stage_and_status(page: Page, stack: Stack, waiting: str):
+    visit(page, stack, waiting, "Search Attributes")
+    attributes = page.get_by_text("HoldfastAgent")
+    expect(attributes.first).to_be_visible()
+    shown = json.loads(re.search(r"\{[^{}]*HoldfastAgent[^{}]*\}", page.inner_text("body")).group())  # pyright: ignore[reportOptionalMemberAccess]
+    assert shown["HoldfastAgent"] == "discharge"
+    assert shown["HoldfastStatus"] == "waiting-human"
+    assert shown["HoldfastStage"] == "notify"
+    assert shown["HoldfastTenant"] == "default"
+
+
+def test_the_button_for_cancelling_unwinds_the_run(page: Page, stack: Stack, cli: Cli, waiting: str):
+    visit(page, stack, waiting, "Timeline")
+    page.get_by_role("button", name="Request Cancellation").click()
+    page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
+    until(lambda: cli("result", waiting, "--json").returncode == 0)
+    result = result_of(cli, waiting)
+    assert result.outcome is RunOutcome.CANCELLED
+    record = HospitalRecord(stack.home / "hospital.db").effects(f"{result.key_base}/")
+    # In reverse: the appointment was booked after the order, so it goes first.
+    assert [effect.kind for effect in record if effect.kind.startswith("cancel")] == ["cancel-booking", "cancel-order"]
+    assert not [effect for effect in record if effect.kind == "message"]
+    visit(page, stack, waiting, "User Metadata")
+    expect(page.get_by_text("Canceled", exact=False).first).to_be_visible()
+    expect(current_details(page).locator("body")).to_contain_text("undo of #5 book_appointment: undone")
