@@ -127,6 +127,7 @@ class AgentWorkflow:
     async def _close(self, ending: Ending) -> RunResult:
         """Undoes what has to be undone and keeps the result where it outlives Temporal's retention."""
         self._ending = ending
+        self._state.calls = []  # what is left of them waited for a human and never began
         self._approvals.close()
         if ending.outcome.unwinds and self._state.saga:
             self._phase(Phase.COMPENSATING)
