@@ -212,12 +212,12 @@ async def test_a_loop_is_seen_over_the_cut(lite: Stage) -> None:
 
 async def test_the_deadline_is_of_the_whole_run(lite: Stage) -> None:
     world = World()
-    spec = agent(world.tool("book"), turns_per_execution=1, deadline=timedelta(seconds=1.2))
+    spec = agent(world.tool("book"), turns_per_execution=1, deadline=timedelta(seconds=3), max_turns=500)
     lite.model.script = lambda m: call(("book", {"n": turn(m)}))
     async with lite.worker():
         result = await failure(await lite.start(spec))
     assert result.reason.startswith("deadline")
-    assert result.turns > 2
+    assert result.turns > 1, "each execution alone is far shorter than the deadline"
 
 
 async def test_a_parked_run_goes_on_in_its_next_execution(lite: Stage) -> None:
