@@ -173,16 +173,22 @@ def _show(reports: Sequence[Report], missing: Sequence[Point], took: str) -> Non
         for store in sorted({r.store for r in of}):
             times = [r.seconds for r in of if r.store == store]
             console.print(f"{mode} on {store}: {len(times)} cases, {sum(times) / len(times):.1f} s each on average")
-    kills = [r for r in reports if r.case.mode is Mode.KILL]
-    parked = [r for r in kills if r.case.point is Point.WAITING]
-    console.print(f"slowest recovery from a kill: {_slowest([r for r in kills if r not in parked])} ({RECOVERY_S:g} s)")
-    console.print(f"slowest answer of a parked run after a kill: {_slowest(parked)} ({SIGNAL_S:g} s)")
+    for line in _recoveries(reports):
+        console.print(line)
     for report in reports:
         for each in report.violations:
             console.print(f"[red]violated[/] {report.case} on {report.store}: {escape(each)}")
     for point in missing:
         console.print(f"[red]never reached[/]: {point}")
     console.print(took)
+
+
+def _recoveries(reports: Sequence[Report]) -> Iterator[str]:
+    kills = [r for r in reports if r.case.mode is Mode.KILL]
+    parked = [r for r in kills if r.case.point is Point.WAITING]
+    working = [r for r in kills if r not in parked]
+    yield f"Slowest recovery of work in flight after a kill: {_slowest(working)} (to reach: {RECOVERY_S:g} s)"
+    yield f"Slowest answer of a parked run to a Signal after a kill: {_slowest(parked)} (to reach: {SIGNAL_S:g} s)"
 
 
 def _json(report: Report) -> dict[str, object]:
@@ -194,8 +200,10 @@ def _json(report: Report) -> dict[str, object]:
 def _write_page(reports: Sequence[Report]) -> None:
     lines = [f"| {' | '.join(HEADS)} |", "|" + " --- |" * len(HEADS)]
     lines += [f"| {' | '.join(row)} |" for row in _rows(reports)]
+    lines += ["", f"{len(reports)} cases on {' and '.join(STORES)}, {sum(not r.violations for r in reports)} right."]
+    lines += [f"{line}." for line in _recoveries(reports)] + [""]
     head, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text("\n".join([head + BEGIN, *lines, END + rest.partition(END)[2]]))
+    PAGE.write_text("\n".join([head + BEGIN, "", *lines, END + rest.partition(END)[2]]))
     console.print(f"written: {PAGE}")
 
 

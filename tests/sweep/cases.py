@@ -19,7 +19,6 @@ from holdfast.simulation.scripted_model import CallRow
 
 ASKED = f"{Point.WAITING}@approvals"
 """The trace's line for a run that waits for a human; written by the tracer, as workflow code does no I/O."""
-MODEL_CALLS = {f"turn-{n}" for n in range(1, 6)} | {"write_summary/summary"}
 READS = ("records", "insurance")
 
 
@@ -186,7 +185,12 @@ def _may_be_unknown(case: Case, tool: str) -> bool:
 def _model_calls(case: Case, found: Evidence) -> list[str]:
     recorded = {entry.key: entry for entry in found.ledger if entry.kind == "model"}
     wrong = []
-    if {entry.name for entry in recorded.values()} != MODEL_CALLS:
+    # A run that failed has no last turn, in which the others say how it went.
+    turns = 4 if case.flow is Flow.FAILED else 5
+    if {entry.name for entry in recorded.values()} != {
+        *(f"turn-{n + 1}" for n in range(turns)),
+        "write_summary/summary",
+    }:
         wrong.append(f"model calls on record: {', '.join(sorted(e.name for e in recorded.values()))}")
     for call in found.calls:
         entry = recorded.get(call.key)

@@ -185,6 +185,23 @@ class Ground:
                 child.wait(5)
 
 
+async def strike(run: Run, worker: Child, number: signal.Signals) -> None:
+    """Kills or freezes a worker from outside; returns when that has come about and, of a kill, the server knows it.
+
+    The kernel closes a dead worker's connections and the server takes back its polls, which is done in milliseconds on
+    a machine that is not busy. A task that was handed to a dead poll first waits for the workflow task's timeout.
+    """
+    server = psutil.Process(run.ground.stack.services[0].pid)
+    ports = {c.laddr.port for c in psutil.Process(worker.pid).net_connections("tcp") if c.laddr}
+    worker.signal(number)
+    if number is signal.SIGSTOP:
+        await until(lambda: frozen(worker), 10, "the worker is frozen")
+        return
+    await until(lambda: not worker.alive, 10, "the worker is dead")
+    gone = lambda: not ports & {c.raddr.port for c in server.net_connections("tcp") if c.raddr}  # noqa: E731
+    await until(gone, 10, "the server has closed the dead worker's connections")
+
+
 def frozen(child: Child) -> bool:
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(child.pid).status() == psutil.STATUS_STOPPED

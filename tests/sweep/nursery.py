@@ -147,7 +147,10 @@ class _Forked(Child):
     @property
     def alive(self) -> bool:
         # Compares the start time too: the process id may be another's by now.
-        return self._it is not None and self._it.is_running() and self._it.status() != psutil.STATUS_ZOMBIE
+        with suppress(psutil.NoSuchProcess):
+            if self._it is not None and self._it.is_running():
+                return self._it.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return False
 
     def wait(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

@@ -18,7 +18,7 @@ from holdfast.reliability.faults import Point
 from holdfast.stack import Child
 from holdfast.temporal import STATUS
 from tests.sweep.cases import ASKED, Case, Evidence, Flow, Mode, awakened, repeats, unknown, violations
-from tests.sweep.ground import Ground, Lane, Run, frozen, until
+from tests.sweep.ground import Ground, Lane, Run, frozen, strike, until
 
 CASE_S = 150.0
 """No run takes this long, however it is hit."""
@@ -139,7 +139,7 @@ async def _hit_armed(run: Run, case: Case, report: Report) -> Child:
         down = (lambda: not worker.alive) if case.mode is Mode.KILL else (lambda: frozen(worker))
         await until(lambda: down() or life.done(), 60, f"worker hit at {case.fault}")
         at = time.time()
-        if not down():
+        if life.done():
             report.violations.append("the point was not reached: the run ended without it")
         other = await run.worker()
         report.ready_s = time.time() - at
@@ -160,7 +160,7 @@ async def _hit_waiting(run: Run, case: Case, report: Report) -> Child:
     _, pid = max(await run.starts())
     (worker,) = [w for w in run.workers if w.pid == pid]
     (other,) = [w for w in run.workers if w.pid != pid]
-    worker.signal(signal.SIGKILL if case.mode is Mode.KILL else signal.SIGSTOP)
+    await strike(run, worker, signal.SIGKILL if case.mode is Mode.KILL else signal.SIGSTOP)
     at = time.time()
     for approval in approvals:
         await approve(run, approval)

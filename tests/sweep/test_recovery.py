@@ -1,0 +1,76 @@
+"""How soon a run goes on after `kill -9` of its worker, and what a crash costs it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import pytest
+
+from holdfast.contracts import RunOutcome
+from holdfast.reliability.faults import Point
+from holdfast.reliability.ledger import Entry, Ledger, State
+from tests.sweep.cases import Flow
+from tests.sweep.ground import Ground, Lane, Run, strike, until
+from tests.sweep.sweep import RECOVERY_S, SIGNAL_S, approve, asked, attend
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def entry(run: Run, tool: str) -> Entry | None:
+    entries = await Ledger(run.ground.databases[run.store], "test").entries(run.key_base)
+    return next((e for e in entries if (e.kind, e.name) == ("tool", tool)), None)
+
+
+async def test_work_in_flight_runs_on_another_worker_within_seconds(ground: Ground, lane: Lane) -> None:
+    async with asyncio.timeout(60), ground.run(lane, "sqlite") as run:
+        await lane.hang_once("appointments")
+        await asyncio.gather(run.worker(), run.worker())
+        life = asyncio.create_task(attend(run, Flow.APPROVED))
+        await until(lambda: booking_requests(run) == 1, 20, "the booking is in flight")
+        held = await entry(run, "book_appointment")
+        assert held is not None
+        (holder,) = [w for w in run.workers if w.pid == int(held.worker.rpartition("/")[2])]
+        holder.signal(signal.SIGKILL)
+        at = time.time()
+        await until(lambda: booking_requests(run) == 2, 20, "the booking is tried again")
+        assert time.time() - at <= RECOVERY_S
+        await life
+        booked = await entry(run, "book_appointment")
+        assert booked is not None and (booked.state, booked.failures, booked.attempt) == (State.DONE, 0, 2)
+
+
+async def test_parked_run_answers_a_signal_after_its_worker_was_killed(ground: Ground, lane: Lane) -> None:
+    async with asyncio.timeout(60), ground.run(lane, "postgresql") as run:
+        await asyncio.gather(run.worker(), run.worker())
+        while not (approvals := await asked(run)):
+            await asyncio.sleep(0.05)
+        _, pid = max(await run.starts())
+        (cached,) = [w for w in run.workers if w.pid == pid]
+        (other,) = [w for w in run.workers if w.pid != pid]
+        await strike(run, cached, signal.SIGKILL)
+        at = time.time()
+        await approve(run, approvals[0])
+        await attend(run, Flow.APPROVED)
+        answered = await run.started_on(other, at)
+        assert answered is not None and answered <= SIGNAL_S
+        assert (await run.evidence()).outcome == RunOutcome.COMPLETED
+
+
+@pytest.mark.timeout(300)
+async def test_ten_kills_at_one_step_use_up_none_of_its_retries(ground: Ground, lane: Lane) -> None:
+    async with asyncio.timeout(240), ground.run(lane, "sqlite") as run:
+        for _ in range(10):
+            worker = await run.worker(HOLDFAST_FAULT=f"kill:{Point.RESERVED}@book_appointment")
+            await until(lambda worker=worker: not worker.alive, 30, "the worker is killed at the booking")
+        await run.worker()
+        await attend(run, Flow.APPROVED)
+        booked = await entry(run, "book_appointment")
+        assert booked is not None and (booked.state, booked.failures, booked.attempt) == (State.DONE, 0, 11)
+        assert (await run.evidence()).outcome == RunOutcome.COMPLETED
+        assert [e.kind for e in lane.record.effects(booked.key)] == ["book"]
+
+
+def booking_requests(run: Run) -> int:
+    return sum(r.service == "appointments" for r in run.lane.record.requests(f"{run.key_base}/"))

@@ -1,0 +1,39 @@
+"""A slice of the kill sweep (`uv run poe sweep` tries every point at every step): one case of each kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from holdfast.reliability.faults import Point
+from tests.sweep.cases import Case, Flow, Mode, cases, unreached
+from tests.sweep.ground import Ground, Lane
+from tests.sweep.sweep import traces, try_case
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+KILL, FREEZE, APPROVED, FAILED = Mode.KILL, Mode.FREEZE, Flow.APPROVED, Flow.FAILED
+SLICE = [
+    (Case(KILL, APPROVED, Point.MODEL_ANSWERED, "turn-2"), "sqlite"),
+    (Case(KILL, APPROVED, Point.NODE_DONE, "turn-3"), "postgresql"),
+    (Case(KILL, APPROVED, Point.RESERVED, "book_appointment"), "sqlite"),
+    (Case(KILL, APPROVED, Point.EFFECT_DONE, "order_medication"), "postgresql"),
+    (Case(KILL, APPROVED, Point.EFFECT_DONE, "notify_patient"), "sqlite"),
+    (Case(KILL, APPROVED, Point.EFFECT_DONE, "notify_providers"), "postgresql"),
+    (Case(KILL, APPROVED, Point.WAITING, "approvals"), "sqlite"),
+    (Case(KILL, FAILED, Point.UNDO_DONE, "notify_providers"), "postgresql"),
+    (Case(KILL, FAILED, Point.END_RECORDED, "run"), "sqlite"),
+    (Case(FREEZE, APPROVED, Point.RESERVED, "notify_providers"), "postgresql"),
+]
+
+
+@pytest.mark.parametrize(("case", "store"), SLICE, ids=str)
+async def test_the_run_ends_right(ground: Ground, lane: Lane, case: Case, store: str) -> None:
+    report = await try_case(ground, lane, store, case)
+    assert not report.violations, "\n".join([*report.violations, report.log])
+
+
+async def test_every_point_is_reached(ground: Ground, lane: Lane) -> None:
+    passed = await traces(ground, lane, "sqlite")
+    assert unreached(passed) == []
+    found = {(case.flow, case.point, case.where) for case in cases(passed, KILL)}
+    assert {(case.flow, case.point, case.where) for case, _ in SLICE} <= found
