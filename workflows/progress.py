@@ -45,9 +45,9 @@ def headline(state: RunState, ending: Ending | None) -> str:
 def evidence(state: RunState) -> str:
     """What a person who decides should know of the run so far."""
     steps = state.steps()
-    said = [
-        f"{s.name} {s.status}" + (f" ({s.role})" if s.status is StepStatus.PENDING and s.role else "") for s in steps
-    ]
+    ahead = (StepStatus.TODO, StepStatus.ACTIVE, StepStatus.WAITING)
+    behind = [s for s in steps if s.status not in ahead]
+    said = [f"{s.name} {s.status}" + (f" ({s.role})" if s.status is StepStatus.PENDING else "") for s in behind]
     return f"{_done(steps)}/{len(steps)} steps complete: {', '.join(said)}" if steps else f"turn {state.turn}"
 
 
