@@ -128,8 +128,9 @@ INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, d
                      worker, arguments, reserved_at, settled_at, result)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'FAILED', 'NEW', 1, 0, ?, ?, ?, ?, ?)
 ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + 1,
-    state = CASE effects.state WHEN 'RESERVED' THEN 'UNKNOWN' ELSE effects.state END
-RETURNING state, prior, attempt, result"""
+    state = CASE effects.state WHEN 'RESERVED' THEN 'UNKNOWN' ELSE effects.state END,
+    result = COALESCE(effects.result, excluded.result)
+RETURNING state, result"""
 
 _ENTRY = (
     "SELECT key, kind, name, service, effect, state, attempt, failures, worker, result, error, reserved_at, settled_at"
@@ -203,15 +204,15 @@ class Ledger:
     async def seize(self, call: Call, why: str) -> tuple[State, Any]:
         """Closes a key before its undo: from here on no attempt of the call can act or record.
 
-        Returns the state and the recorded result. A key that was never reserved is closed as FAILED, so that a frozen
-        worker that wakes after the undo finds it settled.
+        Returns the state and the recorded result. Whatever was not settled is settled now, also a key that was never
+        reserved, so that a frozen worker that wakes after the undo, or a retry that comes late, does not act.
         """
         now = time.time()
         never = Settled(State.FAILED, error=why, error_type="undone").dump()
         row = await self._db.one(_SEIZE, *self._columns(call), now, now, never)
         assert row is not None
-        state, _, _, result = row
-        return State(state), json.loads(result)["result"] if result else None
+        state, result = row
+        return State(state), json.loads(result)["result"]
 
     async def compensated(self, key: str) -> None:
         """Marks an effect as undone."""
