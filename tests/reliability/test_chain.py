@@ -1,0 +1,262 @@
+"""The protection chain: what each effect class makes of each failure, over real connections, on both stores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx2
+import pytest
+
+from holdfast.contracts import Effect
+from holdfast.reliability import chain
+from holdfast.reliability.chain import RetryLater, protected
+from holdfast.reliability.errors import ErrorType
+from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State, tool_call
+from holdfast.state.database import Database
+from tests.reliability.wire import Step, Then, answer, free_port, wire
+
+NEW = Effect.IDEMPOTENT
+
+
+@pytest.fixture
+def ledger(db: Database) -> Ledger:
+    return Ledger(db, worker="w1")
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(timeout=None) as client:
+        yield client
+
+
+def order(effect: Effect = NEW, **more: Any) -> Call:
+    return tool_call("run/1", "run", "order", effect, {"n": 1}, service="pharmacy", **more)
+
+
+@dataclass
+class Tool:
+    """Counts what is asked of it. `finds`: what its probe answers."""
+
+    error: BaseException | None = None
+    finds: Any = None
+    acts: int = 0
+    probes: int = 0
+    attempts: list[int] = field(default_factory=list)
+
+    async def act(self, attempt: int) -> str:
+        self.acts += 1
+        self.attempts.append(attempt)
+        if self.error:
+            raise self.error
+        return "ordered"
+
+    async def probe(self, attempt: int) -> Any:
+        self.probes += 1
+        return self.finds
+
+    async def run(self, ledger: Ledger, call: Call) -> Settled:
+        return await protected(ledger, call, self.act, self.probe)
+
+
+async def state(ledger: Ledger) -> tuple[State, int] | None:
+    """State and counted failures of the one row, or None."""
+    rows = await ledger.entries("run")
+    return (rows[0].state, rows[0].failures) if rows else None
+
+
+async def test_a_result_is_recorded_once_and_answers_every_repeat(ledger: Ledger) -> None:
+    tool = Tool()
+    assert await tool.run(ledger, order()) == Settled(State.DONE, "ordered")
+    assert await tool.run(ledger, order()) == Settled(State.DONE, "ordered")
+    assert tool.acts == 1
+
+
+async def test_a_read_is_repeated_and_leaves_no_row(ledger: Ledger) -> None:
+    tool = Tool()
+    for _ in range(2):
+        assert await tool.run(ledger, order(Effect.READ)) == Settled(State.DONE, "ordered")
+    assert tool.acts == 2
+    assert await state(ledger) is None
+
+
+# ------------------------------------------------------------ failures of the service
+
+
+def retried(failed_as: State, acts: int = 1, probes: int = 0) -> tuple[str, State, int, int]:
+    return "retried", failed_as, acts, probes
+
+
+GAVE_UP = ("given up", State.UNKNOWN, 0, 0)
+REFUSED = ("given up", State.FAILED, 0, 0)
+AMBIGUOUS = {
+    Effect.READ: retried(State.FAILED),
+    Effect.IDEMPOTENT: retried(State.UNKNOWN),
+    Effect.PROBE: retried(State.UNKNOWN, probes=1),
+    Effect.MANUAL: GAVE_UP,
+}
+CERTAIN = dict.fromkeys(Effect, retried(State.FAILED))
+OWN_FAULT = dict.fromkeys(Effect, REFUSED)
+FAILURES: dict[str, tuple[list[Step] | None, dict[Effect, tuple[str, State, int, int]]]] = {
+    "503": ([answer(503)], AMBIGUOUS),
+    "timeout": ([Then.HANG], AMBIGUOUS),
+    "reset": ([Then.RESET], AMBIGUOUS),
+    "429": ([answer(429)], CERTAIN),
+    "unreachable": (None, CERTAIN),
+    "400": ([answer(400)], OWN_FAULT),
+    "401": ([answer(401)], OWN_FAULT),
+}
+
+
+@pytest.mark.parametrize("effect", Effect)
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_what_a_failure_means(ledger: Ledger, http: httpx2.AsyncClient, effect: Effect, failure: str) -> None:
+    """The first attempt fails over the wire, the second meets a healthy tool whose probe finds nothing."""
+    steps, expected = FAILURES[failure]
+    ends, failed_as, acts, probes = expected[effect]
+    call = order(effect, timeout_s=0.3)
+
+    async def over_the_wire(attempt: int) -> str:
+        (await http.post(url)).raise_for_status()
+        return "ordered"
+
+    async with wire(*(steps or ())) as service:
+        url = service.url if steps else f"http://127.0.0.1:{free_port()}"
+        if ends == "retried":
+            with pytest.raises(RetryLater) as later:
+                await protected(ledger, call, over_the_wire, Tool().probe)
+            assert 0.4 <= later.value.delay <= 0.6
+        else:
+            settled = await protected(ledger, call, over_the_wire, Tool().probe)
+            assert (settled.state, settled.result) == (failed_as, None)
+    assert await state(ledger) == (failed_as, 1)
+    if effect is Effect.READ and ends == "given up":
+        return  # nothing is settled for a read: asking again is free
+    tool = Tool()
+    again = await tool.run(ledger, call)
+    assert (tool.acts, tool.probes) == (acts, probes)
+    assert again.state is (State.DONE if ends == "retried" else failed_as)
+    assert again.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("effect", "finds", "ends"),
+    [
+        (Effect.READ, None, (State.DONE, "ordered", 1, 0)),
+        (Effect.IDEMPOTENT, None, (State.DONE, "ordered", 1, 0)),
+        (Effect.PROBE, None, (State.DONE, "ordered", 1, 1)),
+        (Effect.PROBE, "found", (State.DONE, "found", 0, 1)),
+        (Effect.MANUAL, None, (State.UNKNOWN, None, 0, 0)),
+    ],
+)
+async def test_after_a_crash_between_the_effect_and_its_record(
+    ledger: Ledger, effect: Effect, finds: Any, ends: tuple[State, Any, int, int]
+) -> None:
+    crashed = Tool(error=asyncio.CancelledError())
+    with pytest.raises(asyncio.CancelledError):
+        await crashed.run(ledger, order(effect))
+    tool = Tool(finds=finds)
+    settled = await tool.run(ledger, order(effect))
+    assert (settled.state, settled.result, tool.acts, tool.probes) == ends
+    assert settled.failures == 0, "a crash is no failure"
+    assert await tool.run(ledger, order(effect)) == settled
+
+
+async def test_ten_crashes_use_up_no_retry(ledger: Ledger) -> None:
+    for _ in range(10):
+        with pytest.raises(asyncio.CancelledError):
+            await Tool(error=asyncio.CancelledError()).run(ledger, order(retries=1))
+    with pytest.raises(RetryLater):
+        await Tool(error=ConnectionResetError("gone")).run(ledger, order(retries=1))
+    tool = Tool()
+    assert (await tool.run(ledger, order(retries=1))).state is State.DONE
+    assert tool.attempts == [12]
+
+
+@pytest.mark.parametrize("effect", [Effect.READ, Effect.IDEMPOTENT, Effect.PROBE])
+async def test_real_failures_are_counted_up_to_the_limit_with_growing_delays(ledger: Ledger, effect: Effect) -> None:
+    tool, delays = Tool(error=ConnectionRefusedError("no")), []
+    for _ in range(3):
+        with pytest.raises(RetryLater) as later:
+            await tool.run(ledger, order(effect, retries=3))
+        delays.append(later.value.delay)
+    settled = await tool.run(ledger, order(effect, retries=3))
+    assert (settled.state, settled.failures, settled.error_type) == (State.FAILED, 4, ErrorType.UNREACHABLE)
+    assert [0.8 * d <= delay <= 1.2 * d for d, delay in zip([0.5, 1, 2], delays, strict=True)] == [True] * 3
+
+
+async def test_one_doubt_among_certain_failures_stays_a_doubt(ledger: Ledger) -> None:
+    call = order(retries=1)
+    with pytest.raises(RetryLater):
+        await Tool(error=ConnectionResetError("in the middle")).run(ledger, call)
+    settled = await Tool(error=ConnectionRefusedError("down")).run(ledger, call)
+    assert settled.state is State.UNKNOWN, "the first try may have done it"
+
+
+async def test_a_probe_that_finds_nothing_ends_the_doubt(ledger: Ledger) -> None:
+    call = order(Effect.PROBE, retries=1)
+    with pytest.raises(RetryLater):
+        await Tool(error=ConnectionResetError("in the middle")).run(ledger, call)
+    settled = await Tool(error=ConnectionRefusedError("down")).run(ledger, call)
+    assert settled.state is State.FAILED
+
+
+# ------------------------------------------------------------ an attempt that was frozen
+
+
+async def test_an_attempt_that_was_overtaken_while_it_acted_records_nothing(ledger: Ledger) -> None:
+    call, other = order(), Tool()
+
+    async def overtaken(attempt: int) -> str:
+        assert (await other.run(ledger, call)).result == "ordered"
+        return "ordered by the one that was frozen"
+
+    with pytest.raises(Fenced):
+        await protected(ledger, call, overtaken)
+    assert (await other.run(ledger, call)).result == "ordered"
+
+
+async def test_an_attempt_that_was_frozen_before_it_acted_does_not_act(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen between reservation and call: the clock jumps, and another attempt has the key by then."""
+    call, frozen, other = order(), Tool(), Tool()
+    reserve = ledger.reserve
+
+    async def then_sleep_long(of: Call) -> Grant | Settled:
+        held = await reserve(of)
+        await asyncio.sleep(chain._STALE_S + 0.05)
+        monkeypatch.setattr(ledger, "reserve", reserve)
+        await other.run(ledger, call)
+        return held
+
+    monkeypatch.setattr(ledger, "reserve", then_sleep_long)
+    with pytest.raises(Fenced):
+        await frozen.run(ledger, call)
+    assert (frozen.acts, other.acts) == (0, 1)
+
+
+# ------------------------------------------------------------ model calls
+
+
+async def test_a_model_call_that_is_given_up_begins_anew_next_time(ledger: Ledger) -> None:
+    call = replace(order(retries=0), kind="model")
+    for _ in range(2):
+        settled = await Tool(error=ConnectionResetError("gone")).run(ledger, call)
+        assert (settled.state, settled.failures) == (State.FAILED, 1)
+    assert (await Tool().run(ledger, call)).state is State.DONE
+
+
+async def test_a_failure_inside_is_not_counted_twice(ledger: Ledger) -> None:
+    """A tool asks a model: the model's failure is counted on the model's row, the tool has not acted."""
+    inner, outer = order(), replace(order(), key="run/1/outer")
+
+    async def asks(attempt: int) -> Any:
+        return (await Tool(error=ConnectionResetError("gone")).run(ledger, inner)).result
+
+    with pytest.raises(RetryLater):
+        await protected(ledger, outer, asks)
+    rows = {e.key: (e.state, e.failures) for e in await ledger.entries("run")}
+    assert rows == {"run/1": (State.UNKNOWN, 1), "run/1/outer": (State.FAILED, 0)}

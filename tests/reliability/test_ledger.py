@@ -1,0 +1,159 @@
+"""The effect ledger: one right to act per key at a time, one result per key for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from holdfast.contracts import Effect
+from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Ledger, Settled, State, tool_call
+from holdfast.state.database import Database
+
+DONE = Settled(State.DONE, {"order": 7})
+GONE = Failure(ErrorType.UNAVAILABLE, "gone", retry=True, maybe_done=True)
+
+
+@pytest.fixture
+def ledger(db: Database) -> Ledger:
+    return Ledger(db, worker="w1")
+
+
+def book(key: str = "run/1", **arguments: object) -> Call:
+    return tool_call(key, "run", "book", Effect.IDEMPOTENT, arguments, seq=1)
+
+
+async def granted(ledger: Ledger, call: Call) -> Grant:
+    grant = await ledger.reserve(call)
+    assert isinstance(grant, Grant), grant
+    return grant
+
+
+async def test_a_new_key_may_act_and_is_not_in_doubt(ledger: Ledger) -> None:
+    assert await granted(ledger, book()) == Grant(attempt=1, failures=0, doubtful=False)
+
+
+async def test_a_recorded_result_is_returned_for_its_key_for_ever(ledger: Ledger) -> None:
+    grant = await granted(ledger, book())
+    await ledger.record(book(), grant.attempt, State.DONE, 0, DONE, None)
+    assert await ledger.reserve(book()) == await ledger.reserve(book()) == DONE
+
+
+async def test_a_reservation_that_nobody_recorded_leaves_the_next_attempt_in_doubt(ledger: Ledger) -> None:
+    await granted(ledger, book())
+    assert await granted(ledger, book()) == Grant(attempt=2, failures=0, doubtful=True)
+
+
+@pytest.mark.parametrize(("state", "doubtful"), [(State.FAILED, False), (State.UNKNOWN, True)])
+async def test_what_a_failure_says_decides_whether_the_retry_is_in_doubt(
+    ledger: Ledger, state: State, doubtful: bool
+) -> None:
+    grant = await granted(ledger, book())
+    await ledger.record(book(), grant.attempt, state, 1, None, GONE)
+    assert await granted(ledger, book()) == Grant(attempt=2, failures=1, doubtful=doubtful)
+
+
+async def test_an_attempt_that_was_overtaken_can_neither_go_on_nor_record(ledger: Ledger) -> None:
+    frozen = await granted(ledger, book())
+    second = await granted(ledger, book())
+    with pytest.raises(Fenced):
+        await ledger.check(book(), frozen.attempt)
+    with pytest.raises(Fenced):
+        await ledger.record(book(), frozen.attempt, State.FAILED, 1, Settled(State.FAILED), None)
+    await ledger.check(book(), second.attempt)
+    await ledger.record(book(), second.attempt, State.DONE, 0, DONE, None)
+    with pytest.raises(Fenced):
+        await ledger.record(book(), second.attempt, State.DONE, 0, DONE, None)
+    assert await ledger.reserve(book()) == DONE
+
+
+async def test_the_same_key_with_other_arguments_is_an_error(ledger: Ledger) -> None:
+    grant = await granted(ledger, book(slot=1))
+    with pytest.raises(KeyConflict, match="run/1"):
+        await ledger.reserve(book(slot=2))
+    with pytest.raises(KeyConflict):
+        await ledger.reserve(tool_call("run/1", "run", "cancel", Effect.IDEMPOTENT, {"slot": 1}))
+    await ledger.record(book(slot=1), grant.attempt, State.DONE, 0, DONE, None)
+    with pytest.raises(KeyConflict):
+        await ledger.reserve(book(slot=2))
+
+
+async def test_twenty_at_once_get_twenty_different_attempts(ledger: Ledger) -> None:
+    grants = await asyncio.gather(*(granted(ledger, book()) for _ in range(20)))
+    assert sorted(g.attempt for g in grants) == list(range(1, 21))
+    assert [g.doubtful for g in sorted(grants, key=lambda g: g.attempt)] == [False] + [True] * 19
+
+
+# ------------------------------------------------------------ closing a key before its undo
+
+
+async def test_a_key_that_was_never_reserved_is_closed_to_late_comers(ledger: Ledger) -> None:
+    assert await ledger.seize(book(), "undone first") == (State.FAILED, None)
+    late = await ledger.reserve(book())
+    assert isinstance(late, Settled)
+    assert (late.state, late.error) == (State.FAILED, "undone first")
+
+
+async def test_an_attempt_in_flight_loses_its_right_and_its_effect_is_unknown(ledger: Ledger) -> None:
+    frozen = await granted(ledger, book())
+    assert await ledger.seize(book(), "undone") == (State.UNKNOWN, None)
+    with pytest.raises(Fenced):
+        await ledger.check(book(), frozen.attempt)
+    with pytest.raises(Fenced):
+        await ledger.record(book(), frozen.attempt, State.DONE, 0, DONE, None)
+
+
+@pytest.mark.parametrize("state", [State.RESERVED, State.FAILED, State.UNKNOWN])
+async def test_after_it_no_retry_gets_the_right_to_act(ledger: Ledger, state: State) -> None:
+    grant = await granted(ledger, book())
+    if state is not State.RESERVED:
+        await ledger.record(book(), grant.attempt, state, 1, None, GONE)
+    left, _ = await ledger.seize(book(), "undone")
+    late = await ledger.reserve(book())
+    assert isinstance(late, Settled), "the undo has run: a retry would act again with nobody left to undo it"
+    assert late.state is left is (State.FAILED if state is State.FAILED else State.UNKNOWN)
+
+
+async def test_the_undo_gets_the_result_also_when_it_is_tried_again(ledger: Ledger) -> None:
+    grant = await granted(ledger, book())
+    await ledger.record(book(), grant.attempt, State.DONE, 0, DONE, None)
+    assert await ledger.seize(book(), "undone") == (State.DONE, {"order": 7})
+    await ledger.compensated("run/1")
+    assert await ledger.seize(book(), "undone") == (State.COMPENSATED, {"order": 7})
+
+
+async def test_what_never_happened_is_not_marked_as_undone(ledger: Ledger) -> None:
+    await ledger.seize(book(), "undone")
+    await ledger.compensated("run/1")
+    assert [e.state for e in await ledger.entries("run")] == [State.FAILED]
+
+
+# ------------------------------------------------------------ reads, and the rows
+
+
+async def test_a_read_leaves_a_row_only_when_it_fails(ledger: Ledger) -> None:
+    read = replace(book(), effect=Effect.READ)
+    assert await ledger.read_recovered(read) == 0
+    assert await ledger.entries("run") == []
+    assert [await ledger.count_read_failure(read, GONE) for _ in range(3)] == [1, 2, 3]
+    assert await ledger.read_recovered(read) == 3
+    (row,) = await ledger.entries("run")
+    assert (row.state, row.failures, row.error) == (State.DONE, 3, "unavailable: gone")
+
+
+async def test_the_rows_tell_what_happened_in_order(db: Database) -> None:
+    one, two = Ledger(db, "w1"), Ledger(db, "w2")
+    first, second = book(), book("run/2", slot=2)
+    await granted(one, first)
+    grant = await granted(two, first)
+    other = await granted(one, second)
+    await two.record(first, grant.attempt, State.DONE, 0, DONE, None)
+    await one.record(second, other.attempt, State.UNKNOWN, 1, None, GONE)
+    await granted(one, replace(book("other/1"), key_base="other"))
+    a, b = await one.entries("run")
+    assert (a.key, a.name, a.state, a.attempt, a.worker, a.settled) == ("run/1", "book", State.DONE, 2, "w2", DONE)
+    assert (b.key, b.state, b.failures, b.settled, b.error) == ("run/2", State.UNKNOWN, 1, None, "unavailable: gone")
+    assert a.settled_at is not None
+    assert a.reserved_at <= a.settled_at
