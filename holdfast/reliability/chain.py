@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from holdfast.contracts import Effect
-from holdfast.reliability import faults
+from holdfast.reliability import faults, lease
 from holdfast.reliability.errors import ErrorType, Failure, backoff, classify
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State
@@ -72,15 +72,19 @@ async def _read(ledger: Ledger, call: Call, act: Act) -> Settled:
     try:
         async with _limit(call):
             result = await act(1)
-    except RetryLater:
-        raise  # a call inside this one failed and was counted there
+    except (RetryLater, Fenced):
+        raise  # a call inside this one failed and was counted there, or went to another attempt
     except Exception as error:
+        if lease.lost():  # frozen meanwhile: its time-out says nothing about the service
+            raise Fenced(f"another attempt has taken over {call.key}") from error
         failure = classify(error)
         failures = await ledger.count_read_failure(call, failure)
         if failure.retry and failures <= call.retries:
             raise RetryLater(failure, _delay(failures, failure)) from error
         return Settled(State.FAILED, None, failure.message, failure.type, failures)
     faults.reached(answered, call.name)
+    if lease.lost():
+        raise Fenced(f"another attempt has taken over {call.key}")
     return Settled(State.DONE, result, failures=await ledger.read_recovered(call))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from temporalio import activity
 from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, Interceptor
 
+from holdfast.reliability import lease
+
 
 class HeartbeatInterceptor(Interceptor):
     """Beats four times per heartbeat timeout while the activity runs. Without that timeout it leaves it alone."""
@@ -23,9 +25,12 @@ class _Beating(ActivityInboundInterceptor):
             return await self.next.execute_activity(input)
         loop = asyncio.get_running_loop()
         interval = timeout.total_seconds() / 4
+        held = lease.Lease(timeout.total_seconds())
+        lease.current.set(held)
 
         def beat() -> None:
             nonlocal timer
+            held.renew()
             activity.heartbeat()
             timer = loop.call_later(interval, beat)
 

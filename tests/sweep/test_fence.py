@@ -7,7 +7,7 @@ import time
 import pytest
 
 from holdfast.contracts import Effect
-from holdfast.reliability import chain
+from holdfast.reliability import chain, lease
 from holdfast.reliability.chain import protected
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State, tool_call
 from holdfast.state.database import Database
@@ -45,3 +45,29 @@ async def test_frozen_between_reservation_and_its_answer_does_not_act(
     assert acted == []
     (entry,) = await other.entries("k")
     assert (entry.state, entry.attempt, entry.worker) == (State.RESERVED, 2, "other")
+
+
+async def test_frozen_read_counts_no_failure_on_waking(db: Database) -> None:
+    now = [0.0]
+    lease.current.set(lease.Lease(3.0, clock=lambda: now[0]))
+    ledger = Ledger(db, "frozen")
+    call = tool_call("k/1", "k", "read_record", Effect.READ, {"patient_id": "pat-1"})
+
+    async def act(attempt: int) -> str:
+        now[0] += 20
+        raise TimeoutError
+
+    with pytest.raises(Fenced):
+        await protected(ledger, call, act)
+    assert await ledger.entries("k") == []
+
+
+async def test_read_whose_inner_call_was_taken_over_counts_no_failure(db: Database) -> None:
+    ledger = Ledger(db, "frozen")
+
+    async def act(attempt: int) -> str:
+        raise Fenced("another attempt has taken over k/1/summary")
+
+    with pytest.raises(Fenced):
+        await protected(ledger, tool_call("k/1", "k", "write_summary", Effect.READ, {}), act)
+    assert await ledger.entries("k") == []
