@@ -69,7 +69,7 @@ class Tools:
             return await _uncut(self._undo(request, tool))
 
     async def _run(self, request: ToolRequest, tool: Tool, arguments: Json) -> Outcome:
-        call = _call(request, tool, arguments)
+        call = _call(request, tool)
         usage: list[Usage] = []
 
         async def act(attempt: int) -> Any:
@@ -89,7 +89,7 @@ class Tools:
         return _outcome(settled, sum(usage, Usage()))
 
     async def _undo(self, request: ToolRequest, tool: Tool) -> UndoOutcome:
-        call = _call(request, tool, request.arguments)
+        call = _call(request, tool)
         state, result = await self._runtime.ledger.seize(call, "the run was undone before this call began")
         if state is State.FAILED:
             return UndoOutcome(status=UndoStatus.NOTHING, note="it never happened")
@@ -160,13 +160,14 @@ def _find(request: ToolRequest) -> Tool | None:
     return registry.agent(request.agent).by_name.get(request.tool)
 
 
-def _call(request: ToolRequest, tool: Tool, arguments: Json) -> Call:
+def _call(request: ToolRequest, tool: Tool) -> Call:
+    # The arguments as history has them: a deploy that adds an argument with a default must not make another call of it.
     return tool_call(
         request.key,
         request.key_base,
         tool.name,
         tool.effect,
-        arguments,
+        request.arguments,
         version=tool.version,
         service=tool.service,
         seq=request.seq,
@@ -178,8 +179,12 @@ def _call(request: ToolRequest, tool: Tool, arguments: Json) -> Call:
 def _outcome(settled: Settled, usage: Usage) -> Outcome:
     """What the model reads of a call's end."""
     reason = settled.error
-    if settled.state in (State.DONE, State.COMPENSATED):
+    if settled.state is State.DONE:
         status, content = OutcomeStatus.OK, _clip(settled.result)
+    elif settled.state is State.COMPENSATED:
+        # A run that was unwound and then reset: its old result no longer holds.
+        status, reason = OutcomeStatus.FAILED, "it was undone when the run was unwound"
+        content = f"failed for good: {reason}; it is not done again under the same key"
     elif settled.state is State.UNKNOWN:
         status, reason = OutcomeStatus.UNKNOWN, f"{settled.error}; it may have happened"
         content = (
