@@ -1,0 +1,49 @@
+"""What the activities of a worker stand on, without a server: each test runs once on each store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from temporalio.testing import ActivityEnvironment
+
+from holdfast.reliability import faults
+from holdfast.reliability.faults import Point
+from holdfast.runtime import Runtime
+from tests.fixtures.model import FakeModel
+from tests.fixtures.temporal import a_runtime
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nobody may catch it."""
+
+
+@dataclass
+class Process:
+    """One worker process. `dies` arms its death at a crash point."""
+
+    runtime: Runtime
+    model: FakeModel
+
+    async def run(self, activity: Callable[..., Any], request: Any) -> Any:
+        return await ActivityEnvironment().run(activity, request)
+
+    async def dies(self, point: Point, activity: Callable[..., Any], request: Any) -> None:
+        """Runs the activity and checks that it is cut off at this point."""
+        faults.arm(f"kill:{point}")
+        with pytest.raises(Killed):
+            await self.run(activity, request)
+
+
+@pytest_asyncio.fixture
+async def process(store_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Process]:
+    def strike(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(faults, "strike", strike)
+    monkeypatch.setattr(faults, "_armed", None)  # put back at the end, fired or not
+    async with a_runtime(store_url) as (runtime, model):
+        yield Process(runtime, model)
