@@ -137,6 +137,48 @@ def test_a_run_is_one_trace_also_over_a_worker_that_is_replaced(traced: Stack, c
     assert not [text for text in secrets if text.encode() in sent]
 
 
+CONTINUED = """
+import asyncio
+from temporalio.worker import Worker
+from activities import activities
+from holdfast.runtime import open_runtime
+from holdfast.settings import settings
+from holdfast.starting import start_run
+from holdfast.state.runs import Runs
+from holdfast.telemetry import tracing
+from holdfast.temporal import connect, sandbox
+from tests.fixtures.model import FakeModel, call, say, sequence
+from tests.fixtures.world import World, agent
+from workflows.agent import AgentWorkflow
+
+async def main():
+    client, world = await connect(), World()
+    spec = agent(world.tool("one"), world.tool("two"), turns_per_execution=1)
+    async with FakeModel.serve() as model:
+        model.script = sequence(call(("one", {})), call(("two", {})), say("done"))
+        runtime = await open_runtime(settings().model_copy(update={"openai_base_url": model.url}))
+        worker = Worker(client, task_queue="continued", workflows=[AgentWorkflow], activities=activities(runtime),
+                        workflow_runner=sandbox())
+        async with worker:
+            started = await start_run(client, Runs(runtime.db), spec.name, {}, task_queue="continued")
+            await client.get_workflow_handle(started.workflow_id).result()
+        await runtime.close()
+    print(started.trace_id)
+    tracing.shutdown()
+
+asyncio.run(main())
+"""
+
+
+def test_continue_as_new_stays_in_the_trace(stack: Stack, collector: Collector):
+    done = _python(CONTINUED, stack.home, **stack.environment, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+    assert done.returncode == 0, done.stderr
+    names = [span.name for span in collector.trace(done.stdout.strip())]
+    assert names.count("RunWorkflow:AgentWorkflow") == 3
+    assert [f"tool {name}" in names for name in ("one", "two")] == [True, True]
+    assert len(names) == len(collector.spans), "a part of the run is in a trace of its own"
+
+
 PROBE = """
 import asyncio, sys
 {imports}
@@ -182,7 +224,7 @@ def _python(code: str, home: Path, **environment: str) -> subprocess.CompletedPr
     base = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**base, "HOLDFAST_HOME": str(home), **environment},
+        env={**base, **environment, "HOLDFAST_HOME": str(home)},
         cwd=ROOT,
         capture_output=True,
         text=True,
