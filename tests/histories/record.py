@@ -1,0 +1,200 @@
+"""Records histories for the replay test: `uv run python -m tests.histories.record [SCENARIO …]`.
+
+Histories are only ever added: a run that is in flight at a deploy must go on with the new code. Without names the
+scenarios that have no file yet are recorded; one that has is refused, so a new one needs a new name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
+from temporalio.testing import WorkflowEnvironment
+
+from holdfast.contracts import Effect, StepSpec
+from holdfast.state.schema import migrate
+from holdfast.temporal import DATA_CONVERTER, SEARCH_ATTRIBUTES
+from holdfast.tools import ToolFailed
+from tests.fixtures.model import call, error, say, sequence, turn
+from tests.fixtures.temporal import Stage, a_stage, binary, until
+from tests.fixtures.world import World, agent
+
+HERE = Path(__file__).parent
+Handle = WorkflowHandle[Any, Any]
+Scenario = Callable[[Stage, World], Awaitable[Handle]]
+
+BOOK, SEND = ("book", {"n": 1}), ("send", {"n": 2})
+
+
+async def completed(stage: Stage, world: World) -> Handle:
+    """Parallel calls, a retry, an approval, an ignored decision, a refused finish."""
+    flaky = world.tool("flaky", Effect.PROBE, errors=[ConnectionRefusedError("once")])
+    flaky.probe(lambda ctx, n: None)
+    spec = agent(world.tool("book"), flaky, world.tool("send", approval=True))
+    stage.model.script = sequence(call(BOOK, ("flaky", {})), say("too early"), call(SEND), say("done"))
+    handle = await stage.start(spec)
+    await asked(handle)
+    await handle.signal("decide", "nonsense")
+    await decide(handle, "a3")
+    return handle
+
+
+async def partial(stage: Stage, world: World) -> Handle:
+    order = world.tool("order", errors=[ToolFailed("out of stock")])
+    steps = [
+        StepSpec(name="pharmacy", tools=["order"], critical=False, role="pharmacist"),
+        StepSpec(name="book", tools=["book"]),
+    ]
+    spec = agent(order, world.tool("book"), steps=steps)
+    stage.model.script = sequence(call(("order", {}), BOOK), say("all but the pharmacy"))
+    return await stage.start(spec)
+
+
+async def rejected(stage: Stage, world: World) -> Handle:
+    handle = await waiting(stage, world)
+    await decide(handle, "a2", verdict="reject", comment="wrong dose")
+    return handle
+
+
+async def cancelled(stage: Stage, world: World) -> Handle:
+    handle = await waiting(stage, world)
+    await handle.cancel()
+    return handle
+
+
+async def cancelled_in_flight(stage: Stage, world: World) -> Handle:
+    """Cancelled with a tool in flight beside an approval."""
+    gate = asyncio.Event()
+    spec = agent(world.tool("send", approval=True), world.tool("slow", gate=gate))
+    stage.model.script = sequence(call(SEND, ("slow", {})))
+    handle = await stage.start(spec)
+    await world.saw("begin slow#2")
+    await asked(handle)
+    await handle.cancel()
+    asyncio.get_running_loop().call_later(1.0, gate.set)
+    return handle
+
+
+async def failed(stage: Stage, world: World) -> Handle:
+    spec = agent(world.tool("book"), world.tool("pay", errors=[ToolFailed("account closed")]))
+    stage.model.script = sequence(call(BOOK), call(("pay", {})))
+    return await stage.start(spec)
+
+
+async def parked(stage: Stage, world: World) -> Handle:
+    """The model was gone for a while."""
+    answering, tries = sequence(call(BOOK), say("done")), iter([error(401)])
+    stage.model.script = lambda m: (next(tries, None) if turn(m) == 2 else None) or answering(m)
+    return await stage.start(agent(world.tool("book")))
+
+
+async def waiting(stage: Stage, world: World) -> Handle:
+    spec = agent(world.tool("book"), world.tool("send", approval=True))
+    stage.model.script = sequence(call(BOOK), call(SEND), say("ended"))
+    handle = await stage.start(spec)
+    await asked(handle)
+    return handle
+
+
+async def continued(stage: Stage, world: World) -> Handle:
+    """Continue-as-new at every turn, and once while an approval is open."""
+    gate = asyncio.Event()
+    spec = agent(
+        world.tool("book"), world.tool("send", approval=True), world.tool("slow", gate=gate), turns_per_execution=1
+    )
+    stage.model.script = sequence(call(BOOK), call(SEND, ("slow", {})), say("done"))
+    handle = await stage.start(spec)
+    await asked(handle)
+    before = (await handle.describe()).run_id
+    gate.set()
+    while (await handle.describe()).run_id == before:
+        await asyncio.sleep(0.02)
+    await decide(handle, "a2")
+    return handle
+
+
+SCENARIOS: list[Scenario] = [
+    completed,
+    partial,
+    rejected,
+    cancelled,
+    cancelled_in_flight,
+    failed,
+    parked,
+    waiting,
+    continued,
+]
+
+
+async def asked(handle: Handle) -> None:
+    await until(handle, lambda s: bool(s.approvals))
+
+
+async def decide(handle: Handle, approval: str, **more: str) -> None:
+    decision = {"approval_id": approval, "verdict": "approve", "approver": "dr.lee", **more}
+    await handle.signal("decide", decision)
+
+
+def without_this_machine(value: Any) -> Any:
+    """The history without stack traces, which name the paths of the machine that recorded it."""
+    if isinstance(value, dict):
+        return {name: without_this_machine(each) for name, each in value.items() if name != "stackTrace"}
+    return [without_this_machine(each) for each in value] if isinstance(value, list) else value
+
+
+async def record(client: Client, scenario: Scenario) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        store = f"sqlite:///{home}/holdfast.db"
+        migrate(store)
+        async with a_stage(client, store) as stage, stage.worker(identity="recorder"):
+            handle = await scenario(stage, World())
+            run_id: str | None = handle.first_execution_run_id
+            if scenario is not waiting:
+                try:
+                    await handle.result()
+                except WorkflowFailureError as end:
+                    print(f"{scenario.__name__}: {end.cause}")
+            number = 0
+            while run_id:
+                number += 1
+                history = await client.get_workflow_handle(handle.id, run_id=run_id).fetch_history()
+                name = scenario.__name__ + (f"_{number}" if scenario is continued else "")
+                text = json.dumps(without_this_machine(history.to_json_dict()), indent=1, ensure_ascii=False)
+                with (HERE / f"{name}.json").open("x") as file:
+                    file.write(text + "\n")
+                last = history.events[-1].workflow_execution_continued_as_new_event_attributes
+                run_id = last.new_execution_run_id or None
+            if scenario is waiting:
+                await handle.terminate()
+
+
+async def main(names: list[str]) -> int:
+    there = {
+        s.__name__: any(HERE.glob(f"{s.__name__}.json")) or any(HERE.glob(f"{s.__name__}_1.json")) for s in SCENARIOS
+    }
+    if wrong := [name for name in names if there.get(name, True)]:
+        print(f"not recorded: {', '.join(wrong)}: no such scenario, or its history is there and is never replaced")
+        return 2
+    env = await WorkflowEnvironment.start_local(
+        dev_server_existing_path=binary("temporal"),
+        data_converter=DATA_CONVERTER,
+        search_attributes=list(SEARCH_ATTRIBUTES),
+        dev_server_log_level="error",
+    )
+    async with env:
+        where = env.client.service_client.config.target_host
+        client = await Client.connect(where, data_converter=DATA_CONVERTER, identity="recorder")
+        for scenario in SCENARIOS:
+            if scenario.__name__ in names or (not names and not there[scenario.__name__]):
+                await record(client, scenario)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(sys.argv[1:])))
