@@ -83,12 +83,14 @@ class Services:
         self._temporal = temporal
         self._model = model
         self._pids = pids
+        self.at_end = ExitStack()
 
     def store(self, kind: str) -> str:
         """Address of a new store, migrated: `sqlite`, or `postgres` with its defaults (fsync on)."""
         url = f"sqlite:///{self._home / 'store.db'}"
         if kind == "postgres":
             server = get_server(self._home / "pg", cleanup_mode="stop")
+            self.at_end.callback(server.cleanup)
             self._pids["postgres"] = server.get_pid() or 0
             url = server.get_uri()
         migrate(url)
@@ -140,7 +142,9 @@ async def services(home: Path) -> AsyncIterator[Services]:
         await model.until(lambda: "listening" in model.output())
         await temporal.until(lambda: "Temporal Server:" in temporal.output())  # printed when all of it is up
         pids = {"temporal": temporal.pid, "model": model.pid}
-        yield Services(home, f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}", pids)
+        found = Services(home, f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}", pids)
+        with found.at_end:
+            yield found
     finally:
         for child in (temporal, model):
             child.signal(SIGKILL)
