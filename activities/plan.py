@@ -1,18 +1,15 @@
 """The plan activity: one turn of an agent's graph, idempotent by run and turn.
 
 A retry resumes at the node that was not finished; a turn that was finished returns the decision that was recorded. The
-thread's head may have been moved by an attempt that is no longer ours, so a turn never goes by the head: it forks from
-the checkpoint its caller names, and finds its own work by its tag.
+thread's end may have been moved by an attempt that is no longer ours, so a turn never goes by that: it goes on from the
+checkpoint that its caller names, and finds its own work by its tag (`holdfast.state.thread`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
-from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata, CheckpointTuple
 from pydantic import ValidationError
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
@@ -29,7 +26,7 @@ from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Settled, State
 from holdfast.runtime import Runtime
-from holdfast.state.checkpoints import Checkpoints
+from holdfast.state.thread import Thread
 from holdfast.telemetry.tracing import span
 from holdfast.tools import explain
 
@@ -53,24 +50,6 @@ class ModelGone(Exception):
     def __init__(self, settled: Settled) -> None:
         super().__init__(settled.error)
         self.settled = settled
-
-
-class _Turn(Checkpoints):
-    """Remembers what this attempt wrote last: the thread's head may be another attempt's."""
-
-    last_put: str = ""
-
-    async def aput(
-        self,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-    ) -> RunnableConfig:
-        stored = await super().aput(config, checkpoint, metadata, new_versions)
-        if not config.get("configurable", {}).get("checkpoint_ns"):
-            self.last_put = checkpoint["id"]
-        return stored
 
 
 class Plan:
@@ -108,37 +87,20 @@ class Plan:
         async def ask(messages: Sequence[Json], n: int) -> ModelAnswer:
             return await self._ask(request, spec, list(messages), tag, n)
 
-        saver = _Turn(self._runtime.db)
-        app = _GRAPH.copy({"checkpointer": saver})
+        thread = Thread(self._runtime.db, request.key_base, tag, request.base)
+        begun = await thread.open()
+        app = _GRAPH.copy({"checkpointer": thread})
         context = graph.TurnContext(spec=spec, ask=ask, where=where)
-        thread: Json = {"thread_id": request.key_base, "checkpoint_ns": ""}
-        config: RunnableConfig = {"configurable": dict(thread), "metadata": {"turn": tag}}
-
-        def pin(checkpoint_id: str) -> None:
-            config["configurable"] = {**thread, "checkpoint_id": checkpoint_id}
-
-        hits = [hit async for hit in saver.alist({"configurable": thread}, filter={"turn": tag}, limit=1)]
-        state: dict[str, Any]
-        if not hits:
-            if request.base:
-                pin(request.base)
-            state = await app.ainvoke(graph.turn_input(new), config, context=context, durability="sync")
-            checkpoint = saver.last_put
+        snapshot = await app.aget_state(thread.config) if begun else None
+        if snapshot and not snapshot.next:
+            state = snapshot.values
         else:
-            found = _id(hits[0])
-            at: RunnableConfig = {"configurable": {**thread, "checkpoint_id": found}}
-            snapshot = await app.aget_state(at)
-            state, checkpoint = snapshot.values, found
-            if snapshot.next:
-                head = [h async for h in saver.alist({"configurable": thread}, limit=1)]
-                if _id(head[0]) != found:
-                    pin(found)
-                state = await app.ainvoke(None, config, context=context, durability="sync")
-                checkpoint = saver.last_put
+            value = None if begun else graph.turn_input(new)
+            state = await app.ainvoke(value, thread.config, context=context, durability="sync")
         faults.reached(Point.DECIDED, where)
         return PlanResult(
             decision=Decision.model_validate(state["decision"]),
-            checkpoint=checkpoint,
+            checkpoint=thread.head,
             usage=Usage.model_validate(state["usage"]),
             model=state["model"],
             profile=spec.profile if request.turn == 1 else None,
@@ -165,10 +127,6 @@ class Plan:
         if settled.state is not State.DONE:
             raise ModelGone(settled)
         return ModelAnswer.from_json(settled.result)
-
-
-def _id(found: CheckpointTuple) -> str:
-    return found.config.get("configurable", {})["checkpoint_id"]
 
 
 def _spec(name: str) -> AgentSpec:

@@ -26,6 +26,11 @@ from langgraph.checkpoint.base import (
 
 from holdfast.state.database import Database, Row
 
+GET = (
+    "SELECT checkpoint_id, parent_id, kind, checkpoint, metadata, EXISTS (SELECT 1 FROM checkpoint_writes w"
+    " WHERE w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns AND w.checkpoint_id = c.checkpoint_id)"
+    " FROM checkpoints c WHERE thread_id = ? AND checkpoint_ns = ?"
+)
 PUT = (
     "INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_id, turn, kind, checkpoint, metadata)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id) DO UPDATE SET"
@@ -51,23 +56,31 @@ class Checkpoints(BaseCheckpointSaver[int]):
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """The checkpoint that `config` names by `checkpoint_id`, else the thread's latest; None when there is none."""
         thread_id, ns, checkpoint_id = _names(config)
-        sql = (
-            "SELECT checkpoint_id, parent_id, kind, checkpoint, metadata FROM checkpoints"
-            " WHERE thread_id = ? AND checkpoint_ns = ?"
-        )
         if checkpoint_id:
-            row = await self._db.one(f"{sql} AND checkpoint_id = ?", thread_id, ns, checkpoint_id)
+            row = await self._db.one(f"{GET} AND checkpoint_id = ?", thread_id, ns, checkpoint_id)
         else:
-            row = await self._db.one(f"{sql} ORDER BY checkpoint_id DESC LIMIT 1", thread_id, ns)
+            row = await self._db.one(f"{GET} ORDER BY checkpoint_id DESC LIMIT 1", thread_id, ns)
+        return await self._tuple(thread_id, ns, row)
+
+    async def newest(self, thread_id: str, turn: str, base: str | None) -> CheckpointTuple | None:
+        """The newest checkpoint of a turn, else the one with the id `base`, else None."""
+        row = await self._db.one(
+            f"{GET} AND (turn = ? OR checkpoint_id = ?)"
+            " ORDER BY CASE WHEN turn = ? THEN 1 ELSE 0 END DESC, checkpoint_id DESC LIMIT 1",
+            *(thread_id, "", turn, base or "", turn),
+        )
+        return await self._tuple(thread_id, "", row)
+
+    async def _tuple(self, thread_id: str, ns: str, row: Row | None) -> CheckpointTuple | None:
         if row is None:
             return None
-        checkpoint_id, parent_id, kind, body, metadata = row
+        checkpoint_id, parent_id, kind, body, metadata, has_writes = row
         return CheckpointTuple(
             config=_config(thread_id, ns, checkpoint_id),
             checkpoint=self.serde.loads_typed((kind, body)),
             metadata=json.loads(metadata),
             parent_config=_config(thread_id, ns, parent_id) if parent_id else None,
-            pending_writes=await self._writes(thread_id, ns, checkpoint_id),
+            pending_writes=await self._writes(thread_id, ns, checkpoint_id) if has_writes else [],
         )
 
     async def _writes(self, thread_id: str, ns: str, checkpoint_id: str) -> list[PendingWrite]:

@@ -1,0 +1,74 @@
+"""A run's thread of checkpoints as one turn sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata, CheckpointTuple
+
+from holdfast.state.checkpoints import Checkpoints
+from holdfast.state.database import Database
+
+
+class Thread(Checkpoints):
+    """The thread up to `head`: what the turn has already stored, else the checkpoint that it goes on from.
+
+    What another attempt has put after it is not there: a frozen worker that wakes may have moved the thread's end.
+
+    Stores a checkpoint when a node is done, and no more. What LangGraph puts before the first node and ahead of a
+    node's checkpoint saves only that the node runs again, and a repeated node repeats no model call: the ledger has it.
+    """
+
+    def __init__(self, db: Database, thread_id: str, tag: str, base: str | None) -> None:
+        super().__init__(db)
+        self._id = thread_id
+        self._tag = tag
+        self._base = base
+        self._head: CheckpointTuple | None = None
+        self._unstored = 0
+        self.head = ""
+        """Id of the checkpoint that the thread ends with; empty for an empty thread."""
+        self.config: RunnableConfig = {"configurable": {"thread_id": thread_id}, "metadata": {"turn": tag}}
+
+    async def open(self) -> bool:
+        """Finds the head. True when it is this turn's own: an earlier attempt came that far."""
+        found = await self.newest(self._id, self._tag, self._base)
+        if found is None:
+            return False
+        self._head, self.head = found, found.config.get("configurable", {})["checkpoint_id"]
+        return found.metadata.get("turn") == self._tag
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        return await super().aget_tuple(config) if _nested(config) else self._head
+
+    async def aput(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        if _nested(config):
+            return await super().aput(config, checkpoint, metadata, new_versions)
+        if metadata.get("source") == "input":
+            self._unstored = 2  # the input, and the step that hands it to the first node
+        if self._unstored:
+            self._unstored -= 1
+        else:
+            parent: RunnableConfig = {**config, "configurable": {"thread_id": self._id, "checkpoint_id": self.head}}
+            await super().aput(parent, checkpoint, metadata, new_versions)
+            self.head = checkpoint["id"]
+        return {"configurable": {"thread_id": self._id, "checkpoint_ns": "", "checkpoint_id": checkpoint["id"]}}
+
+    async def aput_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        if _nested(config):
+            await super().aput_writes(config, writes, task_id, task_path)
+
+
+def _nested(config: RunnableConfig) -> bool:
+    """A subgraph's own thread, which has no turns."""
+    return bool(config.get("configurable", {}).get("checkpoint_ns"))
