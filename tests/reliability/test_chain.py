@@ -85,21 +85,25 @@ async def test_a_read_is_repeated_and_leaves_no_row(ledger: Ledger) -> None:
 # ------------------------------------------------------------ failures of the service
 
 
-def retried(failed_as: State, acts: int = 1, probes: int = 0) -> tuple[str, State, int, int]:
+Expected = tuple[str, State, int, int]
+"""How the first attempt ends, what the row says, how often the second one acts and probes."""
+
+
+def retried(failed_as: State, acts: int = 1, probes: int = 0) -> Expected:
     return "retried", failed_as, acts, probes
 
 
-GAVE_UP = ("given up", State.UNKNOWN, 0, 0)
-REFUSED = ("given up", State.FAILED, 0, 0)
-AMBIGUOUS = {
+GAVE_UP: Expected = ("given up", State.UNKNOWN, 0, 0)
+REFUSED: Expected = ("given up", State.FAILED, 0, 0)
+AMBIGUOUS: dict[Effect, Expected] = {
     Effect.READ: retried(State.FAILED),
     Effect.IDEMPOTENT: retried(State.UNKNOWN),
     Effect.PROBE: retried(State.UNKNOWN, probes=1),
     Effect.MANUAL: GAVE_UP,
 }
-CERTAIN = dict.fromkeys(Effect, retried(State.FAILED))
-OWN_FAULT = dict.fromkeys(Effect, REFUSED)
-FAILURES: dict[str, tuple[list[Step] | None, dict[Effect, tuple[str, State, int, int]]]] = {
+CERTAIN: dict[Effect, Expected] = dict.fromkeys(Effect, retried(State.FAILED))
+OWN_FAULT: dict[Effect, Expected] = dict.fromkeys(Effect, REFUSED)
+FAILURES: dict[str, tuple[list[Step] | None, dict[Effect, Expected]]] = {
     "503": ([answer(503)], AMBIGUOUS),
     "timeout": ([Then.HANG], AMBIGUOUS),
     "reset": ([Then.RESET], AMBIGUOUS),
