@@ -15,7 +15,7 @@ from temporalio.service import RPCError
 
 from holdfast.contracts import Approval, Phase
 from holdfast.reliability.faults import Point
-from holdfast.stack import Child
+from holdfast.stack import Child, StackFailed
 from holdfast.temporal import STATUS
 from tests.sweep.cases import ASKED, Case, Evidence, Flow, Mode, awakened, repeats, unknown, violations
 from tests.sweep.ground import Ground, Lane, Run, frozen, strike, until
@@ -116,7 +116,7 @@ async def try_case(ground: Ground, lane: Lane, store: str, case: Case) -> Report
                     await _wake(hit)
                     report.violations += awakened(found, found := await run.evidence())
                 _count(report, found)
-        except TimeoutError as error:
+        except (TimeoutError, StackFailed, RPCError) as error:
             report.violations.append(str(error) or f"not done within {CASE_S:.0f} s")
         if report.violations:
             report.log = "\n".join(f"--- {w.name}: {w.command[-1]}\n{w.output()[-3000:]}" for w in run.workers)
