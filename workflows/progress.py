@@ -58,7 +58,7 @@ def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve",
         body["comment"] = comment
     return (
         f"temporal workflow signal --workflow-id {shlex.quote(workflow_id)} \\\n"
-        f"  --name decide --input \\\n  {shlex.quote(json.dumps(body))}"
+        f"  --name decide --input \\\n  {shlex.quote(json.dumps(body).replace(', "approver"', ',\n   "approver"'))}"
     )
 
 
