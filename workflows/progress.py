@@ -56,9 +56,11 @@ def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve",
     body = {"approval_id": approval_id, "verdict": verdict, "approver": "YOUR NAME"}
     if comment:
         body["comment"] = comment
+    # Short lines: the page cuts off what does not fit.
+    payload = json.dumps(body).replace(', "approver"', ',\n   "approver"')
     return (
         f"temporal workflow signal --workflow-id {shlex.quote(workflow_id)} \\\n"
-        f"  --name decide --input \\\n  {shlex.quote(json.dumps(body).replace(', "approver"', ',\n   "approver"'))}"
+        f"  --name decide --input \\\n  {shlex.quote(payload)}"
     )
 
 
