@@ -69,16 +69,16 @@ async def test_with_approvals_pending_and_a_tool_beside_them(lite: Stage, option
     )
     async with lite.worker(**options):
         handle = await lite.start(spec)
-        asked = await until(handle, lambda s: len(s.approvals) == 2)
+        await until(handle, lambda s: len(s.approvals) == 2)
         await world.saw("begin slow#3")
         await handle.signal("decide", {"approval_id": "a9", "verdict": "approve", "approver": "dr.no"})
-        noted = await until(handle, lambda s: bool(s.notes))
+        asked = await until(handle, lambda s: bool(s.notes))
         busy = (await handle.describe()).run_id
         gate.set()
         await another(handle, busy)  # only the humans are waited for: the history is cut
         now = await status(handle)
         assert now.approvals == asked.approvals
-        assert (now.notes, now.usage, now.turn, now.calls) == (noted.notes, asked.usage, 2, 4)
+        assert (now.notes, now.usage, now.turn, now.calls) == (asked.notes, asked.usage, 2, 4)
         assert [s.status for s in now.steps] == [StepStatus.DONE, StepStatus.WAITING, StepStatus.DONE]
         for name in ("a4", "a2"):
             await handle.signal("decide", {"approval_id": name, "verdict": "approve", "approver": "dr.lee"})
