@@ -127,7 +127,7 @@ _SEIZE = """
 INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, digest, state, prior, attempt, failures,
                      worker, arguments, reserved_at, settled_at, result)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'FAILED', 'NEW', 1, 0, ?, ?, ?, ?, ?)
-ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + 1,
+ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + CASE WHEN effects.result IS NULL THEN 1 ELSE 0 END,
     state = CASE effects.state WHEN 'RESERVED' THEN 'UNKNOWN' ELSE effects.state END,
     result = COALESCE(effects.result, excluded.result)
 RETURNING state, result"""
@@ -205,7 +205,8 @@ class Ledger:
         """Closes a key before its undo: from here on no attempt of the call can act or record.
 
         Returns the state and the recorded result. Whatever was not settled is settled now, also a key that was never
-        reserved, so that a frozen worker that wakes after the undo, or a retry that comes late, does not act.
+        reserved, so that a frozen worker that wakes after the undo, or a retry that comes late, does not act. A second
+        time it changes nothing.
         """
         now = time.time()
         never = Settled(State.FAILED, error=why, error_type="undone").dump()

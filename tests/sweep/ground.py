@@ -193,13 +193,18 @@ async def strike(run: Run, worker: Child, number: signal.Signals) -> None:
     """
     server = psutil.Process(run.ground.stack.services[0].pid)
     ports = {c.laddr.port for c in psutil.Process(worker.pid).net_connections("tcp") if c.laddr}
+
+    def ends() -> set[tuple[int, int]]:
+        # With the server's own file descriptor: a port may be used again at once, by another worker.
+        return {(c.fd, c.raddr.port) for c in server.net_connections("tcp") if c.raddr and c.raddr.port in ports}
+
+    held = ends()
     worker.signal(number)
     if number is signal.SIGSTOP:
         await until(lambda: frozen(worker), 10, "the worker is frozen")
         return
     await until(lambda: not worker.alive, 10, "the worker is dead")
-    gone = lambda: not ports & {c.raddr.port for c in server.net_connections("tcp") if c.raddr}  # noqa: E731
-    await until(gone, 10, "the server has closed the dead worker's connections")
+    await until(lambda: not held & ends(), 10, "the server has closed the dead worker's connections")
 
 
 def frozen(child: Child) -> bool:

@@ -71,3 +71,18 @@ async def test_read_whose_inner_call_was_taken_over_counts_no_failure(db: Databa
     with pytest.raises(Fenced):
         await protected(ledger, tool_call("k/1", "k", "write_summary", Effect.READ, {}), act)
     assert await ledger.entries("k") == []
+
+
+@pytest.mark.parametrize("left", [None, State.FAILED, State.UNKNOWN])
+async def test_after_its_undo_began_no_attempt_of_a_call_acts(db: Database, left: State | None) -> None:
+    ledger = Ledger(db, "w")
+    call = tool_call("k/1", "k", "send", Effect.IDEMPOTENT, {"to": "ada"})
+    held = await ledger.reserve(call)
+    assert isinstance(held, Grant)
+    if left:  # it failed, or perhaps did, and was to be tried again
+        await ledger.record(call, held.attempt, left, 1, None, None)
+    await ledger.seize(call, "the run was undone")
+    closed = await ledger.entries("k")
+    assert isinstance(await ledger.reserve(call), Settled)
+    await ledger.seize(call, "the run was undone")  # by a worker that was frozen when the undo began
+    assert await ledger.entries("k") == closed
