@@ -333,7 +333,7 @@ async def test_a_request_that_the_model_refuses_fails_the_run(lite: Stage) -> No
 
 async def test_a_run_that_outlives_its_deadline_fails_and_unwinds(lite: Stage) -> None:
     world = World()
-    spec = agent(world.tool("book"), deadline=timedelta(seconds=0.7))
+    spec = agent(world.tool("book"), deadline=timedelta(seconds=3))
     lite.model.script = lambda m: error(401) if turn(m) == 2 else call(("book", {}))  # parks
     async with lite.worker():
         handle = await lite.start(spec)
