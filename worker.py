@@ -12,6 +12,7 @@ import asyncio
 import signal
 import sys
 from datetime import timedelta
+from typing import Any
 
 import uvloop
 from temporalio.worker import Worker
@@ -20,7 +21,7 @@ import activities
 from holdfast.cli.ending import end_process
 from holdfast.reliability import faults
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
-from holdfast.runtime import open_runtime
+from holdfast.runtime import Runtime, open_runtime
 from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
@@ -43,6 +44,25 @@ async def check(client: Client) -> None:
         raise NotReady(f"search attributes missing: {', '.join(missing)}; run `uv run starter.py doctor --fix`")
 
 
+def make_worker(client: Client, queue: str, runtime: Runtime, **options: Any) -> Worker:
+    """A worker as production runs it; `options` are Temporal's and win."""
+    settled: dict[str, Any] = {
+        "interceptors": [HeartbeatInterceptor()],
+        "workflow_runner": sandbox(),
+        "max_concurrent_activities": 200,
+        # A killed worker's parked runs wait this long for it before another one takes them.
+        "sticky_queue_schedule_to_start_timeout": timedelta(seconds=0.5),
+        # Heartbeats tell the server that a worker is alive; throttled to 30 s by default, they would tell it too late.
+        "max_heartbeat_throttle_interval": timedelta(seconds=0.5),
+        "default_heartbeat_throttle_interval": timedelta(seconds=0.5),
+        # Stands in half of a run's events; the default is a hash that tells a reader nothing.
+        "build_id": runtime.settings.build_id,
+        "workflows": [AgentWorkflow],
+        "activities": activities.activities(runtime),
+    }
+    return Worker(client, task_queue=queue, **(settled | options))
+
+
 async def serve(queue: str) -> int:
     """Works until a signal says stop; the exit status."""
     stop = asyncio.Event()
@@ -50,23 +70,9 @@ async def serve(queue: str) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect()
     await check(client)
-    drain = timedelta(seconds=settings().drain_s)
+    drain = settings().drain_s
     runtime = await open_runtime(settings())
-    worker = Worker(
-        client,
-        task_queue=queue,
-        workflows=[AgentWorkflow],
-        activities=activities.activities(runtime),
-        interceptors=[HeartbeatInterceptor()],
-        workflow_runner=sandbox(),
-        max_concurrent_activities=200,
-        # A killed worker's parked runs wait this long for it before another one takes them.
-        sticky_queue_schedule_to_start_timeout=timedelta(seconds=0.5),
-        # Heartbeats tell the server that a worker is alive; throttled to 30 s by default, they would tell it too late.
-        max_heartbeat_throttle_interval=timedelta(seconds=0.5),
-        default_heartbeat_throttle_interval=timedelta(seconds=0.5),
-        graceful_shutdown_timeout=drain,
-    )
+    worker = make_worker(client, queue, runtime, graceful_shutdown_timeout=timedelta(seconds=drain))
     working = asyncio.create_task(worker.run())
     stopping = asyncio.create_task(stop.wait())
     print(f"worker ready: queue {queue} at {client.service_client.config.target_host}", flush=True)
@@ -77,9 +83,9 @@ async def serve(queue: str) -> int:
     print("worker draining", flush=True)
     try:
         # An activity that ignores its cancellation must not keep the process: another worker will do its work.
-        await asyncio.wait_for(worker.shutdown(), drain.total_seconds() + 2)
+        await asyncio.wait_for(worker.shutdown(), drain + 2)
     except TimeoutError:
-        print(f"worker stopped with work in flight after {drain.total_seconds():.0f} s", file=sys.stderr)
+        print(f"worker stopped with work in flight after {drain:.0f} s", file=sys.stderr)
         return 1
     await runtime.close()
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from holdfast.reliability.chain import RetryLater
@@ -22,3 +23,10 @@ def boundary() -> Iterator[None]:
     except Fenced as fenced:
         # The server no longer listens to this attempt; the one that took over reports.
         raise ApplicationError(str(fenced), type=ErrorType.FENCED, non_retryable=True) from fenced
+
+
+def this_workflow() -> str:
+    """The id of the workflow that this activity works for."""
+    workflow_id = activity.info().workflow_id
+    assert workflow_id is not None, "started by a workflow, never alone"
+    return workflow_id

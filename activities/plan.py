@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from activities.boundary import boundary
+from activities.boundary import boundary, this_workflow
 from agents import registry
 from holdfast import graph
 from holdfast.agent import AgentSpec
-from holdfast.contracts import Decision, Effect, Json, PlanRequest, PlanResult, Usage, Wait, digest
+from holdfast.contracts import Decision, Effect, Json, PlanRequest, PlanResult, Usage, Wait, absolute, digest
 from holdfast.models import ModelAnswer
 from holdfast.reliability import faults
 from holdfast.reliability.chain import protected
@@ -63,8 +63,9 @@ class Plan:
         """Runs the turn. A model that is gone is a result (`wait`), not an error."""
         turn = {"gen_ai.agent.name": request.agent, "holdfast.turn": request.turn}
         with boundary(), span(f"plan turn {request.turn}", **turn):
+            base = absolute(request.key_base, this_workflow())
             try:
-                return await self._turn(request)
+                return await self._turn(request.model_copy(update={"key_base": base}))
             except ModelGone as gone:
                 settled = gone.settled
                 if settled.error_type not in PARKS:
@@ -78,9 +79,8 @@ class Plan:
 
     async def _turn(self, request: PlanRequest) -> PlanResult:
         spec = _spec(request.agent)
-        new = _first_messages(spec, request.input or {}) if request.turn == 1 else graph.inbox_messages(request.inbox)
         # The base is part of the tag: after a Reset the same turn may be taken again from another past.
-        tag = f"{request.turn}.{digest([request.base, request.input, [n.model_dump() for n in request.inbox]])[:8]}"
+        tag = f"{request.turn}.{digest([request.base, request.input, request.answers, request.notices])[:8]}"
         where = f"turn-{request.turn}"
         faults.reached(Point.TURN_STARTED, where)
 
@@ -95,14 +95,16 @@ class Plan:
         if snapshot and not snapshot.next:
             state = snapshot.values
         else:
-            value = None if begun else graph.turn_input(new)
+            value = None if begun else graph.turn_input(_inbox(spec, request, thread))
             state = await app.ainvoke(value, thread.config, context=context, durability="sync")
         faults.reached(Point.DECIDED, where)
+        decision = Decision.model_validate(state["decision"])
         return PlanResult(
-            decision=Decision.model_validate(state["decision"]),
+            calls=decision.calls,
+            final=decision.final,
             checkpoint=thread.head,
             usage=Usage.model_validate(state["usage"]),
-            model=state["model"],
+            model=state["new_model"],
             profile=spec.profile if request.turn == 1 else None,
         )
 
@@ -136,9 +138,12 @@ def _spec(name: str) -> AgentSpec:
         raise ApplicationError(str(error), type=ErrorType.INVALID_INPUT, non_retryable=True) from error
 
 
-def _first_messages(spec: AgentSpec, value: Json) -> list[Json]:
+def _inbox(spec: AgentSpec, request: PlanRequest, thread: Thread) -> list[Json]:
+    """The messages that the turn adds to the conversation."""
+    if request.turn > 1:
+        return graph.inbox_messages(thread.value("messages", []), request.answers, request.notices)
     try:
-        return spec.messages(value)
+        return spec.messages(request.input or {})
     except ValidationError as error:
         raise ApplicationError(
             f"the input does not fit agent {spec.name}: {explain(error)}",

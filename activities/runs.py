@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from temporalio import activity
 
-from activities.boundary import boundary
+from activities.boundary import boundary, this_workflow
 from holdfast.contracts import RunEnd
 from holdfast.reliability import faults
 from holdfast.reliability.faults import Point
@@ -22,7 +22,7 @@ class RunRecords:
         result = end.result
         with boundary():
             await self._runs.finish(
-                end.workflow_id,
+                this_workflow(),
                 result.outcome,
                 result.model_dump_json(),
                 agent=result.agent,

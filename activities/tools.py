@@ -11,9 +11,20 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from temporalio import activity
 
-from activities.boundary import boundary
+from activities.boundary import boundary, this_workflow
 from agents import registry
-from holdfast.contracts import Effect, Json, Outcome, OutcomeStatus, ToolRequest, UndoOutcome, UndoStatus, Usage, digest
+from holdfast.contracts import (
+    Effect,
+    Json,
+    Outcome,
+    OutcomeStatus,
+    ToolRequest,
+    UndoOutcome,
+    UndoStatus,
+    Usage,
+    absolute,
+    digest,
+)
 from holdfast.models import ModelAnswer, ModelUnavailable
 from holdfast.reliability import faults
 from holdfast.reliability.chain import protected
@@ -41,10 +52,8 @@ class Tools:
     @activity.defn(name="tool")
     async def tool(self, request: ToolRequest) -> Outcome:
         """Runs one tool call. Every end that the model can act on is a result, not an error."""
-        with (
-            boundary(),
-            span(f"tool {request.tool}", **{"gen_ai.tool.name": request.tool, "holdfast.key": request.key}),
-        ):
+        request = _here(request)
+        with boundary(), _span("tool", request):
             tool = _find(request)
             if tool is None:
                 return Outcome(status=OutcomeStatus.ERROR, content=f"there is no tool named {request.tool!r}")
@@ -57,10 +66,8 @@ class Tools:
     @activity.defn(name="undo")
     async def undo(self, request: ToolRequest) -> UndoOutcome:
         """Undoes one tool call. Idempotent; copes with an effect that never happened."""
-        with (
-            boundary(),
-            span(f"undo {request.tool}", **{"gen_ai.tool.name": request.tool, "holdfast.key": request.key}),
-        ):
+        request = _here(request)
+        with boundary(), _span("undo", request):
             faults.reached(Point.UNDO_STARTED, request.tool)
             tool = _find(request)
             if tool is None or tool.undo_function is None:
@@ -150,6 +157,10 @@ class Tools:
             service_url=self._runtime.service_url,
             ask_model=ask_model,
         )
+
+
+def _here(request: ToolRequest) -> ToolRequest:
+    return request.model_copy(update={"key_base": absolute(request.key_base, this_workflow())})
 
 
 def _span(kind: str, request: ToolRequest) -> AbstractContextManager[Any]:

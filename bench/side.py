@@ -22,18 +22,16 @@ from temporalio.client import Client, WorkflowHandle
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import Worker
 
-import activities
 from bench import bare, task
 from bench.agent import SPEC
 from holdfast.cli.ending import end_process
 from holdfast.models import ModelClient
-from holdfast.reliability.heartbeat import HeartbeatInterceptor
 from holdfast.runtime import open_runtime
 from holdfast.settings import settings
 from holdfast.starting import start_run
 from holdfast.state.runs import Runs
-from holdfast.temporal import connect, profile, sandbox
-from workflows.agent import AgentWorkflow
+from holdfast.temporal import connect, profile
+from worker import make_worker
 
 QUEUE = f"bench-{os.getpid()}"
 WORKER: dict[str, Any] = {
@@ -77,15 +75,7 @@ async def open_agent() -> Side:
         started = await start_run(client, runs, SPEC.name, work, task_queue=QUEUE, request_key=name)
         return client.get_workflow_handle(started.workflow_id)
 
-    worker = Worker(
-        client,
-        workflows=[AgentWorkflow],
-        activities=activities.activities(runtime),
-        interceptors=[HeartbeatInterceptor()],
-        workflow_runner=sandbox(),
-        **WORKER,
-    )
-    return Side(client, worker, begin)
+    return Side(client, make_worker(client, QUEUE, runtime), begin)
 
 
 def _name() -> str:

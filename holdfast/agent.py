@@ -54,6 +54,7 @@ class AgentSpec:
         return Profile(
             agent=self.name,
             version=self.version,
+            tools={tool.name: tool.policy for tool in self.tools},
             steps=list(self.steps),
             max_turns=self.max_turns,
             deadline_s=self.deadline.total_seconds(),

@@ -51,11 +51,25 @@ class StepSpec(BaseModel):
     """Who settles the step when it is left pending, e.g. `pharmacist`."""
 
 
+class ToolPolicy(BaseModel):
+    """The rules that the calls of a tool run under, as the workflow has to know them."""
+
+    effect: Effect = Effect.READ
+    service: str = ""
+    approval: bool = False
+    undo: bool = False
+    """The tool has a compensation."""
+    timeout_s: float = 10.0
+    deadline_s: float = 3600.0
+    """Schedule-to-close of a call over all its attempts and waits."""
+
+
 class Profile(BaseModel):
     """The agent's spec as data. Returned by the first turn and carried, so a deploy never changes a run half-way."""
 
     agent: str
     version: str = "1"
+    tools: dict[str, ToolPolicy] = {}
     steps: list[StepSpec] = []
     max_turns: int = 40
     deadline_s: float = 86_400
@@ -87,21 +101,11 @@ class Usage(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """One validated tool call of a decision, with the policy it runs under: history says which rules applied."""
+    """One validated tool call of a decision. The model's own id of it stays in the conversation."""
 
-    id: str
-    """The model's own call id; only used to answer the model, never as a key."""
     tool: str
     arguments: Json = {}
     version: str = "1"
-    effect: Effect = Effect.READ
-    service: str = ""
-    approval: bool = False
-    undo: bool = False
-    """The tool has a compensation."""
-    timeout_s: float = 10.0
-    deadline_s: float = 3600.0
-    """Schedule-to-close of the call over all its attempts and waits."""
 
 
 class Decision(BaseModel):
@@ -111,18 +115,21 @@ class Decision(BaseModel):
     final: str | None = None
 
 
-class Note(BaseModel):
-    """Something a turn has to hear: the answer to a tool call (`call` set), or a notice of the platform."""
-
-    call: str = ""
-    text: str
-
-
 class Wait(BaseModel):
     """Not now: call again at `until`. Waiting is a result and uses up no retry."""
 
     until: datetime
     why: str
+
+
+def key_base(workflow_id: str, first_run_id: str) -> str:
+    """What the idempotency keys of a run begin with. New for each run, also when a workflow id is used again."""
+    return f"{workflow_id}/{first_run_id[-12:]}"
+
+
+def absolute(base: str, workflow_id: str) -> str:
+    """A key base that begins with a slash is one of the workflow that sends it, which saves history its own name."""
+    return workflow_id + base if base.startswith("/") else base
 
 
 class PlanRequest(BaseModel):
@@ -132,18 +139,22 @@ class PlanRequest(BaseModel):
     key_base: str
     turn: int
     base: str | None = None
-    inbox: list[Note] = []
+    answers: list[str] = []
+    """What became of the calls of the turn before, in their order."""
+    notices: list[str] = []
+    """What the platform has to say to the model."""
     input: Json | None = None
 
 
 class PlanResult(BaseModel):
     """A decision with the checkpoint it is stored in, or a wait. `profile` comes with turn 1 only."""
 
-    decision: Decision | None = None
+    calls: list[ToolCall] = []
+    final: str | None = None
     checkpoint: str = ""
     usage: Usage = Usage()
     model: str = ""
-    """The model that answered, as the endpoint names it, when it differs from the turn before or on turn 1."""
+    """The model that answered, as the endpoint names it; empty when it is that of the turn before."""
     profile: Profile | None = None
     wait: Wait | None = None
 
@@ -394,6 +405,5 @@ class AgentInput(BaseModel):
 class RunEnd(BaseModel):
     """Input of the activity that records how a run ended."""
 
-    workflow_id: str
     tenant: str = "default"
     result: RunResult

@@ -11,14 +11,14 @@ import json
 import operator
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from pydantic import ValidationError
 
 from holdfast.agent import AgentSpec
-from holdfast.contracts import Decision, Json, Note, ToolCall, Usage
+from holdfast.contracts import Decision, Json, ToolCall, Usage
 from holdfast.models import ModelAnswer
 from holdfast.reliability import faults
 from holdfast.reliability.faults import Point
@@ -38,7 +38,9 @@ class TurnState(TypedDict):
     """Messages that this turn adds before the model is asked."""
     asks: int
     usage: Json
-    model: str
+    model: NotRequired[str]
+    new_model: str
+    """The model that answered, when it is another than the turn before had."""
     decision: Json | None
 
 
@@ -53,15 +55,18 @@ class TurnContext:
     """Names the turn at crash points."""
 
 
-def turn_input(messages: list[Json]) -> TurnState:
+def turn_input(inbox: list[Json]) -> TurnState:
     """The input of a turn that adds these messages."""
-    return {"messages": [], "inbox": messages, "asks": 0, "usage": {}, "model": "", "decision": None}
+    return {"messages": [], "inbox": inbox, "asks": 0, "usage": {}, "new_model": "", "decision": None}
 
 
-def inbox_messages(inbox: Sequence[Note]) -> list[Json]:
-    """What the turn has to hear, as messages: answers to tool calls first, in their order, then notices."""
-    answers = [{"role": "tool", "tool_call_id": n.call, "content": n.text} for n in inbox if n.call]
-    return answers + [{"role": "user", "content": n.text} for n in inbox if not n.call]
+def inbox_messages(conversation: Sequence[Json], answers: Sequence[str], notices: Sequence[str]) -> list[Json]:
+    """What a turn has to hear: answers to the calls that the conversation ends with, in their order, then notices."""
+    calls = conversation[-1].get("tool_calls") or [] if conversation else []
+    told = [
+        {"role": "tool", "tool_call_id": call["id"], "content": text} for call, text in zip(calls, answers, strict=True)
+    ]
+    return told + [{"role": "user", "content": text} for text in notices]
 
 
 async def _model(state: TurnState, runtime: Runtime[TurnContext]) -> Json:
@@ -76,6 +81,7 @@ async def _model(state: TurnState, runtime: Runtime[TurnContext]) -> Json:
         "asks": asks,
         "usage": usage.model_dump(exclude_defaults=True),
         "model": label,
+        "new_model": state["new_model"] if label == state.get("model") else label,
     }
 
 
@@ -123,21 +129,7 @@ def _parse_call(call: Json, spec: AgentSpec) -> tuple[ToolCall | None, str]:
         valid = tool.validate(arguments)
     except ValidationError as error:
         return None, f"the arguments of {name} do not fit its schema: {explain(error)}"
-    return (
-        ToolCall(
-            id=call["id"],
-            tool=name,
-            arguments=valid,
-            version=tool.version,
-            effect=tool.effect,
-            service=tool.service,
-            approval=tool.approval,
-            undo=tool.undo_function is not None,
-            timeout_s=tool.timeout_s,
-            deadline_s=tool.deadline_s,
-        ),
-        "",
-    )
+    return ToolCall(tool=name, arguments=valid, version=tool.version), ""
 
 
 def _route(state: TurnState) -> str:

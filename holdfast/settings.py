@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     """`postgresql://…`; empty means SQLite under `home`."""
     task_queue: Annotated[str, Field(alias="HOLDFAST_TASK_QUEUE")] = "holdfast"
 
+    build_id: Annotated[str, Field(alias="HOLDFAST_BUILD_ID")] = "dev"
+    """Names this build in every task that its workers do; a deployment sets its version or commit."""
+
     openai_base_url: Annotated[str, Field(alias="OPENAI_BASE_URL")] = "https://api.openai.com/v1"
     openai_api_key: Annotated[SecretStr, Field(alias="OPENAI_API_KEY")] = SecretStr("")
     model: Annotated[str, Field(alias="HOLDFAST_MODEL")] = "gpt-5-mini"

@@ -76,7 +76,7 @@ async def start_run(
         )
         if row.started_at is not None:
             return Started(row.workflow_id, key, new=False, trace_id=row.trace_id)
-        names = ((AGENT, agent), (STATUS, Phase.STARTING.value), (TENANT, tenant))
+        names = ((AGENT, agent), (STATUS, Phase.RUNNING.value), (TENANT, tenant))
         attributes = TypedSearchAttributes([SearchAttributePair(name, word) for name, word in names])
         # Claimed by us just now, or by a starter that died before it could tell: starting twice gives one run.
         request = AgentInput(

@@ -60,10 +60,16 @@ class _LeanJson(PydanticJSONPlainPayloadConverter):
         return super().to_payload(value)
 
 
+# Made once: the SDK makes a payload converter anew for every workflow task.
+_CONVERTERS = tuple(
+    _LeanJson() if converter.encoding == "json/plain" else converter
+    for converter in DefaultPayloadConverter.default_encoding_payload_converters
+)
+
+
 class PayloadConverter(CompositePayloadConverter):
     def __init__(self) -> None:
-        standard = DefaultPayloadConverter.default_encoding_payload_converters
-        super().__init__(*(_LeanJson() if c.encoding == "json/plain" else c for c in standard))
+        super().__init__(*_CONVERTERS)
 
     def from_payloads(self, payloads: Sequence[Payload], type_hints: list[type] | None = None) -> list[Any]:
         """Untyped input that cannot be read becomes a text that says so.

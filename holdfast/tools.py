@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic_core import to_jsonable_python
 
-from holdfast.contracts import Effect, Json
+from holdfast.contracts import Effect, Json, ToolPolicy
 
 if TYPE_CHECKING:
     import httpx2
@@ -108,6 +108,18 @@ class Tool:
     def validate(self, arguments: Any) -> Json:
         """The arguments as plain JSON data with defaults filled in. Raises pydantic's ValidationError."""
         return self.arguments.model_validate(arguments).model_dump(mode="json")
+
+    @property
+    def policy(self) -> ToolPolicy:
+        """What the workflow has to know."""
+        return ToolPolicy(
+            effect=self.effect,
+            service=self.service,
+            approval=self.approval,
+            undo=self.undo_function is not None,
+            timeout_s=self.timeout_s,
+            deadline_s=self.deadline_s,
+        )
 
     @property
     def schema(self) -> Json:

@@ -18,7 +18,6 @@ with workflow.unsafe.imports_passed_through():
         Approval,
         DecisionReply,
         Effect,
-        Note,
         Outcome,
         OutcomeStatus,
         Phase,
@@ -34,6 +33,7 @@ with workflow.unsafe.imports_passed_through():
         Verdict,
         Wait,
         digest,
+        key_base,
     )
     from workflows import progress
     from workflows.approvals import Approvals
@@ -57,7 +57,7 @@ class AgentWorkflow:
             RunState.model_validate(given.state)
             if given.state is not None
             # Carried as data: stable over retries, continue-as-new and Reset, and new when the id is used again.
-            else RunState(key_base=f"{info.workflow_id}/{info.first_execution_run_id}", started=info.start_time)
+            else RunState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
         self._approvals = Approvals(self._state.approvals, self._note, self._changed)
         self._calls = Calls(self._parked)
@@ -65,6 +65,7 @@ class AgentWorkflow:
         self._ending: Ending | None = None
         self._result: RunResult | None = None
         self._turns_here = 0
+        self._relative_base = self._state.key_base.removeprefix(info.workflow_id)
 
     # ------------------------------------------------------------ the life of a run
 
@@ -118,7 +119,7 @@ class AgentWorkflow:
                 if error is not None:
                     raise error
             if state.calls:
-                state.inbox = [Note(call=c.call.id, text=c.outcome.content) for c in state.calls if c.outcome]
+                state.answers = [c.outcome.content for c in state.calls if c.outcome]
                 ending, state.calls = judge_turn(state), []
                 if ending:
                     return ending
@@ -134,7 +135,7 @@ class AgentWorkflow:
             await unwind(self._state.saga, self._undo, self._changed)
         result = self._result = progress.result(self._given, self._state, ending)
         self._phase(Phase.ENDED)
-        end = RunEnd(workflow_id=workflow.info().workflow_id, tenant=self._given.tenant, result=result)
+        end = RunEnd(tenant=self._given.tenant, result=result)
         await self._calls.run("record_end", end, type(None), summary=f"record: {ending.outcome}")
         return result
 
@@ -150,10 +151,11 @@ class AgentWorkflow:
             state.planning = True
         request = PlanRequest(
             agent=self._given.agent,
-            key_base=state.key_base,
+            key_base=self._relative_base,
             turn=state.turn,
             base=state.base,
-            inbox=state.inbox,
+            answers=state.answers,
+            notices=state.notices,
             input=self._given.input if state.turn == 1 else None,
         )
         self._phase(Phase.RUNNING)
@@ -163,21 +165,20 @@ class AgentWorkflow:
             )
         except ActivityError as error:
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: {why(error)}")
-        assert planned.decision is not None
         self._turns_here += 1
-        state.planning, state.inbox = False, []
-        state.base, state.model = planned.checkpoint, planned.model
+        state.planning, state.answers, state.notices = False, [], []
+        state.base, state.model = planned.checkpoint, planned.model or state.model
         state.usage += planned.usage
         state.profile = planned.profile or state.profile
-        if planned.decision.final is not None:
-            verdict = judge_final(state, planned.decision.final)
+        if planned.final is not None:
+            verdict = judge_final(state, planned.final)
             if isinstance(verdict, Ending):
                 return verdict
-            state.inbox = [verdict]
-            self._note(verdict.text)
+            state.notices = [verdict]
+            self._note(verdict)
             return None
         # Keys are allotted in decision order before anything is awaited, so a replay allots the same.
-        state.calls = [CallState(call=call, seq=state.seq + n) for n, call in enumerate(planned.decision.calls, 1)]
+        state.calls = [CallState(call=call, seq=state.seq + n) for n, call in enumerate(planned.calls, 1)]
         state.seq += len(state.calls)
         return None
 
@@ -191,12 +192,12 @@ class AgentWorkflow:
 
     async def _gate(self, item: CallState) -> Outcome | None:
         """The outcome of a call that must not run, or None when it may. Policy and budget will ask here as well."""
-        call = item.call
-        if (unknown := self._state.unknown(call.tool)) and call.effect is not Effect.READ:
+        call, policy = item.call, self._state.policy(item.call.tool)
+        if (unknown := self._state.unknown(call.tool)) and policy.effect is not Effect.READ:
             # A new call has a new key: it would be a blind second effect.
             text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown and waits for a person"
             return Outcome(status=OutcomeStatus.ERROR, content=text)
-        if call.approval:
+        if policy.approval:
             decision = await self._approvals.ask(self._approval(item))
             if decision.verdict is Verdict.REJECT:
                 text = f"rejected by {decision.approver}: {decision.comment}"
@@ -204,21 +205,21 @@ class AgentWorkflow:
         return None
 
     async def _act(self, item: CallState) -> Outcome:
-        call = item.call
-        if call.undo:
+        call, policy = item.call, self._state.policy(item.call.tool)
+        if policy.undo:
             self._state.register_undo(item)
         try:
             return await self._calls.run(
                 "tool",
                 self._request(item.seq, call.tool, call.version, call.arguments),
                 Outcome,
-                summary=f"#{item.seq} {call.tool} ({call.service})",
-                timeout_s=call.timeout_s,
-                deadline_s=call.deadline_s,
+                summary=f"#{item.seq} {call.tool} ({policy.service})",
+                timeout_s=policy.timeout_s,
+                deadline_s=policy.deadline_s,
             )
         except ActivityError as error:
             # Its deadline passed, or it was cancelled before it could say how it ended.
-            if call.effect is Effect.READ:
+            if policy.effect is Effect.READ:
                 return Outcome(status=OutcomeStatus.FAILED, content=f"gave up: {why(error)}")
             return Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown, gave up: {why(error)}")
 
@@ -230,7 +231,7 @@ class AgentWorkflow:
     def _request(self, seq: int, tool: str, version: str, arguments: dict[str, Any]) -> ToolRequest:
         return ToolRequest(
             agent=self._given.agent,
-            key_base=self._state.key_base,
+            key_base=self._relative_base,
             seq=seq,
             tool=tool,
             version=version,

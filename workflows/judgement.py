@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.contracts import Note, OutcomeStatus, RunOutcome, StepStatus, digest
+from holdfast.contracts import OutcomeStatus, RunOutcome, StepStatus, digest
 from workflows.state import Ending, RunState
 
 MAX_REPEATS = 3
@@ -17,8 +17,8 @@ def out_of_turns(state: RunState) -> Ending | None:
     return None
 
 
-def judge_final(state: RunState, final: str) -> Ending | Note:
-    """Final words end the run only when every critical step has an outcome; else a note says which has not."""
+def judge_final(state: RunState, final: str) -> Ending | str:
+    """Final words end the run only when every critical step has an outcome; else a notice says which has not."""
     steps = state.steps()
     if rejected := _rejected(state):
         comments = [d.decision.comment for d in state.approvals.decided.values() if d.decision.comment]
@@ -29,9 +29,7 @@ def judge_final(state: RunState, final: str) -> Ending | Note:
         state.refusals += 1
         if state.refusals >= MAX_REFUSALS:
             return Ending(RunOutcome.FAILED, f"critical step gone: {missing} never got an outcome", final)
-        return Note(
-            text=f"Finishing is refused: these critical steps have no outcome yet: {missing}. Do them, then finish."
-        )
+        return f"Finishing is refused: these critical steps have no outcome yet: {missing}. Do them, then finish."
     if pending := state.pending():
         left = ", ".join(f"{p.step} ({p.role})" if p.role else p.step for p in pending)
         return Ending(RunOutcome.PARTIAL, f"pending: {left}", final)

@@ -9,7 +9,7 @@ import shlex
 from temporalio import workflow
 
 from holdfast.contracts import AgentInput, RunResult, RunStatus, StepState, StepStatus, UndoStatus, Usage
-from holdfast.temporal import AGENT, STAGE, STATUS, TENANT
+from holdfast.temporal import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
 from workflows.state import Ending, RunState
 
 TICKS = {
@@ -146,18 +146,15 @@ class Display:
 
     def __init__(self, given: AgentInput) -> None:
         self._given = given
-        self._shown: tuple[str, str] | None = None
+        known = workflow.info().typed_search_attributes
+        self._shown = {key: known.get(key, "") for key in SEARCH_ATTRIBUTES}
 
     def show(self, state: RunState, ending: Ending | None) -> None:
         workflow.set_current_details(page(workflow.info().workflow_id, state, ending))
-        shown = (state.phase.value, state.stage())
-        if shown == self._shown:
-            return
-        updates = [STATUS.value_set(shown[0]), STAGE.value_set(shown[1])]
-        if self._shown is None:
-            updates += [AGENT.value_set(self._given.agent), TENANT.value_set(self._given.tenant)]
-        self._shown = shown
-        workflow.upsert_search_attributes(updates)
+        now = {STATUS: state.phase.value, STAGE: state.stage(), AGENT: self._given.agent, TENANT: self._given.tenant}
+        if changed := [key.value_set(value) for key, value in now.items() if self._shown.get(key, "") != value]:
+            self._shown = now
+            workflow.upsert_search_attributes(changed)
 
 
 def _done(steps: list[StepState]) -> int:

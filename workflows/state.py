@@ -8,7 +8,6 @@ from datetime import datetime
 from pydantic import BaseModel
 
 from holdfast.contracts import (
-    Note,
     Outcome,
     OutcomeStatus,
     Pending,
@@ -19,6 +18,7 @@ from holdfast.contracts import (
     StepState,
     StepStatus,
     ToolCall,
+    ToolPolicy,
     UndoRecord,
     UndoStatus,
     Usage,
@@ -61,7 +61,9 @@ class RunState(BaseModel):
     seq: int = 0
     base: str | None = None
     """The checkpoint that the next turn goes on from."""
-    inbox: list[Note] = []
+    answers: list[str] = []
+    notices: list[str] = []
+    """What the next turn has to hear."""
     calls: list[CallState] = []
     profile: Profile | None = None
     ends: dict[str, ToolEnd] = {}
@@ -75,6 +77,10 @@ class RunState(BaseModel):
     refusals: int = 0
     repeats: int = 0
     last_turn: str = ""
+
+    def policy(self, tool: str) -> ToolPolicy:
+        """The rules of a tool, as they were when the run began."""
+        return self.profile.tools[tool] if self.profile else ToolPolicy()
 
     def account(self, item: CallState) -> None:
         """Counts the outcome of a call and keeps it as its tool's end."""

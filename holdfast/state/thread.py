@@ -40,6 +40,10 @@ class Thread(Checkpoints):
         self._head, self.head = found, found.config.get("configurable", {})["checkpoint_id"]
         return found.metadata.get("turn") == self._tag
 
+    def value(self, channel: str, default: Any) -> Any:
+        """What a channel held at the head when the thread was opened."""
+        return self._head.checkpoint["channel_values"].get(channel, default) if self._head else default
+
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         return await super().aget_tuple(config) if _nested(config) else self._head
 

@@ -9,7 +9,7 @@ import pytest
 from temporalio.exceptions import ApplicationError
 
 from activities.plan import Plan
-from holdfast.contracts import Note, PlanRequest, PlanResult
+from holdfast.contracts import PlanRequest, PlanResult
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import State
 from tests.activities.conftest import Process
@@ -31,9 +31,10 @@ def plan(process: Process) -> Any:
 
 def next_turn(before: PlanRequest, result: PlanResult, text: str = "booked") -> PlanRequest:
     """The turn after, which hears the answer to every call."""
-    assert result.decision
-    inbox = [Note(call=c.id, text=text) for c in result.decision.calls]
-    return before.model_copy(update={"turn": before.turn + 1, "base": result.checkpoint, "inbox": inbox, "input": None})
+    answers = [text for _ in result.calls]
+    return before.model_copy(
+        update={"turn": before.turn + 1, "base": result.checkpoint, "answers": answers, "input": None}
+    )
 
 
 def roles(messages: list[Message]) -> str:
@@ -46,8 +47,8 @@ async def test_turns_carry_the_conversation_on(process: Process, plan: Any, firs
     second = next_turn(first, one)
     two = await process.run(plan, second)
     three = await process.run(plan, next_turn(second, two))
-    assert [c.arguments for c in one.decision.calls + two.decision.calls] == [{"n": 1}, {"n": 2}]
-    assert three.decision.final == "done"
+    assert [c.arguments for c in one.calls + two.calls] == [{"n": 1}, {"n": 2}]
+    assert three.final == "done"
     assert [roles(m) for _, m in process.model.requests] == ["su", "suat", "suatat"]
     assert process.model.requests[0][0].startswith("wf/run/turn-1.")
     assert one.profile is not None
@@ -84,7 +85,7 @@ async def test_after_a_crash_it_goes_on_where_it_was(
     await process.dies(point, plan, request)
     result = await process.run(plan, request)
     assert len(process.model.requests) - paid == calls
-    assert [c.arguments for c in result.decision.calls] == [{"n": at_turn}]
+    assert [c.arguments for c in result.calls] == [{"n": at_turn}]
     assert result.usage.calls == 1
     await process.run(plan, next_turn(request, result))
     assert roles(process.model.requests[-1][1]) == "su" + "at" * at_turn
@@ -99,7 +100,7 @@ async def test_a_crash_between_the_re_asks_repeats_none_of_them(
     result = await process.run(plan, first)
     assert [roles(m) for _, m in process.model.requests] == ["su", "suat", "suatat"]
     assert len({key for key, _ in process.model.requests}) == 3
-    assert (result.usage.calls, result.decision.calls[0].arguments) == (3, {"n": 1})
+    assert (result.usage.calls, result.calls[0].arguments) == (3, {"n": 1})
 
 
 async def test_of_two_attempts_at_once_one_is_recorded_and_the_other_fenced(

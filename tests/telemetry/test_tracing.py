@@ -157,9 +157,7 @@ async def main():
     async with FakeModel.serve() as model:
         model.script = sequence(call(("one", {})), call(("two", {})), say("done"))
         runtime = await open_runtime(settings().model_copy(update={"openai_base_url": model.url}))
-        worker = Worker(client, task_queue="continued", workflows=[AgentWorkflow], activities=activities(runtime),
-                        workflow_runner=sandbox())
-        async with worker:
+        async with make_worker(client, "continued", runtime):
             started = await start_run(client, Runs(runtime.db), spec.name, {}, task_queue="continued")
             await client.get_workflow_handle(started.workflow_id).result()
         await runtime.close()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
-from holdfast.contracts import Effect, Json, Phase, RunOutcome, StepStatus
+from holdfast.contracts import Effect, Json, Phase, RunOutcome, StepStatus, key_base
 from holdfast.temporal import AGENT, STATUS, TENANT
 from holdfast.tools import ToolContext, tool
 from tests.fixtures.model import call, error, say, sequence, turn
@@ -47,7 +47,7 @@ async def test_at_every_turn_with_parallel_tools_nothing_is_lost(stage: Stage, o
         assert (result.outcome, result.turns, result.calls) == (RunOutcome.COMPLETED, 4, 4)
         assert result.usage.calls == 4
         # One ledger base, and keys that count on over the cuts.
-        assert result.key_base == f"{handle.id}/{handle.first_execution_run_id}"
+        assert result.key_base == key_base(handle.id, handle.first_execution_run_id or "")
         assert sorted(world.keys) == [f"{result.key_base}/{n}" for n in (1, 2, 3, 4)]
         assert len(stage.model.requests) == 4
         # The model hears its whole conversation.
