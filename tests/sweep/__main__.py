@@ -187,7 +187,9 @@ def _recoveries(reports: Sequence[Report]) -> Iterator[str]:
     kills = [r for r in reports if r.case.mode is Mode.KILL]
     parked = [r for r in kills if r.case.point is Point.WAITING]
     working = [r for r in kills if r not in parked]
-    yield f"Slowest recovery of work in flight after a kill: {_slowest(working)} (to reach: {RECOVERY_S:g} s)"
+    late = max((r for r in working if r.recovery_s), key=lambda r: r.recovery_s or 0, default=None)
+    start = f", where the other worker took {late.ready_s:.1f} s to start" if late and late.ready_s else ""
+    yield f"Slowest recovery of work in flight after a kill: {_slowest(working)} (to reach: {RECOVERY_S:g} s){start}"
     yield f"Slowest answer of a parked run to a Signal after a kill: {_slowest(parked)} (to reach: {SIGNAL_S:g} s)"
 
 
