@@ -202,7 +202,11 @@ def _json(report: Report) -> dict[str, object]:
 def _write_page(reports: Sequence[Report]) -> None:
     lines = [f"| {' | '.join(HEADS)} |", "|" + " --- |" * len(HEADS)]
     lines += [f"| {' | '.join(row)} |" for row in _rows(reports)]
-    lines += ["", f"{len(reports)} cases on {' and '.join(STORES)}, {sum(not r.violations for r in reports)} right."]
+    right = sum(not r.violations for r in reports)
+    lines += [
+        "",
+        f"One run on {time.strftime('%Y-%m-%d')}: {len(reports)} cases on {' and '.join(STORES)}, {right} right.",
+    ]
     lines += [f"{line}." for line in _recoveries(reports)] + [""]
     head, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text("\n".join([head + BEGIN, "", *lines, END + rest.partition(END)[2]]))

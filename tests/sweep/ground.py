@@ -16,7 +16,7 @@ import httpx2
 import psutil
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 
-from holdfast.contracts import RunResult
+from holdfast.contracts import RunResult, key_base
 from holdfast.reliability.ledger import Ledger
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.simulation.scripted_model import ModelRecord
@@ -175,7 +175,7 @@ class Ground:
         )
         handle = self.client.get_workflow_handle(started.workflow_id)
         described = await handle.describe()
-        run = Run(self, store, lane, handle, queue, f"{handle.id}/{described.run_id}")
+        run = Run(self, store, lane, handle, queue, key_base(handle.id, described.run_id))
         try:
             yield run
         finally:
