@@ -193,6 +193,9 @@ class AgentWorkflow:
     async def _gate(self, item: CallState) -> Outcome | None:
         """The outcome of a call that must not run, or None when it may. Policy and budget will ask here as well."""
         call, policy = item.call, self._state.policy(item.call.tool)
+        if policy is None:
+            text = f"there is no tool named {call.tool!r} in this run: it came with a later version of the agent"
+            return Outcome(status=OutcomeStatus.ERROR, content=text)
         if (unknown := self._state.unknown(call.tool)) and policy.effect is not Effect.READ:
             # A new call has a new key: it would be a blind second effect.
             text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown and waits for a person"
@@ -206,6 +209,7 @@ class AgentWorkflow:
 
     async def _act(self, item: CallState) -> Outcome:
         call, policy = item.call, self._state.policy(item.call.tool)
+        assert policy is not None, "the gate lets no other call pass"
         if policy.undo:
             self._state.register_undo(item)
         try:

@@ -78,9 +78,9 @@ class RunState(BaseModel):
     repeats: int = 0
     last_turn: str = ""
 
-    def policy(self, tool: str) -> ToolPolicy:
-        """The rules of a tool, as they were when the run began."""
-        return self.profile.tools[tool] if self.profile else ToolPolicy()
+    def policy(self, tool: str) -> ToolPolicy | None:
+        """The rules of a tool, as they were when the run began; None for one that is newer than the run."""
+        return self.profile.tools.get(tool) if self.profile else None
 
     def account(self, item: CallState) -> None:
         """Counts the outcome of a call and keeps it as its tool's end."""

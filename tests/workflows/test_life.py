@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError
 
+from agents import registry
+from holdfast.agent import AgentSpec
 from holdfast.contracts import Effect, Json, Phase, RunOutcome, RunResult, StepSpec, StepStatus
 from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.model import Message, call, error, say, sequence, turn
@@ -414,3 +416,23 @@ async def test_a_cancelled_run_has_its_result_in_the_store(stage: Stage) -> None
     result = await stage.stored(handle)
     assert result.outcome is RunOutcome.CANCELLED
     assert [(u.tool, u.status) for u in result.undone] == [("book", "undone")]
+
+
+async def test_a_tool_that_is_newer_than_the_run_is_refused(lite: Stage) -> None:
+    """A deploy in the middle of a run offers the model a tool whose rules the run does not know."""
+    world = World()
+    spec = agent(world.tool("book"), world.tool("send", approval=True))
+    newer = AgentSpec(
+        **{"name": spec.name, "description": "test", "instructions": "test", "input": spec.input, "steps": spec.steps},
+        tools=(*spec.tools, world.tool("audit")),
+    )
+    lite.model.script = sequence(call(("book", {}), ("send", {})), call(("audit", {})), say("done"))
+    async with lite.worker():
+        handle = await lite.start(spec)
+        await until(handle, lambda s: bool(s.approvals))
+        registry.add(newer)
+        await handle.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
+        result = await handle.result()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert "later version of the agent" in lite.model.requests[-1][1][-1]["content"]
+    assert "done audit#3" not in world.log
