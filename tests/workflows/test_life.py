@@ -423,7 +423,11 @@ async def test_a_tool_that_is_newer_than_the_run_is_refused(lite: Stage) -> None
     world = World()
     spec = agent(world.tool("book"), world.tool("send", approval=True))
     newer = AgentSpec(
-        **{"name": spec.name, "description": "test", "instructions": "test", "input": spec.input, "steps": spec.steps},
+        name=spec.name,
+        description="test",
+        instructions="test",
+        input=spec.input,
+        steps=spec.steps,
         tools=(*spec.tools, world.tool("audit")),
     )
     lite.model.script = sequence(call(("book", {}), ("send", {})), call(("audit", {})), say("done"))
