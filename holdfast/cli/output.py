@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-# Wrapped for people at a terminal, one line a line for whatever reads a pipe.
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+# Wrapped for people at a terminal, one line a line for whatever reads a pipe; tables get the width they need there.
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
