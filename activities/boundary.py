@@ -21,8 +21,8 @@ def boundary() -> Iterator[None]:
     except RetryLater as later:
         raise application_error(later.failure, later.delay) from later
     except Fenced as fenced:
-        # The server no longer listens to this attempt; the one that took over reports.
-        raise ApplicationError(str(fenced), type=ErrorType.FENCED, non_retryable=True) from fenced
+        # The server no longer listens to this attempt. Should it after all (the clocks may disagree), it tries again.
+        raise ApplicationError(str(fenced), type=ErrorType.FENCED) from fenced
 
 
 def this_workflow() -> str:

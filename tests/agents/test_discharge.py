@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 
 from agents.registry import agent
 from holdfast.contracts import Effect, Json
-from holdfast.graph import parse
+from holdfast.graph import inbox_messages, parse
 from holdfast.models import ModelAnswer, ModelClient
 from holdfast.settings import Settings
 from holdfast.simulation.hospital import HospitalRecord
@@ -244,10 +244,11 @@ async def test_the_scripted_model_and_the_tools_finish_a_discharge_together(ctx,
         messages.append(decide(messages, [each.openai for each in SPEC.tools]))
         decision, problems = parse(messages[-1], SPEC)
         assert decision is not None, problems
+        answers = []
         for each in decision.calls:
             seq += 1
-            answer = await call(replace(ctx, key=f"{ctx.key}/{seq}"), each.tool, each.arguments)
-            messages.append({"role": "tool", "tool_call_id": each.id, "content": json.dumps(answer)})
+            answers.append(json.dumps(await call(replace(ctx, key=f"{ctx.key}/{seq}"), each.tool, each.arguments)))
+        messages += inbox_messages(messages, answers, [])
         if decision.final:
             break
     assert decision is not None

@@ -139,17 +139,15 @@ def test_a_run_is_one_trace_also_over_a_worker_that_is_replaced(traced: Stack, c
 
 CONTINUED = """
 import asyncio
-from temporalio.worker import Worker
-from activities import activities
+from worker import make_worker
 from holdfast.runtime import open_runtime
 from holdfast.settings import settings
 from holdfast.starting import start_run
 from holdfast.state.runs import Runs
 from holdfast.telemetry import tracing
-from holdfast.temporal import connect, sandbox
+from holdfast.temporal import connect
 from tests.fixtures.model import FakeModel, call, say, sequence
 from tests.fixtures.world import World, agent
-from workflows.agent import AgentWorkflow
 
 async def main():
     client, world = await connect(), World()
