@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from holdfast.reliability.chain import RetryLater
-from holdfast.reliability.errors import ErrorType, application_error
+from holdfast.reliability.errors import ErrorType, application_error, backoff, classify
 from holdfast.reliability.ledger import Fenced
 
 
 @contextmanager
 def boundary() -> Iterator[None]:
-    """Around an activity's body. Whatever else escapes (the store is down, a bug of ours) Temporal tries again."""
+    """Around an activity's body.
+
+    Everything leaves `from None`: Temporal writes the causes of an error into history, and a client's own error may
+    hold an address with a key in it. What is not ours (the store is down, a bug) is logged here and tried again.
+    """
     try:
         yield
     except RetryLater as later:
-        raise application_error(later.failure, later.delay) from later
+        raise application_error(later.failure, later.delay) from None
     except Fenced as fenced:
         # The server no longer listens to this attempt. Should it after all (the clocks may disagree), it tries again.
-        raise ApplicationError(str(fenced), type=ErrorType.FENCED) from fenced
+        raise ApplicationError(str(fenced), type=ErrorType.FENCED) from None
+    except ApplicationError:
+        raise
+    except Exception as error:  # noqa: BLE001 - none is swallowed: it leaves, in words that are safe
+        activity.logger.exception("activity failed")
+        failure = classify(error)
+        delay = timedelta(seconds=backoff(activity.info().attempt, failure.retry_after, random.random()))
+        raise ApplicationError(failure.message, type=failure.type, next_retry_delay=delay) from None
 
 
 def this_workflow() -> str:

@@ -71,11 +71,11 @@ class Plan:
                 if settled.error_type not in PARKS:
                     raise ApplicationError(
                         f"the model refuses: {settled.error}", type=settled.error_type, non_retryable=True
-                    ) from gone
+                    ) from None
                 until = datetime.now(UTC) + timedelta(seconds=self._runtime.settings.park_s)
                 return PlanResult(wait=Wait(until=until, why=f"the model is gone: {settled.error}"))
             except graph.MalformedOutput as error:
-                raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from error
+                raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None
 
     async def _turn(self, request: PlanRequest) -> PlanResult:
         spec = _spec(request.agent)
@@ -135,7 +135,7 @@ def _spec(name: str) -> AgentSpec:
     try:
         return registry.agent(name)
     except registry.UnknownAgent as error:
-        raise ApplicationError(str(error), type=ErrorType.INVALID_INPUT, non_retryable=True) from error
+        raise ApplicationError(str(error), type=ErrorType.INVALID_INPUT, non_retryable=True) from None
 
 
 def _inbox(spec: AgentSpec, request: PlanRequest, thread: Thread) -> list[Json]:
@@ -149,4 +149,4 @@ def _inbox(spec: AgentSpec, request: PlanRequest, thread: Thread) -> list[Json]:
             f"the input does not fit agent {spec.name}: {explain(error)}",
             type=ErrorType.INVALID_INPUT,
             non_retryable=True,
-        ) from error
+        ) from None

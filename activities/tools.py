@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Coroutine
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 from temporalio import activity
 
 from activities.boundary import boundary, this_workflow
 from agents import registry
+from holdfast.aio import to_the_end
 from holdfast.contracts import (
     Effect,
     Json,
@@ -23,6 +22,7 @@ from holdfast.contracts import (
     UndoStatus,
     Usage,
     absolute,
+    clip,
     digest,
 )
 from holdfast.models import ModelAnswer, ModelUnavailable
@@ -36,11 +36,9 @@ from holdfast.telemetry.tracing import span
 from holdfast.tools import Tool, ToolContext, Undo, explain
 
 MAX_CONTENT = 100_000
-"""Characters of a result that go back to the model. The ledger keeps the whole."""
+"""Bytes of a result that go back to the model. The ledger keeps the whole."""
 
 CALLERS_FAULT = {ErrorType.REFUSED, ErrorType.INVALID_ARGUMENTS}
-
-T = TypeVar("T")
 
 
 class Tools:
@@ -56,12 +54,12 @@ class Tools:
         with boundary(), _span("tool", request):
             tool = _find(request)
             if tool is None:
-                return Outcome(status=OutcomeStatus.ERROR, content=f"there is no tool named {request.tool!r}")
+                return await self._cannot(request, f"there is no tool named {request.tool!r}")
             try:
                 arguments = tool.validate(request.arguments)
             except ValidationError as error:
-                return Outcome(status=OutcomeStatus.ERROR, content=f"bad arguments for {tool.name}: {explain(error)}")
-            return await _uncut(self._run(request, tool, arguments))
+                return await self._cannot(request, f"bad arguments for {tool.name}: {explain(error)}")
+            return await to_the_end(self._run(request, tool, arguments))
 
     @activity.defn(name="undo")
     async def undo(self, request: ToolRequest) -> UndoOutcome:
@@ -73,7 +71,12 @@ class Tools:
             if tool is None or tool.undo_function is None:
                 note = f"tool {request.tool} or its undo is gone from agent {request.agent}: undo it by hand"
                 return UndoOutcome(status=UndoStatus.FAILED, note=note)
-            return await _uncut(self._undo(request, tool))
+            return await to_the_end(self._undo(request, tool))
+
+    async def _cannot(self, request: ToolRequest, problem: str) -> Outcome:
+        """The model's mistake, unless an earlier version of the code took the call: then what is known of it counts."""
+        known = await self._runtime.ledger.known(request.key)
+        return _outcome(known, Usage()) if known else Outcome(status=OutcomeStatus.ERROR, content=problem)
 
     async def _run(self, request: ToolRequest, tool: Tool, arguments: Json) -> Outcome:
         call = _call(request, tool)
@@ -168,7 +171,10 @@ def _span(kind: str, request: ToolRequest) -> AbstractContextManager[Any]:
 
 
 def _find(request: ToolRequest) -> Tool | None:
-    return registry.agent(request.agent).by_name.get(request.tool)
+    try:
+        return registry.agent(request.agent).by_name.get(request.tool)
+    except registry.UnknownAgent:
+        return None  # an agent that a deploy took away, with its tools
 
 
 def _call(request: ToolRequest, tool: Tool) -> Call:
@@ -191,7 +197,7 @@ def _outcome(settled: Settled, usage: Usage) -> Outcome:
     """What the model reads of a call's end."""
     reason = settled.error
     if settled.state is State.DONE:
-        status, content = OutcomeStatus.OK, _clip(settled.result)
+        status, content = OutcomeStatus.OK, _text(settled.result)
     elif settled.state is State.COMPENSATED:
         # A run that was unwound and then reset: its old result no longer holds.
         status, reason = OutcomeStatus.FAILED, "it was undone when the run was unwound"
@@ -210,24 +216,6 @@ def _outcome(settled: Settled, usage: Usage) -> Outcome:
     return Outcome(status=status, content=content, reason=reason, failures=settled.failures, usage=usage)
 
 
-def _clip(result: Any) -> str:
+def _text(result: Any) -> str:
     text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    if len(text) <= MAX_CONTENT:
-        return text
-    return f"{text[:MAX_CONTENT]}\n[cut: the result has {len(text)} characters, {MAX_CONTENT} are shown; ask for less]"
-
-
-async def _uncut(body: Coroutine[Any, Any, T]) -> T:
-    """Runs the body to its end even when the activity is cancelled meanwhile.
-
-    An effect that is out is settled and recorded first: an unknown outcome costs more than the seconds it takes. The
-    body is bounded by the tool's timeout.
-    """
-    task = asyncio.ensure_future(body)
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise
-    return task.result()
+    return clip(text, MAX_CONTENT)

@@ -23,6 +23,15 @@ def digest(value: Any) -> str:
     return sha256(text.encode()).hexdigest()[:16]
 
 
+def clip(text: str, limit: int) -> str:
+    """The text, cut to `limit` bytes of UTF-8 with a note that says so."""
+    raw = text.encode()
+    if len(raw) <= limit:
+        return text
+    kept = raw[:limit].decode(errors="ignore")
+    return f"{kept}\n[cut: the result has {len(raw)} bytes, {limit} are shown; ask for less]"
+
+
 class Effect(StrEnum):
     """What a tool does outside, hence what a crash in the middle of it means. Required of every tool; no default."""
 
@@ -249,8 +258,8 @@ class ApprovalDecision(BaseModel):
 
     approval_id: str
     verdict: Verdict
-    approver: str = Field(min_length=1)
-    comment: str = ""
+    approver: str = Field(min_length=1, max_length=200)
+    comment: str = Field(default="", max_length=4000)
     digest: str = ""
     """When given it must match the approval's: the decision is then bound to these very arguments."""
 

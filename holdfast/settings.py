@@ -40,7 +40,8 @@ class Settings(BaseSettings):
 
     model_first_token_s: Annotated[float, Field(alias="HOLDFAST_MODEL_FIRST_TOKEN_S")] = 20.0
     model_between_tokens_s: Annotated[float, Field(alias="HOLDFAST_MODEL_BETWEEN_TOKENS_S")] = 20.0
-    model_total_s: Annotated[float, Field(alias="HOLDFAST_MODEL_TOTAL_S")] = 120.0
+    model_total_s: Annotated[float, Field(alias="HOLDFAST_MODEL_TOTAL_S", gt=0, le=130)] = 120.0
+    """At most 130: a turn may ask three times within its activity's limit."""
     park_s: Annotated[float, Field(alias="HOLDFAST_PARK_S")] = 30.0
     """How long a run sleeps before it tries a model again that is gone."""
     drain_s: Annotated[float, Field(alias="HOLDFAST_DRAIN_S")] = 20.0

@@ -16,7 +16,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
@@ -60,7 +63,10 @@ class ToolContext:
     service_url: Callable[[str], str]
     """Base address of a named service."""
     ask_model: Callable[[str, list[Json]], Awaitable[ModelAnswer]]
-    """`await ctx.ask_model("summary", messages)`: a model call of the tool's own, recorded under `key/summary`."""
+    """`await ctx.ask_model("summary", messages)`: a model call of the tool's own, recorded under `key/summary`.
+
+    Ask before the effect, never after: a model that is gone makes the tool begin again.
+    """
 
 
 @dataclass
@@ -155,11 +161,16 @@ class Tool:
         return {name: getattr(model, name) for name in type(model).model_fields}
 
 
+_THREADS = ThreadPoolExecutor(200, "tool")
+"""For sync tools, as many as a worker has activities: one that hangs must not keep another from starting."""
+
+
 async def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if inspect.iscoroutinefunction(function):
         result = await function(*args, **kwargs)
     else:
-        result = await asyncio.to_thread(function, *args, **kwargs)
+        call = partial(copy_context().run, function, *args, **kwargs)
+        result = await asyncio.get_running_loop().run_in_executor(_THREADS, call)
     return to_jsonable_python(result)
 
 
@@ -188,6 +199,11 @@ def tool(
         description = inspect.getdoc(function)
         if not description:
             raise TypeError(f"tool {label}: needs a docstring, it is what the model reads")
+        if effect in (Effect.PROBE, Effect.MANUAL) and not inspect.iscoroutinefunction(function):
+            # A thread goes on after its timeout and could still act when another attempt, or the undo, already has.
+            raise TypeError(
+                f"tool {label}: of effect class {effect}, so it has to be async: a thread cannot be stopped"
+            )
         hints = get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())[1:]
         fields: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError
 
 with workflow.unsafe.imports_passed_through():
+    from holdfast.aio import to_the_end
     from holdfast.contracts import (
         AgentInput,
         Approval,
@@ -27,23 +28,28 @@ with workflow.unsafe.imports_passed_through():
         RunOutcome,
         RunResult,
         RunStatus,
+        ToolCall,
+        ToolPolicy,
         ToolRequest,
         UndoOutcome,
         UndoRecord,
         Verdict,
         Wait,
+        clip,
         digest,
         key_base,
     )
     from workflows import progress
     from workflows.approvals import Approvals
-    from workflows.calls import UNDO_DEADLINE_S, Calls, to_the_end, why
+    from workflows.calls import UNDO_DEADLINE_S, Calls, why
     from workflows.judgement import judge_final, judge_turn, out_of_turns
     from workflows.saga import unwind
     from workflows.state import CallState, Ending, RunState
 
 PLAN_S = 420.0
-"""Three model calls of 120 s each, and what lies between."""
+"""Three model calls of up to 130 s (`Settings.model_total_s`), and what lies between."""
+MAX_ANSWERS = 1_000_000
+"""Bytes of all answers of a turn together: the next turn's request has to fit into a Temporal payload (2 MB)."""
 
 
 @workflow.defn(name="AgentWorkflow")
@@ -101,7 +107,7 @@ class AgentWorkflow:
             return self._ending or work.result()
         work.cancel()
         # Tool calls settle first: an effect must not end after its undo began.
-        await workflow.wait([work])
+        await to_the_end(workflow.wait([work]))
         return self._ending
 
     async def _work(self) -> Ending | None:
@@ -119,7 +125,8 @@ class AgentWorkflow:
                 if error is not None:
                     raise error
             if state.calls:
-                state.answers = [c.outcome.content for c in state.calls if c.outcome]
+                share = MAX_ANSWERS // len(state.calls)
+                state.answers = [clip(c.outcome.content, share) for c in state.calls if c.outcome]
                 ending, state.calls = judge_turn(state), []
                 if ending:
                     return ending
@@ -196,16 +203,22 @@ class AgentWorkflow:
         if policy is None:
             text = f"there is no tool named {call.tool!r} in this run: it came with a later version of the agent"
             return Outcome(status=OutcomeStatus.ERROR, content=text)
-        if (unknown := self._state.unknown(call.tool)) and policy.effect is not Effect.READ:
-            # A new call has a new key: it would be a blind second effect.
-            text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown and waits for a person"
-            return Outcome(status=OutcomeStatus.ERROR, content=text)
-        if policy.approval:
+        refused = self._refused(call, policy)
+        if policy.approval and (not refused or self._approvals.asked(_approval_id(item))):
             decision = await self._approvals.ask(self._approval(item))
             if decision.verdict is Verdict.REJECT:
                 text = f"rejected by {decision.approver}: {decision.comment}"
                 return Outcome(status=OutcomeStatus.REJECTED, content=text)
-        return None
+            refused = self._refused(call, policy)  # another call of the tool may have ended meanwhile
+        return refused
+
+    def _refused(self, call: ToolCall, policy: ToolPolicy) -> Outcome | None:
+        """A call with an effect while another of its tool is unknown: its key is new, so it would be blind."""
+        unknown = self._state.unknown(call.tool)
+        if not unknown or policy.effect is Effect.READ:
+            return None
+        text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown and waits for a person"
+        return Outcome(status=OutcomeStatus.ERROR, content=text)
 
     async def _act(self, item: CallState) -> Outcome:
         call, policy = item.call, self._state.policy(item.call.tool)
@@ -218,7 +231,8 @@ class AgentWorkflow:
                 self._request(item.seq, call.tool, call.version, call.arguments),
                 Outcome,
                 summary=f"#{item.seq} {call.tool} ({policy.service})",
-                timeout_s=policy.timeout_s,
+                # An attempt of a `probe` tool may ask first and then act, each within the tool's timeout.
+                timeout_s=policy.timeout_s * (2 if policy.effect is Effect.PROBE else 1),
                 deadline_s=policy.deadline_s,
             )
         except ActivityError as error:
@@ -230,7 +244,10 @@ class AgentWorkflow:
     async def _undo(self, record: UndoRecord) -> UndoOutcome:
         request = self._request(record.seq, record.tool, record.version, record.arguments)
         summary = f"undo #{record.seq} {record.tool}"
-        return await self._calls.run("undo", request, UndoOutcome, summary=summary, deadline_s=UNDO_DEADLINE_S)
+        policy = self._state.policy(record.tool) or ToolPolicy()
+        return await self._calls.run(
+            "undo", request, UndoOutcome, summary=summary, timeout_s=policy.timeout_s, deadline_s=UNDO_DEADLINE_S
+        )
 
     def _request(self, seq: int, tool: str, version: str, arguments: dict[str, Any]) -> ToolRequest:
         return ToolRequest(
@@ -245,7 +262,7 @@ class AgentWorkflow:
     def _approval(self, item: CallState) -> Approval:
         call = item.call
         return Approval(
-            id=f"a{item.seq}",
+            id=_approval_id(item),
             subject=call.tool,
             seq=item.seq,
             arguments=call.arguments,
@@ -329,3 +346,7 @@ class AgentWorkflow:
         if state.phase in (Phase.RUNNING, Phase.WAITING_HUMAN):
             state.phase = Phase.WAITING_HUMAN if state.approvals.open else Phase.RUNNING
         self._display.show(state, self._ending)
+
+
+def _approval_id(item: CallState) -> str:
+    return f"a{item.seq}"

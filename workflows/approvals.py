@@ -38,12 +38,15 @@ class Approvals:
     async def ask(self, approval: Approval) -> ApprovalDecision:
         """Blocks until a human decides, for days if need be; nothing is held in a worker meanwhile."""
         state = self.state
-        if approval.id not in state.open and approval.id not in state.decided:
+        if not self.asked(approval.id):
             state.open[approval.id] = approval
             state.asked_since = state.asked_since or workflow.now()
             self._changed()
         await workflow.wait_condition(lambda: approval.id in state.decided)
         return state.decided[approval.id].decision
+
+    def asked(self, approval_id: str) -> bool:
+        return approval_id in self.state.open or approval_id in self.state.decided
 
     def decide(self, *payload: Any) -> DecisionReply:
         """Takes one decision. Never raises, and takes anything: a typed handler would drop what does not decode."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -75,18 +74,6 @@ class Calls:
             # Waiting is a durable timer, not a worker's time, and uses up no retry.
             await workflow.sleep(max(wait.until - workflow.now(), timedelta(milliseconds=100)))
             self._parked(None)
-
-
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Awaits work that a cancel must not stop: undoing, once begun, goes to its end."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():  # not the run's cancellation but the end of this execution in this worker
-                raise
-    return task.result()
 
 
 def why(error: ActivityError) -> str:

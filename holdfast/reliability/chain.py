@@ -113,8 +113,9 @@ async def _act(
     except Fenced:
         raise
     except RetryLater:
-        # A call inside this one failed and was counted there; this one has not acted.
-        state = State.UNKNOWN if doubtful else State.FAILED
+        # A model call inside this one failed and was counted there. Whether this one had acted by then only the tool
+        # knows: a `manual` one is taken at its word (`ToolContext.ask_model`), the others can afford the doubt.
+        state = State.FAILED if call.effect is Effect.MANUAL else State.UNKNOWN
         await ledger.record(call, grant.attempt, state, grant.failures, None, None)
         raise
     except Exception as error:  # noqa: BLE001 - every failure of somebody else's code is classified, none is swallowed

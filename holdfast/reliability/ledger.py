@@ -162,6 +162,16 @@ class Ledger:
             raise KeyConflict(f"key {call.key} was used before with other arguments for {call.name}")
         return _settled(state, result, failures)
 
+    async def known(self, key: str) -> Settled | None:
+        """What is known of a key: settled, unknown while an attempt is open, None when it was never reserved."""
+        row = await self._db.one("SELECT state, result, failures FROM effects WHERE key = ?", key)
+        if row is None:
+            return None
+        state, result, failures = row
+        if result:
+            return _settled(state, result, failures)
+        return Settled(State.UNKNOWN, error="an earlier attempt was cut off", failures=failures)
+
     async def check(self, call: Call, attempt: int) -> None:
         """Raises Fenced unless this attempt still holds the key."""
         row = await self._db.one("SELECT attempt, state FROM effects WHERE key = ?", call.key)

@@ -118,9 +118,9 @@ class Runs:
         """False when the run has no row."""
         sql = (
             "UPDATE runs SET ended_at = CASE WHEN outcome = ? AND result = ? THEN ended_at ELSE ? END,"
-            " outcome = ?, result = ? WHERE workflow_id = ?"
+            " started_at = COALESCE(started_at, ?), outcome = ?, result = ? WHERE workflow_id = ?"
         )
-        return await self._db.run(sql, outcome, result, now, outcome, result, workflow_id) == 1
+        return await self._db.run(sql, outcome, result, now, now, outcome, result, workflow_id) == 1
 
     async def get(self, request_key: str) -> Run | None:
         row = await self._db.one(f"SELECT {COLUMNS} FROM runs WHERE request_key = ?", request_key)

@@ -58,7 +58,7 @@ async def test_structured_results_are_json_and_too_long_ones_are_cut(process: Pr
     assert (await run(process, of)).content == '{"text": "ééé"}'
     long = await run(process, of.model_copy(update={"arguments": {"size": 200_000}}))
     assert len(long.content) < 101_000
-    assert "[cut: the result has 200012 characters, 100000 are shown" in long.content
+    assert "[cut: the result has 400012 bytes, 100000 are shown" in long.content
 
 
 async def test_a_sync_tool_does_not_block_the_loop(process: Process) -> None:

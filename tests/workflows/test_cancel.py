@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from temporalio.client import WorkflowHandle
+from temporalio.client import WorkflowFailureError, WorkflowHandle
 
 from holdfast.contracts import Effect, Phase, RunOutcome, StepSpec, UndoRecord
 from holdfast.reliability.ledger import State
@@ -276,3 +277,19 @@ async def test_a_call_that_no_worker_began_has_nothing_to_undo_and_cannot_begin_
     undone = dict(ends((await lite.stored(handle)).undone))
     assert undone.pop(begun) == "undone"
     assert list(undone.values()) == ["nothing"]
+
+
+async def test_a_cancel_while_a_deadline_waits_for_a_call_in_flight_loses_no_undo(lite: Stage) -> None:
+    world, gate = World(), asyncio.Event()
+    spec = agent(world.tool("book"), world.tool("slow", gate=gate), deadline=timedelta(seconds=2))
+    lite.model.script = sequence(call(("book", {}), ("slow", {})))
+    async with lite.worker():
+        handle = await lite.start(spec)
+        await world.saw("begin slow#2")
+        await until(handle, lambda s: s.outcome is RunOutcome.FAILED)
+        await handle.cancel()
+        gate.set()
+        with pytest.raises(WorkflowFailureError):
+            await handle.result()
+    assert world.log[-3:] == ["done slow#2", "undo slow#2", "undo book#1"]
+    assert (await lite.stored(handle)).outcome is RunOutcome.FAILED
