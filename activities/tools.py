@@ -102,7 +102,7 @@ class Tools:
         call = _call(request, tool)
         state, result = await self._runtime.ledger.seize(call, "the run was undone before this call began")
         if state is State.FAILED:
-            return UndoOutcome(status=UndoStatus.NOTHING, note="it never happened")
+            return UndoOutcome(status=UndoStatus.NOTHING)
         undo = Undo(key=request.key, arguments=request.arguments, result=result)
         undo_call = Call(
             key=f"{request.key}/undo",
@@ -125,7 +125,7 @@ class Tools:
         if settled.state is not State.DONE:
             return UndoOutcome(status=UndoStatus.FAILED, note=settled.error, failures=settled.failures)
         if settled.result is None:
-            return UndoOutcome(status=UndoStatus.NOTHING, note="it never happened", failures=settled.failures)
+            return UndoOutcome(status=UndoStatus.NOTHING, failures=settled.failures)
         await self._runtime.ledger.compensated(request.key)
         return UndoOutcome(status=UndoStatus.UNDONE, note=settled.result, failures=settled.failures)
 

@@ -66,12 +66,9 @@ def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve",
 
 def page(workflow_id: str, state: RunState, ending: Ending | None) -> str:
     """The Markdown that the Web UI shows as the run's current details."""
-    parts = [f"**{headline(state, ending)}**"]
+    parts = [f"**{_plain(headline(state, ending))}**"]
     if steps := state.steps():
-        rows = (
-            f"- {TICKS[s.status]} {s.name}: {s.status}" + (f" ({_plain(s.detail)})" if s.detail else "") for s in steps
-        )
-        parts.append("\n".join(rows))
+        parts.append("\n".join(f"- {TICKS[s.status]} {s.name}: {s.status}{_aside(s.detail)}" for s in steps))
     for approval in state.approvals.open.values():
         arguments = "\n".join(f"- {name}: {_plain(value)}" for name, value in approval.arguments.items())
         parts.append(
@@ -81,9 +78,7 @@ def page(workflow_id: str, state: RunState, ending: Ending | None) -> str:
             f"Reject:\n\n```\n{signal_command(workflow_id, approval.id, 'reject', 'WHY')}\n```"
         )
     undone = (u for u in state.saga if u.status is not UndoStatus.REGISTERED)
-    if rows := [
-        f"- undo of #{u.seq} {u.tool}: {u.status}" + (f" ({_plain(u.note)})" if u.note else "") for u in undone
-    ]:
+    if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone]:
         parts.append("### Undo\n" + "\n".join(rows))
     if state.notes:
         parts.append("### Notes\n" + "\n".join(f"- {_plain(note)}" for note in state.notes[-10:]))
