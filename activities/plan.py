@@ -15,16 +15,15 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.boundary import boundary, this_workflow
+from activities.model import ask_model
 from agents import registry
 from holdfast import graph
 from holdfast.agent import AgentSpec
-from holdfast.contracts import Decision, Effect, Json, PlanRequest, PlanResult, Usage, Wait, absolute, digest
-from holdfast.models import ModelAnswer
+from holdfast.contracts import Decision, Json, PlanRequest, PlanResult, Usage, Wait, absolute, digest
+from holdfast.models import ModelAnswer, ModelUnavailable
 from holdfast.reliability import faults
-from holdfast.reliability.chain import protected
 from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.faults import Point
-from holdfast.reliability.ledger import Call, Settled, State
 from holdfast.runtime import Runtime
 from holdfast.state.thread import Thread
 from holdfast.telemetry.tracing import span
@@ -44,14 +43,6 @@ PARKS = {
 """A model that is gone comes back, and a key that expired gets mended: the run waits and nothing is undone."""
 
 
-class ModelGone(Exception):
-    """The model gave no answer and the retries of this turn are used up, or would not help."""
-
-    def __init__(self, settled: Settled) -> None:
-        super().__init__(settled.error)
-        self.settled = settled
-
-
 class Plan:
     """The activity with what it needs of the process."""
 
@@ -66,14 +57,14 @@ class Plan:
             base = absolute(request.key_base, this_workflow())
             try:
                 return await self._turn(request.model_copy(update={"key_base": base}))
-            except ModelGone as gone:
-                settled = gone.settled
-                if settled.error_type not in PARKS:
+            except ModelUnavailable as gone:
+                failure = gone.failure
+                if failure.type not in PARKS:
                     raise ApplicationError(
-                        f"the model refuses: {settled.error}", type=settled.error_type, non_retryable=True
+                        f"the model refuses: {failure.message}", type=failure.type, non_retryable=True
                     ) from None
                 until = datetime.now(UTC) + timedelta(seconds=self._runtime.settings.park_s)
-                return PlanResult(wait=Wait(until=until, why=f"the model is gone: {settled.error}"))
+                return PlanResult(wait=Wait(until=until, why=f"the model is gone: {failure.message}"))
             except graph.MalformedOutput as error:
                 raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None
 
@@ -85,7 +76,16 @@ class Plan:
         faults.reached(Point.TURN_STARTED, where)
 
         async def ask(messages: Sequence[Json], n: int) -> ModelAnswer:
-            return await self._ask(request, spec, list(messages), tag, n)
+            return await ask_model(
+                self._runtime,
+                list(messages),
+                [tool.openai for tool in spec.tools],
+                key=f"{request.key_base}/turn-{tag}" + (f"/ask-{n}" if n > 1 else ""),
+                key_base=request.key_base,
+                name=where,
+                digest=tag,
+                timeout_s=self._runtime.settings.model_total_s + 10,
+            )
 
         thread = Thread(self._runtime.db, request.key_base, tag, request.base)
         begun = await thread.open()
@@ -107,28 +107,6 @@ class Plan:
             model=state["new_model"],
             profile=spec.profile if request.turn == 1 else None,
         )
-
-    async def _ask(self, request: PlanRequest, spec: AgentSpec, messages: list[Json], tag: str, n: int) -> ModelAnswer:
-        key = f"{request.key_base}/turn-{tag}" + (f"/ask-{n}" if n > 1 else "")
-        call = Call(
-            key=key,
-            key_base=request.key_base,
-            kind="model",
-            name=f"turn-{request.turn}",
-            effect=Effect.IDEMPOTENT,
-            arguments=None,
-            digest=tag,
-            service="model",
-            timeout_s=self._runtime.settings.model_total_s + 10,
-        )
-
-        async def act(attempt: int) -> Json:
-            return (await self._runtime.models.complete(messages, [t.openai for t in spec.tools], key=key)).to_json()
-
-        settled = await protected(self._runtime.ledger, call, act)
-        if settled.state is not State.DONE:
-            raise ModelGone(settled)
-        return ModelAnswer.from_json(settled.result)
 
 
 def _spec(name: str) -> AgentSpec:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 from temporalio import activity
 
 from activities.boundary import boundary, this_workflow
+from activities.model import ask_model
 from agents import registry
 from holdfast.aio import to_the_end
 from holdfast.contracts import (
@@ -25,10 +27,10 @@ from holdfast.contracts import (
     clip,
     digest,
 )
-from holdfast.models import ModelAnswer, ModelUnavailable
+from holdfast.models import ModelAnswer
 from holdfast.reliability import faults
 from holdfast.reliability.chain import protected
-from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.reliability.errors import RETRIES, ErrorType
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, KeyConflict, Settled, State, tool_call
 from holdfast.runtime import Runtime
@@ -104,19 +106,7 @@ class Tools:
         if state is State.FAILED:
             return UndoOutcome(status=UndoStatus.NOTHING)
         undo = Undo(key=request.key, arguments=request.arguments, result=result)
-        undo_call = Call(
-            key=f"{request.key}/undo",
-            key_base=request.key_base,
-            kind="undo",
-            name=tool.name,
-            effect=Effect.IDEMPOTENT,
-            arguments=request.arguments,
-            digest=call.digest,
-            version=tool.version,
-            service=tool.service,
-            seq=request.seq,
-            timeout_s=tool.timeout_s,
-        )
+        undo_call = replace(call, key=f"{request.key}/undo", kind="undo", effect=Effect.IDEMPOTENT, retries=RETRIES)
 
         async def act(attempt: int) -> str | None:
             return await tool.run_undo(self._context(undo_call.key, request.key_base, tool, attempt, []), undo)
@@ -130,26 +120,17 @@ class Tools:
         return UndoOutcome(status=UndoStatus.UNDONE, note=settled.result, failures=settled.failures)
 
     def _context(self, key: str, key_base: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
-        async def ask_model(label: str, messages: list[Json]) -> ModelAnswer:
-            call = Call(
+        async def ask(label: str, messages: list[Json]) -> ModelAnswer:
+            answer = await ask_model(
+                self._runtime,
+                messages,
+                [],
                 key=f"{key}/{label}",
                 key_base=key_base,
-                kind="model",
                 name=f"{tool.name}/{label}",
-                effect=Effect.IDEMPOTENT,
-                arguments=None,
                 digest=digest(messages),
-                service="model",
                 timeout_s=tool.timeout_s,
             )
-
-            async def act(_: int) -> Json:
-                return (await self._runtime.models.complete(messages, [], key=call.key)).to_json()
-
-            settled = await protected(self._runtime.ledger, call, act)
-            if settled.state is not State.DONE:
-                raise ModelUnavailable(Failure(ErrorType(settled.error_type), settled.error))
-            answer = ModelAnswer.from_json(settled.result)
             usage.append(answer.usage)
             return answer
 
@@ -158,7 +139,7 @@ class Tools:
             attempt=attempt,
             http=self._runtime.http,
             service_url=self._runtime.service_url,
-            ask_model=ask_model,
+            ask_model=ask,
         )
 
 

@@ -39,6 +39,7 @@ with workflow.unsafe.imports_passed_through():
         digest,
         key_base,
     )
+    from holdfast.reliability.errors import ErrorType
     from workflows import progress
     from workflows.approvals import Approvals
     from workflows.calls import UNDO_DEADLINE_S, Calls, why
@@ -90,7 +91,7 @@ class AgentWorkflow:
         if ending.outcome is RunOutcome.CANCELLED:
             raise asyncio.CancelledError(ending.reason)
         if ending.outcome is RunOutcome.FAILED:
-            raise ApplicationError(ending.reason, result, type="agent_failed", non_retryable=True)
+            raise ApplicationError(ending.reason, result, type=ErrorType.AGENT_FAILED, non_retryable=True)
         return result
 
     async def _live(self) -> Ending | None:
