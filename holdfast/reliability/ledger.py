@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from holdfast.contracts import Effect, Json, digest
-from holdfast.reliability.errors import Failure
+from holdfast.reliability.errors import RETRIES, Failure
 from holdfast.state.database import Database
 
 Kind = Literal["tool", "undo", "model"]
@@ -56,7 +56,7 @@ class Call:
     service: str = ""
     seq: int | None = None
     timeout_s: float = 10.0
-    retries: int = 5
+    retries: int = RETRIES
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,13 @@ class Entry:
     settled_at: float | None
 
 
-_RESERVE = """
-INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, digest, state, prior, attempt, failures,
-                     worker, arguments, reserved_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'RESERVED', 'NEW', 1, 0, ?, ?, ?)
+# What every row begins with: the call (`Ledger._columns`) and the time.
+_INSERT = """
+INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, digest, worker, arguments, reserved_at,
+                     prior, state, attempt, failures"""
+_VALUES = "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'NEW'"
+
+_RESERVE = f"""{_INSERT}) {_VALUES}, 'RESERVED', 1, 0)
 ON CONFLICT (key) DO UPDATE SET prior = effects.state, state = 'RESERVED', attempt = effects.attempt + 1,
     worker = excluded.worker, reserved_at = excluded.reserved_at
 WHERE effects.result IS NULL AND effects.digest = excluded.digest
@@ -115,18 +118,12 @@ _RECORD = """
 UPDATE effects SET state = ?, result = ?, error = ?, failures = ?, settled_at = ?
 WHERE key = ? AND attempt = ? AND state = 'RESERVED'"""
 
-_COUNT_READ_FAILURE = """
-INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, digest, state, prior, attempt, failures,
-                     worker, arguments, reserved_at, settled_at, error)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'FAILED', 'NEW', 1, 1, ?, ?, ?, ?, ?)
+_COUNT_READ_FAILURE = f"""{_INSERT}, settled_at, error) {_VALUES}, 'FAILED', 1, 1, ?, ?)
 ON CONFLICT (key) DO UPDATE SET failures = effects.failures + 1, attempt = effects.attempt + 1,
     state = 'FAILED', settled_at = excluded.settled_at, error = excluded.error, worker = excluded.worker
 RETURNING failures"""
 
-_SEIZE = """
-INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, digest, state, prior, attempt, failures,
-                     worker, arguments, reserved_at, settled_at, result)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'FAILED', 'NEW', 1, 0, ?, ?, ?, ?, ?)
+_SEIZE = f"""{_INSERT}, settled_at, result) {_VALUES}, 'FAILED', 1, 0, ?, ?)
 ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + CASE WHEN effects.result IS NULL THEN 1 ELSE 0 END,
     state = CASE effects.state WHEN 'RESERVED' THEN 'UNKNOWN' ELSE effects.state END,
     result = COALESCE(effects.result, excluded.result)
