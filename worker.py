@@ -28,6 +28,16 @@ from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
 from workflows.agent import AgentWorkflow
 
+SETTINGS: dict[str, Any] = {
+    "max_concurrent_activities": 200,
+    # A killed worker's parked runs wait this long for it before another one takes them.
+    "sticky_queue_schedule_to_start_timeout": timedelta(seconds=0.5),
+    # Heartbeats tell the server that a worker is alive; throttled to 30 s by default, they would tell it too late.
+    "max_heartbeat_throttle_interval": timedelta(seconds=0.5),
+    "default_heartbeat_throttle_interval": timedelta(seconds=0.5),
+}
+"""How a worker polls, caches and beats, whatever runs on it."""
+
 
 class NotReady(Exception):
     """Something that a worker needs is not there. The message says what to do."""
@@ -47,14 +57,9 @@ async def check(client: Client) -> None:
 def make_worker(client: Client, queue: str, runtime: Runtime, **options: Any) -> Worker:
     """A worker as production runs it; `options` are Temporal's and win."""
     settled: dict[str, Any] = {
+        **SETTINGS,
         "interceptors": [HeartbeatInterceptor()],
         "workflow_runner": sandbox(),
-        "max_concurrent_activities": 200,
-        # A killed worker's parked runs wait this long for it before another one takes them.
-        "sticky_queue_schedule_to_start_timeout": timedelta(seconds=0.5),
-        # Heartbeats tell the server that a worker is alive; throttled to 30 s by default, they would tell it too late.
-        "max_heartbeat_throttle_interval": timedelta(seconds=0.5),
-        "default_heartbeat_throttle_interval": timedelta(seconds=0.5),
         # Stands in half of a run's events; the default is a hash that tells a reader nothing.
         "build_id": runtime.settings.build_id,
         "workflows": [AgentWorkflow],

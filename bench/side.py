@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import uvloop
@@ -31,17 +30,9 @@ from holdfast.settings import settings
 from holdfast.starting import start_run
 from holdfast.state.runs import Runs
 from holdfast.temporal import connect, profile
-from worker import make_worker
+from worker import SETTINGS, make_worker
 
 QUEUE = f"bench-{os.getpid()}"
-WORKER: dict[str, Any] = {
-    # The settings of `worker.py`, on both sides.
-    "task_queue": QUEUE,
-    "max_concurrent_activities": 200,
-    "sticky_queue_schedule_to_start_timeout": timedelta(seconds=0.5),
-    "max_heartbeat_throttle_interval": timedelta(seconds=0.5),
-    "default_heartbeat_throttle_interval": timedelta(seconds=0.5),
-}
 RUN_S = 300
 TURN_BEGINS = ("plan", "model")
 """The activities that a turn begins with."""
@@ -62,7 +53,7 @@ async def open_bare() -> Side:
     async def begin(name: str, turns: int, gate: bool) -> WorkflowHandle[Any, Any]:
         return await client.start_workflow(bare.BareLoop.run, task.prompt(name, turns, gate), id=name, task_queue=QUEUE)
 
-    worker = Worker(client, workflows=[bare.BareLoop], activities=[work.model, work.tool], **WORKER)
+    worker = Worker(client, workflows=[bare.BareLoop], activities=[work.model, work.tool], task_queue=QUEUE, **SETTINGS)
     return Side(client, worker, begin)
 
 
