@@ -58,6 +58,10 @@ class StepSpec(BaseModel):
     """A critical step without an outcome forbids finishing; one that failed for good fails the run."""
     role: str = ""
     """Who settles the step when it is left pending, e.g. `pharmacist`."""
+    title: str = ""
+    """As people call it, e.g. `Pharmacy coordination`; else the name."""
+    review_s: float = 0.0
+    """How long the role takes to settle it as a rule, in seconds, for the ETA; 0: nobody knows."""
 
 
 class ToolPolicy(BaseModel):
@@ -129,6 +133,8 @@ class Wait(BaseModel):
 
     until: datetime
     why: str
+    service: str = ""
+    """Set when the breaker of this service is open: the call may be put off while other work goes on."""
 
 
 def key_base(workflow_id: str, first_run_id: str) -> str:
@@ -153,6 +159,7 @@ class PlanRequest(BaseModel):
     notices: list[str] = []
     """What the platform has to say to the model."""
     input: Json | None = None
+    tenant: str = "default"
 
 
 class PlanResult(BaseModel):
@@ -166,6 +173,10 @@ class PlanResult(BaseModel):
     """The model that answered, as the endpoint names it; empty when it is that of the turn before."""
     profile: Profile | None = None
     wait: Wait | None = None
+    notes: list[str] = []
+    """What a reader of the run should know: a fallback that answered, tools that were withdrawn."""
+    refusal: str = ""
+    """The model refuses the turn by its policy: nobody but a person can help."""
 
 
 # ------------------------------------------------------------------ one tool call
@@ -180,6 +191,7 @@ class ToolRequest(BaseModel):
     tool: str
     version: str = "1"
     arguments: Json = {}
+    tenant: str = "default"
 
     @property
     def key(self) -> str:
@@ -196,6 +208,8 @@ class OutcomeStatus(StrEnum):
     """It may have happened; it is never tried blindly again."""
     REJECTED = "rejected"
     """A human said no."""
+    DEFERRED = "deferred"
+    """Put off while its service's breaker is open; the platform tries it again."""
 
 
 class Outcome(BaseModel):
@@ -211,6 +225,12 @@ class Outcome(BaseModel):
     usage: Usage = Usage()
     """Of the tool's own model calls."""
     wait: Wait | None = None
+    origin: str = ""
+    """What answered when it was not the tool itself: another tool, the last good result and its age, a template."""
+    known: str = ""
+    """Of an unknown outcome: attempt, worker and time, for the person who settles it."""
+    notes: list[str] = []
+    """What a reader of the run should know, e.g. that a breaker closed."""
 
 
 class UndoStatus(StrEnum):
@@ -234,15 +254,24 @@ class UndoOutcome(BaseModel):
 class Verdict(StrEnum):
     APPROVE = "approve"
     REJECT = "reject"
+    HAPPENED = "happened"
+    """Of an unknown or undone call: it happened, or a person did it (with this result)."""
+    DID_NOT = "did_not"
+    """It did not happen; the agent may do it again."""
 
 
 class Approval(BaseModel):
-    """A request that blocks one call until a human decides. Bound to `digest` of the arguments, used once."""
+    """A request to a human. Bound to `digest` of the arguments, used once.
+
+    kind `tool`: blocks one call; answered by approve or reject. `outcome`: how did a call end that the platform cannot
+    settle; blocks only the end of a critical step; answered by happened or did_not. `refusal`: the model refuses the
+    turn by its policy; approve asks it again, reject ends the run.
+    """
 
     id: str
-    kind: Literal["tool"] = "tool"
+    kind: Literal["tool", "outcome", "refusal"] = "tool"
     subject: str
-    """The tool that wants to run."""
+    """The tool that wants to run, or ran."""
     seq: int
     arguments: Json = {}
     digest: str = ""
@@ -251,6 +280,13 @@ class Approval(BaseModel):
     """What the run has done so far, in a line."""
     cost_usd: float = 0.0
     asked_at: datetime
+    role: str = ""
+    """Whom it is addressed to; empty: anybody who may decide."""
+    key: str = ""
+    """Idempotency key of the call in question."""
+    step: str = ""
+    eta: datetime | None = None
+    """When the role will have answered, as a rule."""
 
 
 class ApprovalDecision(BaseModel):
@@ -262,6 +298,8 @@ class ApprovalDecision(BaseModel):
     comment: str = Field(default="", max_length=4000)
     digest: str = ""
     """When given it must match the approval's: the decision is then bound to these very arguments."""
+    result: Any = None
+    """With `happened`: the result that the call would have had, as JSON."""
 
 
 class DecisionReply(BaseModel):
@@ -318,6 +356,10 @@ class StepState(BaseModel):
     detail: str = ""
     seq: int | None = None
     """The call that left the step where it is, when it did not go well."""
+    title: str = ""
+    origin: str = ""
+    """What answered when it was not the step's own tool."""
+    eta: datetime | None = None
 
 
 class UndoRecord(BaseModel):
@@ -362,6 +404,11 @@ class RunResult(BaseModel):
     human_wait_s: float = 0.0
     decisions: list[DecidedApproval] = []
     trace_id: str = ""
+    percent: int = 0
+    models: dict[str, int] = {}
+    """Turns by the model that answered them, when there was more than one."""
+    notes: list[str] = []
+    """What was odd on the way, newest last."""
 
 
 class Phase(StrEnum):
@@ -416,3 +463,5 @@ class RunEnd(BaseModel):
 
     tenant: str = "default"
     result: RunResult
+    input: Json | None = None
+    """The run's own, when it failed: its dead letter is replayed from it."""

@@ -41,6 +41,10 @@ class Database(ABC):
         """Runs several `(sql, params)` in one transaction."""
 
     @abstractmethod
+    async def time(self) -> float:
+        """The store's own clock."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Waits for statements that run, then closes. Nothing may be called afterwards."""
 

@@ -49,6 +49,11 @@ class Postgres(Database):
             for sql, params in statements:
                 await connection.execute(_for_psycopg(sql), params)
 
+    async def time(self) -> float:
+        row = await self.one("SELECT extract(epoch FROM clock_timestamp())::float8")
+        assert row is not None
+        return row[0]
+
     async def close(self) -> None:
         await self._pool.close()
 

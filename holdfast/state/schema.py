@@ -72,9 +72,75 @@ effects = Table(
     Column("error", Text),
     Column("reserved_at", Double, nullable=False),
     Column("settled_at", Double),
+    Column("agent", Text),
+    Column("log", Text),
     Index("effects_key_base", "key_base"),
 )
-"""The ledger: one row an idempotency key."""
+"""The ledger: one row an idempotency key. `log` has a JSON line for each attempt that failed."""
+
+breakers = Table(
+    "breakers",
+    metadata,
+    Column("target", Text, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("failures", Integer, nullable=False),
+    Column("window_at", Double, nullable=False),
+    Column("window_calls", Integer, nullable=False),
+    Column("window_failures", Integer, nullable=False),
+    Column("opened_at", Double),
+    Column("probe_at", Double),
+    Column("prober", Text),
+    Column("lease_until", Double, nullable=False),
+    Column("paused_until", Double, nullable=False),
+    Column("held", Integer, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("changed_at", Double, nullable=False),
+)
+"""One row a service and target that ever failed; none means closed. `held`: tripped by hand, until reset by hand."""
+
+limits = Table(
+    "limits",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("book", Text, nullable=False),
+)
+"""One row a rate limit: the calls of the last minute and those booked ahead."""
+
+last_good = Table(
+    "last_good",
+    metadata,
+    Column("tool", Text, primary_key=True),
+    Column("tenant", Text, primary_key=True),
+    Column("digest", Text, primary_key=True),
+    Column("result", Text, nullable=False),
+    Column("at", Double, nullable=False),
+)
+"""The last good result of the reads that may fall back on it."""
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("agent", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("workflow_id", Text, nullable=False),
+    Column("key_base", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("cause", Text, nullable=False),
+    Column("context", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("closed_at", Double),
+    Column("note", Text, nullable=False),
+    Index("dead_letters_state", "state", "created_at"),
+    Index("dead_letters_workflow", "workflow_id"),
+)
+"""What could not be processed, with its full context: kept until it is replayed, settled or dropped."""
 
 checkpoints = Table(
     "checkpoints",

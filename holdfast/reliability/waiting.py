@@ -1,0 +1,23 @@
+"""Waiting is not failing: a call that may not go out yet says when, and nobody holds a worker until then."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from holdfast.contracts import Wait
+
+
+class NotYet(Exception):
+    """The call did not go out and may be tried again after `delay` seconds. It counts as no attempt and no failure."""
+
+    def __init__(self, delay: float, why: str, *, service: str = "") -> None:
+        """service: set when its breaker is open, so that the call may be put off while other work goes on."""
+        super().__init__(why)
+        self.delay = delay
+        self.why = why
+        self.service = service
+
+    def wait(self) -> Wait:
+        """As a result of an activity."""
+        until = datetime.now(UTC) + timedelta(seconds=max(self.delay, 0.0))
+        return Wait(until=until, why=self.why, service=self.service)

@@ -1,0 +1,64 @@
+"""External services as limits and circuit breakers know them: declared once, the same for every agent and worker.
+
+An agent names the services it declares in `AgentSpec.services`; one that nobody declares has the default breaker and no
+rate limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class BreakerRule:
+    """When the breaker of a service opens, and when it is tried again."""
+
+    failures: int | None = 3
+    """Opens after so many failures in a row; None: never for that reason."""
+    share: float | None = None
+    """Opens when at least this share (0…1) of the calls of a window fail. Costs each call a statement."""
+    window_s: float = 60.0
+    min_calls: int = 10
+    """A window with fewer calls says nothing about its share."""
+    probe_after_s: float = 30.0
+    """Seconds from opening to the first probe, and from a failed probe to the next."""
+
+    def __post_init__(self) -> None:
+        if self.failures is None and self.share is None:
+            raise TypeError("a breaker rule without `failures` and `share` would never open")
+        if (self.failures or 1) < 1 or not 0 < (self.share or 1) <= 1 or self.probe_after_s <= 0:
+            raise TypeError("a breaker rule needs failures >= 1, a share in (0, 1] and probe_after_s > 0")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A rate limit that all workers share. `name` is its row in the store."""
+
+    name: str
+    requests: int | None = None
+    """Per sliding minute."""
+    tokens: int | None = None
+    """Per sliding minute."""
+
+    def __post_init__(self) -> None:
+        if (self.requests or 1) < 1 or (self.tokens or 1) < 1:
+            raise TypeError(f"limit {self.name}: at least one per minute, or None for no limit")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the platform has to know of an external service. Its limits and its breaker are kept apart per tenant."""
+
+    name: str
+    breaker: BreakerRule = field(default_factory=BreakerRule)
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+    def target(self, tenant: str) -> str:
+        """The breaker's name."""
+        return self.name if tenant == "default" else f"{self.name}@{tenant}"
+
+    def limit(self, tenant: str) -> Limit | None:
+        if self.requests_per_minute is None and self.tokens_per_minute is None:
+            return None
+        return Limit(self.target(tenant), self.requests_per_minute, self.tokens_per_minute)
