@@ -445,6 +445,16 @@ class RunStatus(BaseModel):
     outcome: RunOutcome | None = None
 
 
+class Standing(BaseModel):
+    """An effect of an earlier try of this work that still stands: a call of this tool is answered with it, once."""
+
+    tool: str
+    key: str
+    """Idempotency key of the earlier call."""
+    content: str
+    """What the model reads."""
+
+
 class AgentInput(BaseModel):
     """Input of `AgentWorkflow`. A person may type it: `{"agent": "discharge", "input": {"patient_id": "pat-1"}}`."""
 
@@ -454,6 +464,8 @@ class AgentInput(BaseModel):
     requested_by: str = ""
     tenant: str = "default"
     trace_id: str = ""
+    standing: list[Standing] = []
+    """Set when a failed run is replayed: nothing of the first try is done twice."""
     state: dict[str, Any] | None = None
     """Set by continue-as-new only: the dumped `RunState` of `workflows.agent`."""
 
