@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from holdfast.cli import breakers
 from holdfast.cli.output import Refused, fail, out, print_json
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(breakers.commands, name="breakers")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="the run's id, as `run` printed it")]
 Approval = Annotated[

@@ -15,6 +15,7 @@ Times are epoch seconds by the store's clock. The SQL is the same for SQLite and
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -325,7 +326,8 @@ def _must_wait(row: _State, target: str, rule: BreakerRule, holder: str, now: fl
     """Why this call may not go out now; None: it may, as the probe if the row is open."""
     jitter = random.uniform(0.0, JITTER_S)
     if row.held:
-        words = f"{target} may not be called: {row.reason}; `uv run starter.py breakers reset {target}` allows it"
+        undo = f"uv run starter.py breakers reset {shlex.quote(target)}"
+        words = f"{target} may not be called: {row.reason}; `{undo}` allows it"
         return NotYet(rule.probe_after_s + jitter, words, service=target)
     if row.paused_until > now:
         left = row.paused_until - now
