@@ -84,7 +84,7 @@ async def _trip(target: str, why: str, by: str, as_json: bool) -> None:
     undo = f"uv run starter.py breakers reset {shlex.quote(target)}"
     out.print(f"{target} is tripped: no call goes out to it until `{undo}`", markup=False)
     if not is_known:
-        names = ", ".join(sorted(known | used - {""}))
+        names = ", ".join(sorted(known | used - {"", "model"}))
         out.print(f"note: no tool uses {target!r} and it has never failed; there are: {names}", markup=False)
 
 

@@ -133,7 +133,7 @@ UPDATE breakers SET version = version + 1, prober = ?, lease_until = ?, probe_at
 WHERE target = ? AND version = ? AND state = 'open'
 RETURNING version"""
 
-_HOLD = "UPDATE breakers SET lease_until = ? WHERE target = ? AND version = ?"
+_HOLD = "UPDATE breakers SET lease_until = ?, probe_at = ? WHERE target = ? AND version = ?"
 
 _GIVE_BACK = """
 UPDATE breakers SET version = version + 1, prober = NULL, lease_until = 0, probe_at = ?
@@ -233,8 +233,9 @@ class Breaker:
     async def check(self, passed: Pass) -> None:
         """Begins a prober's lease anew before it acts late. Raises ledger.Fenced when the probe is no longer its."""
         if passed.version:
-            until = await self._clock.now() + passed.lease_s
-            if await self._db.run(_HOLD, until, passed.target, passed.version) != 1:
+            now = await self._clock.now()
+            terms = (now + passed.lease_s, now + passed.rule.probe_after_s)
+            if await self._db.run(_HOLD, *terms, passed.target, passed.version) != 1:
                 raise Fenced(f"another call has become the probe of {passed.target}")
 
     async def succeeded(self, passed: Pass) -> Change | None:

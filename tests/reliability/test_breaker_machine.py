@@ -1,0 +1,286 @@
+"""Any interleaving of many clients with one breaker: calls, crashes, freezes and late wakings, trips and resets.
+
+Each client has a store clock of its own that is wrong by up to half a second. A call does what the protection chain
+does: it looks, asks `admit` when the breaker is not closed, checks again when it acts more than a second after that,
+and ends within its timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from holdfast.reliability.breaker import Breaker, Pass
+from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.reliability.ledger import Fenced
+from holdfast.reliability.waiting import NotYet
+from holdfast.services import BreakerRule
+from holdfast.state.clock import StoreClock
+from holdfast.state.database import Database, open_database
+
+TARGET = "pharmacy"
+RULE = BreakerRule()
+TIMEOUT_S = 10.0
+LEASE_S = 2 * TIMEOUT_S + 2
+STALE_S = 1.0
+SKEW_S = 0.5
+CLIENTS = 4
+KEYS = 5
+OUTCOMES: dict[str, Failure | None] = {
+    "success": None,
+    "gone": Failure(ErrorType.UNAVAILABLE, "503"),
+    "refused": Failure(ErrorType.REFUSED, "400"),
+    "bug": Failure(ErrorType.INTERNAL, "KeyError"),
+}
+T = TypeVar("T")
+
+
+class World:
+    """The true time."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+
+class SkewedClock(StoreClock):
+    def __init__(self, world: World, skew: float) -> None:
+        self._world = world
+        self._skew = skew
+
+    async def now(self) -> float:
+        return self._world.now + self._skew
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One worker's try of the call `key`, as the chain runs it. `sent_at`: its request has reached the service."""
+
+    key: str
+    breaker: Breaker
+    passed: Pass
+    let_in_at: float
+    sent_at: float | None = None
+    frozen: bool = False
+
+    @property
+    def probing(self) -> bool:
+        return self.passed.version > 0 and self.sent_at is not None and not self.frozen
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    runner: ClassVar[asyncio.Runner]
+    db: ClassVar[Database]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.run(self.db.run("DELETE FROM breakers"))
+        self.attempts: list[Attempt] = []
+        self.last_probe: Attempt | None = None
+        """The last one whose request went out since the breaker opened and that was not given back."""
+        self.last_sent_at = 0.0
+        self.fresh = 0
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(work)
+
+    @initialize(skews=st.lists(st.floats(-SKEW_S, SKEW_S), min_size=CLIENTS, max_size=CLIENTS))
+    def start(self, skews: list[float]) -> None:
+        self.breakers = [Breaker(self.db, SkewedClock(self.world, skew), lambda: self.world.now) for skew in skews]
+
+    # -------------------------------------------------------------- a call
+
+    @rule(client=st.integers(0, CLIENTS - 1), key=st.integers(0, KEYS - 1))
+    def begin(self, client: int, key: int) -> None:
+        """A try of a call. Another one of the same call is under way only in a process that is frozen."""
+        if all(each.frozen for each in self.attempts if each.key == f"run/{key}"):
+            self.let_in(client, f"run/{key}")
+
+    def let_in(self, client: int, key: str) -> Attempt | None:
+        breaker, row = self.breakers[client], self.row()
+        passed = Pass(TARGET, RULE, failures=row[2] if row else 0, since=self.world.now)
+        if row and (row[0] == "open" or row[3] > self.world.now):
+            try:
+                passed = self.run(breaker.admit(TARGET, RULE, key, LEASE_S))
+            except NotYet as wait:
+                assert wait.delay > 0
+                return None
+        self.attempts.append(Attempt(key, breaker, passed, self.world.now))
+        return self.attempts[-1]
+
+    @rule(n=st.integers(0, 20))
+    def send(self, n: int) -> None:
+        if attempt := self.pick(n, sent=False, frozen=False):
+            self.act(attempt)
+
+    def act(self, attempt: Attempt) -> None:
+        if self.world.now - attempt.let_in_at > STALE_S:
+            try:
+                self.run(attempt.breaker.check(attempt.passed))
+            except Fenced:
+                self.attempts.remove(attempt)
+                return
+        if attempt.passed.version:
+            for other in self.attempts:
+                assert not other.probing or other.key == attempt.key, "two probers act at once"
+            if self.last_probe is not None and self.last_probe.key != attempt.key:
+                apart = self.world.now - self.last_sent_at
+                assert apart >= RULE.probe_after_s - STALE_S - 2 * SKEW_S, f"two probes within {apart} s"
+            self.last_probe, self.last_sent_at = attempt, self.world.now
+        attempt.sent_at = self.world.now
+
+    @rule(n=st.integers(0, 20), outcome=st.sampled_from(sorted(OUTCOMES)))
+    def end(self, n: int, outcome: str) -> None:
+        if attempt := self.pick(n, sent=True, frozen=False):
+            self.report(attempt, outcome)
+
+    def report(self, attempt: Attempt, outcome: str) -> None:
+        self.attempts.remove(attempt)
+        before, failure = self.row(), OUTCOMES[outcome]
+        breaker, passed = attempt.breaker, attempt.passed
+        self.run(breaker.failed(passed, failure) if failure else breaker.succeeded(passed))
+        after = self.row()
+        if not passed.version:
+            assert before is None or before[0] == "closed" or after == before, "a call in flight moved an open breaker"
+        elif before is None or passed.version != before[1]:
+            assert after == before, "the report of an overtaken prober changed something"
+        else:
+            assert after is not None
+            assert after[0] == ("closed" if outcome in ("success", "refused") else "open")
+            if outcome == "bug":
+                self.last_probe = None
+
+    @rule(n=st.integers(0, 20))
+    def leave(self, n: int) -> None:
+        """Let in, but the call does not go out after all."""
+        if attempt := self.pick(n, sent=False, frozen=False):
+            self.attempts.remove(attempt)
+            self.run(attempt.breaker.released(attempt.passed))
+
+    @rule(client=st.integers(0, CLIENTS - 1))
+    def goes_down(self, client: int) -> None:
+        """Three calls in a row fail, if they get through."""
+        self.pass_time(2 * SKEW_S)  # a call that began before the last change, by its own clock, does not count
+        for _ in range(3):
+            if attempt := self.let_in(client, self.new_key()):
+                self.act(attempt)
+                self.report(attempt, "gone")
+        row = self.row()
+        assert row is not None
+        assert row[0] == "open" or row[3] > self.world.now - SKEW_S
+
+    # -------------------------------------------------------------- what happens to workers
+
+    @rule(n=st.integers(0, 20))
+    def crash(self, n: int) -> None:
+        if self.attempts:
+            self.attempts.pop(n % len(self.attempts))
+
+    @rule(n=st.integers(0, 20))
+    def freeze(self, n: int) -> None:
+        if self.attempts:
+            self.attempts[n % len(self.attempts)].frozen = True
+
+    @rule(n=st.integers(0, 20), outcome=st.sampled_from(sorted(OUTCOMES)))
+    def wake_after_the_request(self, n: int, outcome: str) -> None:
+        if attempt := self.pick(n, sent=True, frozen=True):
+            self.report(attempt, outcome)
+
+    @rule(n=st.integers(0, 20))
+    def wake_before_the_request(self, n: int) -> None:
+        if attempt := self.pick(n, sent=False, frozen=True):
+            attempt.frozen = False
+            self.act(attempt)
+
+    @rule(seconds=st.sampled_from([0.3, 2.0, 11.0, 21.5, 29.5, 31.0]))
+    def pass_time(self, seconds: float) -> None:
+        """Calls that reach their timeout meanwhile end there."""
+        until = self.world.now + seconds
+        while due := [each for each in self.attempts if each.sent_at and not each.frozen]:
+            first = min(due, key=lambda each: each.sent_at or 0.0)
+            assert first.sent_at is not None
+            if first.sent_at + TIMEOUT_S > until:
+                break
+            self.world.now = max(self.world.now, first.sent_at + TIMEOUT_S)
+            self.report(first, "gone")
+        self.world.now = until
+
+    # -------------------------------------------------------------- by hand, and by the service
+
+    @rule(client=st.integers(0, CLIENTS - 1))
+    def trip(self, client: int) -> None:
+        self.run(self.breakers[client].trip(TARGET, "moving house", "lee"))
+        assert self.let_in(client, self.new_key()) is None
+
+    @rule(client=st.integers(0, CLIENTS - 1))
+    def reset(self, client: int) -> None:
+        self.run(self.breakers[client].reset(TARGET, "lee"))
+
+    @rule(client=st.integers(0, CLIENTS - 1), seconds=st.sampled_from([2.0, 25.0]))
+    def pause(self, client: int, seconds: float) -> None:
+        self.run(self.breakers[client].pause(TARGET, seconds))
+
+    # -------------------------------------------------------------- what holds
+
+    @invariant()
+    def a_breaker_that_closed_begins_anew(self) -> None:
+        row = self.row()
+        if row is None or row[0] == "closed":
+            self.last_probe = None
+
+    @rule(client=st.integers(0, CLIENTS - 1))
+    def recovers(self, client: int) -> None:
+        """Whatever happened: once the service is well, a call gets through and the breaker is closed."""
+        if (row := self.row()) and row[4]:
+            self.run(self.breakers[client].reset(TARGET, "lee"))
+        # The last call under way, then the longest of lease, opening and pause, by the slowest clock.
+        self.pass_time(TIMEOUT_S + max(LEASE_S, RULE.probe_after_s) + 2 * SKEW_S)
+        attempt = self.let_in(client, self.new_key())
+        assert attempt is not None, f"stuck: {self.row()}"
+        self.act(attempt)
+        self.report(attempt, "success")
+        row = self.row()
+        assert row is None or row[0] == "closed"
+
+    def teardown(self) -> None:
+        if hasattr(self, "breakers"):
+            self.recovers(0)
+
+    # -------------------------------------------------------------- helpers
+
+    def new_key(self) -> str:
+        self.fresh += 1
+        return f"fresh/{self.fresh}"
+
+    def pick(self, n: int, *, sent: bool, frozen: bool) -> Attempt | None:
+        fit = [each for each in self.attempts if each.frozen is frozen and (each.sent_at is not None) is sent]
+        return fit[n % len(fit)] if fit else None
+
+    def row(self) -> tuple[Any, ...] | None:
+        """state, version, failures, paused_until, held, …"""
+        sql = "SELECT state, version, failures, paused_until, held, probe_at, prober, lease_until FROM breakers"
+        return self.run(self.db.one(sql))
+
+
+def test_any_interleaving_of_many_clients_keeps_to_one_probe_at_a_time_and_recovers(store_url: str) -> None:
+    with asyncio.Runner() as runner:
+        db = runner.run(open_database(store_url))
+        try:
+            machine = type("BreakerOnThisStore", (BreakerMachine,), {"runner": runner, "db": db})
+            run_state_machine_as_test(
+                machine,
+                settings=settings(
+                    max_examples=100,
+                    stateful_step_count=40,
+                    deadline=None,
+                    suppress_health_check=[HealthCheck.too_slow],
+                ),
+            )
+        finally:
+            runner.run(db.close())
