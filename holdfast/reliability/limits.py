@@ -1,8 +1,8 @@
 """Rate limits that all workers share: calls and tokens per sliding minute, booked ahead in one row of the store.
 
-The book of a limit counts calls and tokens per half-second slot, past and booked. A call gets the earliest slot in which
-no minute exceeds a limit. If that slot is now, the call goes out. If not, the slot is booked under the call's key and
-`NotYet` says when to come back: nobody waits in a worker, and those that wait come one by one, not as a herd.
+The book of a limit counts calls and tokens per half-second slot, past and booked. A call gets the earliest slot in
+which no minute exceeds a limit. If that slot is now, the call goes out. If not, the slot is booked under the call's key
+and `NotYet` says when to come back: nobody waits in a worker, and those that wait come one by one, not as a herd.
 
 Promises, as long as no call uses more tokens than were estimated:
 - In no sliding minute do more calls or tokens go out than allowed. Saturated, at least 95 % of the rate is used, less
@@ -23,7 +23,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import count
@@ -260,24 +260,24 @@ class Limiter:
         Taken one after another, a call would lose its place at one limit whenever it waits for another.
         """
         placed: list[Placed] = []
-        now, binding = 0.0, 0
+        now, start, binding = 0.0, 0, 0
         try:
             for limit in limits:
                 answer, now = await self._ask(limit, key, tokens, 0)
                 placed.append(answer)
-            while not all(each.granted for each in placed):
-                start = max(each.slot for each in placed if not each.granted)
+            while booked := [i for i, each in enumerate(placed) if not each.granted]:
+                last = max(booked, key=lambda i: placed[i].slot)
+                if placed[last].slot > start:
+                    start, binding = placed[last].slot, last
                 behind = [i for i, each in enumerate(placed) if each.slot < start]
-                if not behind and not any(each.granted for each in placed):
+                if not behind and len(booked) == len(limits):
                     raise _not_yet(limits[binding], placed, now)
                 # With none behind, the slot began between two questions: those that came too early ask again.
-                for i in behind or [i for i, each in enumerate(placed) if not each.granted]:
+                for i in behind or booked:
                     if placed[i].granted:
                         self.release(Ticket(limits[i], placed[i].slot, placed[i].tokens))
-                    placed[i] = Placed(start, 0, False, 0.0)
+                        placed[i] = replace(placed[i], granted=False)
                     placed[i], now = await self._ask(limits[i], key, tokens, start)
-                    if placed[i].slot > start:
-                        binding = i
         except BaseException:
             for limit, each in zip(limits, placed, strict=False):
                 if each.granted:
