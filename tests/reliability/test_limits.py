@@ -453,16 +453,18 @@ async def test_an_error_of_the_store_reaches_all_who_ask_and_the_next_call_works
 
 async def test_under_two_limits_a_call_is_booked_for_a_time_at_which_both_have_room(db: Database) -> None:
     clock = Later(db)
-    limiter, service, tool = Limiter(db, clock), Limit("service", 3), Limit("tool", 1)
+    limiter, service, tool = Limiter(db, clock), Limit("service", 2), Limit("tool", 1)
     await limiter.take_all([service, tool], "a")
-    with pytest.raises(NotYet, match="of tool") as first:
-        await limiter.take_all([service, tool], "b")
-    assert await counted(db, "service") == await counted(db, "tool") == (2, 0)
-    for key in "cd":  # the service stays busy with others
-        await limiter.take(service, key)
-    clock.ahead = first.value.delay
-    tickets = await limiter.take_all([service, tool], "b")
-    assert [ticket.limit for ticket in tickets] == [service, tool]
+    delays = []
+    for key in "bc":
+        with pytest.raises(NotYet, match="of tool") as waits:
+            await limiter.take_all([service, tool], key)
+        delays.append(waits.value.delay)
+    for number in range(8):  # others want the service as well
+        await ask(limiter, service, f"other {number}")
+    for key, clock.ahead in zip("bc", delays, strict=True):
+        tickets = await limiter.take_all([service, tool], key)
+        assert [ticket.limit for ticket in tickets] == [service, tool]
 
 
 async def test_a_slot_is_lost_to_a_call_that_the_store_held_up(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
