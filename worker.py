@@ -27,6 +27,8 @@ from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
 from workflows.agent import AgentWorkflow
+from workflows.orphans import OrphanSweep
+from workflows.repair import RepairWorkflow
 
 SETTINGS: dict[str, Any] = {
     "max_concurrent_activities": 200,
@@ -62,7 +64,7 @@ def make_worker(client: Client, queue: str, runtime: Runtime, **options: Any) ->
         "workflow_runner": sandbox(),
         # Stands in half of a run's events; the default is a hash that tells a reader nothing.
         "build_id": runtime.settings.build_id,
-        "workflows": [AgentWorkflow],
+        "workflows": [AgentWorkflow, RepairWorkflow, OrphanSweep],
         "activities": activities.activities(runtime),
     }
     return Worker(client, task_queue=queue, **(settled | options))

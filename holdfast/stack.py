@@ -228,6 +228,7 @@ class Stack:
             child.start()
         await asyncio.to_thread(migrate, self.store_url)
         await asyncio.gather(*(self.until_ready(child) for child in self.services))
+        await self._schedule_sweep()
         await asyncio.gather(*(self.start_worker() for _ in range(workers)))
 
     async def start_worker(self, **environment: str) -> Child:
@@ -247,6 +248,14 @@ class Stack:
         await child.until(lambda: _listens(port))
         if child.name == "temporal server":
             await self._until_server_answers()
+
+    async def _schedule_sweep(self) -> None:
+        """What terminated runs leave behind is undone every five minutes; a durable server has the schedule already."""
+        from holdfast.orphans import schedule
+        from holdfast.temporal import DATA_CONVERTER, Client
+
+        client = await Client.connect(self.temporal_address, data_converter=DATA_CONVERTER)
+        await schedule(client, self.environment.get("HOLDFAST_TASK_QUEUE", "holdfast"))
 
     async def _until_server_answers(self) -> None:
         """The port listens before the namespace and the search attributes are there."""

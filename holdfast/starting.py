@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,7 +19,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from agents.registry import agent as find_agent
-from holdfast.contracts import AgentInput, Json, Phase, digest
+from holdfast.contracts import AgentInput, Json, Phase, Standing, digest
 from holdfast.state.runs import Runs
 from holdfast.telemetry import tracing
 from holdfast.temporal import AGENT, STATUS, TENANT
@@ -53,10 +54,12 @@ async def start_run(
     request_key: str = "",
     requested_by: str = "",
     tenant: str = "default",
+    standing: Sequence[Standing] = (),
 ) -> Started:
     """Starts the run of a request, or finds the one that this key has started before, even long after it ended.
 
     value: the agent's input as JSON data. request_key: any text up to 200 characters; none means a new run.
+    standing: effects of earlier tries of this work that the run must not have again.
     Raises UnknownAgent, BadRequest, KeyReused (the key belongs to another input), StoreUnavailable, RPCError.
     """
     spec = find_agent(agent)
@@ -80,7 +83,13 @@ async def start_run(
         attributes = TypedSearchAttributes([SearchAttributePair(name, word) for name, word in names])
         # Claimed by us just now, or by a starter that died before it could tell: starting twice gives one run.
         request = AgentInput(
-            agent=agent, input=value, request_key=key, requested_by=requested_by, tenant=tenant, trace_id=trace_id
+            agent=agent,
+            input=value,
+            request_key=key,
+            requested_by=requested_by,
+            tenant=tenant,
+            trace_id=trace_id,
+            standing=list(standing),
         )
         try:
             await client.start_workflow(

@@ -21,6 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(breakers.commands, name="breakers")
+dlq = typer.Typer(
+    help="Dead letters: what could not be processed, kept with all that a replay needs.", no_args_is_help=True
+)
+app.add_typer(dlq, name="dlq")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="the run's id, as `run` printed it")]
 Approval = Annotated[
@@ -151,12 +155,10 @@ def reject(
 
 
 def _decide(run: str, approval_id: str, verdict: str, by: str, comment: str, json: bool) -> None:
-    import getpass
-
     from holdfast.cli import runs
     from holdfast.contracts import Verdict
 
-    _go(runs.decide(run, approval_id, Verdict(verdict), by.strip() or getpass.getuser(), comment, json))
+    _go(runs.decide(run, approval_id, Verdict(verdict), _name(by), comment, json))
 
 
 @app.command()
@@ -165,6 +167,109 @@ def cancel(run: Run, json: Json = False) -> None:
     from holdfast.cli import runs
 
     _go(runs.cancel(run, json))
+
+
+@app.command()
+def settle(
+    run: Run,
+    what: Annotated[str, typer.Argument(metavar="STEP_OR_KEY", help="the step, the tool, or the ledger key")],
+    happened: Annotated[
+        bool | None, typer.Option("--happened/--did-not", help="it happened, or somebody did it; or it did not")
+    ] = None,
+    result: Annotated[str, typer.Option("--result", metavar="JSON", help="the result it had, with --happened")] = "",
+    comment: Annotated[str, typer.Option("--comment", metavar="WHY", help="kept with the finding")] = "",
+    by: By = "",
+    json: Json = False,
+) -> None:
+    """Say how a call ended that nobody knows the end of, or that was left to a person; also after the run's end."""
+    if happened is None:
+        raise Refused("say which: --happened, or --did-not --comment WHY")
+    if happened is False and not comment.strip():
+        raise Refused("--did-not needs --comment WHY: it is kept with the finding")
+    if result and not happened:
+        raise Refused("--result goes with --happened only")
+    from holdfast.cli.settle import settle
+
+    _go(settle(run, what, happened=happened, result=result, by=_name(by), comment=comment, as_json=json))
+
+
+Letter = Annotated[str, typer.Argument(metavar="LETTER", help="as `dlq list` names it")]
+Agent = Annotated[str, typer.Option("--agent", help="only of this agent")]
+ToolName = Annotated[str, typer.Option("--tool", help="only of this tool")]
+Kind = Annotated[str, typer.Option("--kind", metavar="call|undo|run", help="only of this kind")]
+
+
+@dlq.command("list")
+def dlq_list(
+    agent: Agent = "",
+    tool: ToolName = "",
+    kind: Kind = "",
+    state: Annotated[str, typer.Option("--state", help="open, replaying, replayed, settled or dropped")] = "",
+    json: Json = False,
+) -> None:
+    """List dead letters, the oldest first; without --state those that are not closed."""
+    from holdfast.cli import letters
+
+    _go(letters.listing(letters.Filter(agent, tool, kind, state), json))
+
+
+@dlq.command("show")
+def dlq_show(letter: Letter, json: Json = False) -> None:
+    """Show one: cause, input, every failed attempt, ledger keys, and what to do next."""
+    from holdfast.cli import letters
+
+    _go(letters.show(letter, json))
+
+
+@dlq.command("replay")
+def dlq_replay(
+    letter: Annotated[list[str] | None, typer.Argument(metavar="[LETTER]…", help="or a filter")] = None,
+    agent: Agent = "",
+    tool: ToolName = "",
+    kind: Kind = "",
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    by: By = "",
+    json: Json = False,
+) -> None:
+    """Try again, under the same idempotency keys, and wait for it. Exit status 1 when one did not end well."""
+    from holdfast.cli import letters
+
+    _go(letters.replay(letter or [], letters.Filter(agent, tool, kind), _name(by), yes, json))
+
+
+@dlq.command("drop")
+def dlq_drop(
+    letter: Annotated[list[str], typer.Argument(metavar="LETTER…", help="as `dlq list` names them")],
+    why: Annotated[str, typer.Option("--why", help="kept with the letter")],
+    by: By = "",
+    json: Json = False,
+) -> None:
+    """Close dead letters without doing anything about them."""
+    if not why.strip():
+        raise Refused("--why is empty: say why nothing is done about it")
+    from holdfast.cli import letters
+
+    _go(letters.drop(letter, why, _name(by), json))
+
+
+@app.command()
+def orphans(
+    fix: Annotated[bool, typer.Option("--fix", help="undo what they did now, and record their end")] = False,
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="SECONDS", min=0, help="leave younger effects alone")
+    ] = 120.0,
+    json: Json = False,
+) -> None:
+    """List runs that were terminated, or vanished, and left effects behind. Exit status 1 when there are some."""
+    from holdfast.cli import letters
+
+    _go(letters.orphans(fix, older_than, json))
+
+
+def _name(by: str) -> str:
+    import getpass
+
+    return by.strip() or getpass.getuser()
 
 
 @app.command()
@@ -203,7 +308,8 @@ def migrate(json: Json = False) -> None:
 
 @app.command()
 def doctor(
-    fix: Annotated[bool, typer.Option("--fix", help="register missing search attributes")] = False, json: Json = False
+    fix: Annotated[bool, typer.Option("--fix", help="register search attributes, schedule the sweep")] = False,
+    json: Json = False,
 ) -> None:
     """Check what is reachable, what is missing, and say what to do. Exit status 1 when something is missing."""
     from holdfast.cli.doctor import doctor

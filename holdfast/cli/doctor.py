@@ -14,6 +14,7 @@ from temporalio.service import RPCError
 
 from holdfast.cli.output import out, print_json
 from holdfast.cli.up import running_stack
+from holdfast.orphans import is_scheduled, schedule
 from holdfast.settings import settings, stack_file
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
@@ -85,7 +86,19 @@ async def _temporal(client: Client, fix: bool) -> list[Check]:
     done = f"registered now: {', '.join(registered)}" if registered else "all there"
     lacking = f"missing: {', '.join(missing)}"
     fixing = "uv run starter.py doctor --fix"
-    return [*checks, Check("search attributes", not missing, lacking if missing else done, fixing)]
+    checks.append(Check("search attributes", not missing, lacking if missing else done, fixing))
+    return [*checks, await _sweep(client, fix)]
+
+
+async def _sweep(client: Client, fix: bool) -> Check:
+    try:
+        made = await schedule(client, settings().task_queue) if fix else False
+        there = made or await is_scheduled(client)
+    except RPCError as error:
+        return Check("orphan sweep", False, error.message, "ask whoever runs the server for schedules", needed=False)
+    found = "scheduled now" if made else "scheduled"
+    to_do = "uv run starter.py doctor --fix: nobody undoes what a terminated run has left behind"
+    return Check("orphan sweep", there, found if there else "not scheduled", to_do, needed=False)
 
 
 async def _store() -> Check:

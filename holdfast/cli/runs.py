@@ -92,13 +92,17 @@ class Known:
         return self.execution is not None and self.execution.status is WorkflowExecutionStatus.RUNNING
 
     async def result(self) -> RunResult | None:
-        """How the run ended; None when it has not, or nobody recorded it (it was terminated)."""
+        """How the run ended; None when it has not, or nobody recorded it (it was terminated).
+
+        The store comes first: what is repaired after the end is only there.
+        """
+        row = self.row or await stored(self.workflow_id)
+        if row is not None and row.result:
+            return RunResult.model_validate_json(row.result)
         if self.execution is not None and not self.running:
             with suppress(RPCError):
-                if found := await temporal_result(self.handle):
-                    return found
-        row = self.row or await stored(self.workflow_id)
-        return RunResult.model_validate_json(row.result) if row is not None and row.result else None
+                return await temporal_result(self.handle)
+        return None
 
 
 async def find(client: Client, workflow_id: str, *, with_row: bool = False) -> Known:

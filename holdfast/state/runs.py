@@ -122,6 +122,11 @@ class Runs:
         )
         return await self._db.run(sql, outcome, result, now, now, outcome, result, workflow_id) == 1
 
+    async def amend(self, workflow_id: str, before: str, outcome: str, result: str) -> bool:
+        """Replaces a stored result by what a repair made of it. False when it is not `before` any more."""
+        sql = "UPDATE runs SET outcome = ?, result = ? WHERE workflow_id = ? AND result = ?"
+        return await self._db.run(sql, outcome, result, workflow_id, before) == 1
+
     async def get(self, request_key: str) -> Run | None:
         row = await self._db.one(f"SELECT {COLUMNS} FROM runs WHERE request_key = ?", request_key)
         return Run(*row) if row else None

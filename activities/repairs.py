@@ -1,0 +1,258 @@
+"""The activities of `RepairWorkflow` and `OrphanSweep`: what happens to a run after its end."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+from temporalio import activity
+
+from activities.boundary import boundary
+from activities.runs import RunRecords
+from agents import registry
+from holdfast.contracts import (
+    Effect,
+    Json,
+    Outcome,
+    OutcomeStatus,
+    Pending,
+    RunEnd,
+    RunOutcome,
+    RunResult,
+    StepState,
+    StepStatus,
+    ToolRequest,
+    UndoStatus,
+)
+from holdfast.models import ModelAnswer
+from holdfast.orphans import find_orphans, is_over
+from holdfast.reliability.chain import protected
+from holdfast.reliability.ledger import Entry, Settled, State, tool_call
+from holdfast.reliability.waiting import NotYet
+from holdfast.repairs import (
+    Action,
+    Repair,
+    RepairEnd,
+    RepairResult,
+    Survey,
+    Sweep,
+    amended,
+    doubtful,
+    left_behind,
+    record_of,
+    refusal,
+)
+from holdfast.runtime import Runtime
+from holdfast.state.letters import Letters, LetterState
+from holdfast.state.runs import Runs
+from holdfast.tools import Tool, ToolContext, ToolFailed, explain
+
+TERMINATED = "terminated outside; found by the sweep and undone"
+
+
+class Repairs:
+    def __init__(self, runtime: Runtime, records: RunRecords) -> None:
+        self._runtime = runtime
+        self._records = records
+        self._ledger = runtime.ledger
+        self._runs = Runs(runtime.db)
+        self._letters = Letters(runtime.db)
+
+    @activity.defn(name="begin_repair")
+    async def begin_repair(self, repair: Repair) -> str:
+        """Claims the letter and lets what is to be replayed be tried again. Empty, or why it must not be."""
+        with boundary():
+            entries = await self._ledger.entries(repair.key_base)
+            _, run = await self._result(repair)
+            outcome = run.outcome if run else None
+            if refused := next(filter(None, (refusal(action, entries, outcome) for action in repair.actions)), ""):
+                return refused
+            letter = await self._letters.get(repair.letter)
+            by = f"replayed by {repair.by}"
+            if letter and not await self._letters.claim(letter.id, repair.workflow_id, by):
+                letter = await self._letters.get(letter.id) or letter
+                return f"{letter.id} is {letter.state} ({letter.note})"
+            for action in repair.actions:
+                for key in _to_reopen(action, entries):
+                    await self._ledger.reopen(key)
+            return ""
+
+    @activity.defn(name="record_repair")
+    async def record_repair(self, end: RepairEnd) -> RepairResult:
+        """Writes what became of the letter and of the run's stored result. Idempotent."""
+        repair = end.repair
+        with boundary():
+            words, ok = "; ".join(each.words for each in end.ends), all(each.ok for each in end.ends)
+            outcome = await self._amend(end)
+            settled = any(each.action.do == "settle" for each in end.ends)
+            if ok and all(each.action.happened for each in end.ends if each.action.do == "settle"):
+                state = LetterState.SETTLED if settled else LetterState.REPLAYED
+                await self._letters.close(repair.letter, state, words)
+            else:
+                await self._letters.reopen(repair.letter, words, "")
+            return RepairResult(ok=ok, words=words, outcome=outcome)
+
+    @activity.defn(name="find_orphans")
+    async def find_orphans(self, sweep: Sweep) -> list[Repair]:
+        with boundary():
+            return await find_orphans(self._runtime.db, activity.client(), sweep.grace_s)
+
+    @activity.defn(name="survey")
+    async def survey(self, repair: Repair) -> Survey:
+        """What the run left behind, unless it came back to life, or its end was recorded."""
+        with boundary():
+            run = await self._runs.by_workflow(repair.workflow_id)
+            ended = run is not None and run.ended_at is not None
+            if ended or not await is_over(activity.client(), repair.workflow_id, repair.key_base):
+                return Survey(alive=True)
+            rows = left_behind(repair.key_base, await self._ledger.entries(repair.key_base))
+            return Survey(actions=[action for row in rows if (action := _unwinding(repair.agent, row))])
+
+    @activity.defn(name="ask_probe")
+    async def ask_probe(self, request: ToolRequest) -> Outcome:
+        """Asks the other side whether a doubtful call happened, and never makes it. Records the answer."""
+        with boundary():
+            tool = _tool(request.agent, request.tool)
+            if tool is None or tool.probe_function is None:
+                return Outcome(status=OutcomeStatus.UNKNOWN, content=f"{request.tool} has no probe to ask")
+            try:
+                arguments = tool.validate(request.arguments)
+            except ValidationError as error:
+                return Outcome(status=OutcomeStatus.UNKNOWN, content=f"bad arguments: {explain(error)}")
+            try:
+                found = await self._ask(request, tool, arguments)
+            except NotYet as wait:
+                return Outcome(wait=wait.wait())
+            if found.state is not State.DONE:
+                return Outcome(status=OutcomeStatus.UNKNOWN, content=f"asked about {tool.name}: {found.error}")
+            happened = found.result is not None
+            await self._ledger.settle(request.key, happened, found.result, "its service says that it did not happen")
+            words = f"asked about {tool.name}: it {'happened' if happened else 'did not happen'}"
+            return Outcome(status=OutcomeStatus.OK if happened else OutcomeStatus.FAILED, content=words)
+
+    @activity.defn(name="record_orphan")
+    async def record_orphan(self, end: RepairEnd) -> RepairResult:
+        """Records the end of a run in its place, with the letters that follow. Idempotent."""
+        repair = end.repair
+        with boundary():
+            entries = await self._ledger.entries(repair.key_base)
+            result = _orphans_result(end, entries)
+            await self._records.record(repair.workflow_id, RunEnd(tenant=repair.tenant, result=result))
+            ok = not result.pending and all(each.ok for each in end.ends)
+            words = "; ".join(f"{each.action.tool}: {each.words}" for each in end.ends) or "nothing to undo"
+            return RepairResult(ok=ok, words=words, outcome=result.outcome)
+
+    async def _ask(self, request: ToolRequest, tool: Tool, arguments: Json) -> Settled:
+        """The probe as a read of its own, so that breaker and time limit stand around it like around any call."""
+        service = registry.service(tool.service)
+        call = tool_call(
+            f"{request.key}/ask",
+            request.key_base,
+            tool.name,
+            Effect.READ,
+            request.arguments,
+            version=tool.version,
+            service=tool.service,
+            timeout_s=tool.timeout_s,
+            agent=request.agent,
+            target=service.target(request.tenant) if tool.service else "",
+            rule=service.breaker,
+        )
+        context = ToolContext(request.key, 1, self._runtime.http, self._runtime.service_url, _no_model)
+
+        async def act(attempt: int) -> object:
+            return await tool.run_probe(context, arguments)
+
+        return await protected(self._runtime.guards, call, act)
+
+    async def _result(self, repair: Repair) -> tuple[str, RunResult | None]:
+        """The stored result of the run, as text too; None without one, or when the id is another run's by now."""
+        row = await self._runs.by_workflow(repair.workflow_id)
+        if row is None or not row.result:
+            return "", None
+        result = RunResult.model_validate_json(row.result)
+        return row.result, result if result.key_base == repair.key_base else None
+
+    async def _amend(self, end: RepairEnd) -> RunOutcome | None:
+        """The run's outcome from now on."""
+        while True:
+            before, result = await self._result(end.repair)
+            if result is None:
+                return None
+            after = amended(result, end.ends)
+            if await self._runs.amend(end.repair.workflow_id, before, after.outcome, after.model_dump_json()):
+                return after.outcome
+
+
+async def _no_model(label: str, messages: list[Json]) -> ModelAnswer:
+    raise ToolFailed("a probe asks its service, not a model")
+
+
+def _tool(agent: str, name: str) -> Tool | None:
+    try:
+        return registry.agent(agent).by_name.get(name)
+    except registry.UnknownAgent:
+        return None
+
+
+def _to_reopen(action: Action, entries: list[Entry]) -> list[str]:
+    match action.do:
+        case "call":
+            return [action.key]
+        case "undo":
+            of = f"{action.key.removesuffix('/undo')}/"
+            return [e.key for e in entries if e.kind == "undo" and e.key.startswith(of)]
+        case _:
+            return []
+
+
+def _unwinding(agent: str, row: Entry) -> Action | None:
+    """What to do about a call of a run that is gone; None when nothing can be done about it."""
+    tool = _tool(agent, row.name)
+    action = Action(
+        do="undo",
+        key=row.key,
+        seq=row.seq or 0,
+        tool=row.name,
+        version=row.version,
+        arguments=row.arguments or {},
+        timeout_s=tool.timeout_s if tool else 10.0,
+    )
+    if tool is None or tool.policy.undo:  # without its tool, the undo says that it has to be done by hand
+        return action
+    unknown = row.state in (State.UNKNOWN, State.RESERVED)
+    return action.model_copy(update={"do": "ask"}) if unknown and row.effect == Effect.PROBE else None
+
+
+def _orphans_result(end: RepairEnd, entries: list[Entry]) -> RunResult:
+    """The result of a run that could not give one."""
+    repair = end.repair
+    undos = [record_of(each) for each in end.ends if each.action.do == "undo"]
+    specs = registry.agents()[repair.agent].steps if repair.agent in registry.agents() else ()
+    for record in undos:
+        record.step = next((spec.name for spec in specs if record.tool in spec.tools), "")
+    undone = {record.tool for record in undos if record.status is UndoStatus.UNDONE}
+    left = {record.seq for record in undos}  # a compensation that failed has a letter of its own
+    pending = [
+        Pending(step=e.name, role="", what="nobody knows whether it happened", key=e.key)
+        for e in doubtful(entries)
+        if e.seq not in left
+    ]
+    return RunResult(
+        outcome=RunOutcome.CANCELLED,
+        reason=TERMINATED,
+        agent=repair.agent,
+        key_base=repair.key_base,
+        steps=[
+            StepState(
+                name=spec.name,
+                title=spec.title,
+                critical=spec.critical,
+                role=spec.role,
+                status=StepStatus.UNDONE if undone.intersection(spec.tools) else StepStatus.TODO,
+            )
+            for spec in specs
+        ],
+        pending=pending,
+        undone=sorted(undos, key=lambda record: record.seq),
+        calls=max((e.seq or 0 for e in entries if e.kind == "tool"), default=0),
+        failures=sum(e.failures for e in entries),
+    )

@@ -1,0 +1,311 @@
+"""`starter.py dlq`: dead letters from the command line, and `orphans`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
+from temporalio.exceptions import ApplicationError
+
+from holdfast.cli.output import Refused, err, out, print_json
+from holdfast.cli.runs import clock, connect, temporal_result
+from holdfast.contracts import Json, RunResult
+from holdfast.repairing import repair_of, replay_run, start_repair
+from holdfast.repairs import RepairResult, Sweep, Swept
+from holdfast.settings import settings
+from holdfast.starting import BadRequest
+from holdfast.state.database import Database, open_database
+from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
+from holdfast.state.version import check_schema
+
+COLOURS = {
+    LetterState.OPEN: "yellow",
+    LetterState.REPLAYING: "cyan",
+    LetterState.REPLAYED: "green",
+    LetterState.SETTLED: "green",
+    LetterState.DROPPED: "magenta",
+}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which letters; an empty field fits all."""
+
+    agent: str = ""
+    tool: str = ""
+    kind: str = ""
+    state: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises Refused for a kind or a state that there is not."""
+        for name, value, known in (("kind", self.kind, list(LetterKind)), ("state", self.state, list(LetterState))):
+            if value and value not in known:
+                raise Refused(f"--{name} {value}: there are {', '.join(known)}")
+
+    def __bool__(self) -> bool:
+        return any((self.agent, self.tool, self.kind, self.state))
+
+
+@asynccontextmanager
+async def store() -> AsyncIterator[Database]:
+    """Raises StoreUnavailable, SchemaMismatch."""
+    db = await open_database(settings().store_url)
+    try:
+        await check_schema(db)
+        yield db
+    finally:
+        await db.close()
+
+
+# ------------------------------------------------------------------ looking
+
+
+async def listing(wanted: Filter, as_json: bool) -> int:
+    async with store() as db:
+        found = await Letters(db).find(agent=wanted.agent, tool=wanted.tool, kind=wanted.kind, state=wanted.state)
+    found = [letter for letter in found if wanted.state or letter.closed_at is None]
+    if as_json:
+        print_json([as_data(letter) for letter in found])
+        return 0
+    if not found:
+        out.print("no dead letters" + (" that fit" if wanted else ""))
+        return 0
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("letter", "state", "what", "run", "for", "since", "cause"):
+        table.add_column(column, no_wrap=column in ("letter", "run"))
+    for each in found:
+        state = Text(each.state, COLOURS[LetterState(each.state)])
+        cause = each.cause if len(each.cause) <= 80 else each.cause[:79] + "…"
+        table.add_row(each.id, state, each.subject, each.workflow_id, each.role, clock(each.created_at), Text(cause))
+    out.print(table)
+    out.print("[dim]uv run starter.py dlq show LETTER[/dim]")
+    return 0
+
+
+async def show(id: str, as_json: bool) -> int:
+    async with store() as db:
+        letter = await find(Letters(db), id)
+    if as_json:
+        print_json({**as_data(letter), "commands": commands(letter)})
+        return 0
+    details = letter.details
+    out.print(Text(letter.id, "bold"), Text(letter.state, COLOURS[LetterState(letter.state)]))
+    out.print(headline(letter), markup=False)
+    out.print(f"cause: {letter.cause}", markup=False)
+    out.print(f"since {clock(letter.created_at)}" + (f", for the {letter.role}" if letter.role else ""), markup=False)
+    if letter.note:
+        out.print(f"note: {letter.note}", markup=False)
+    for title, value in (("input", details.get("input")), ("arguments", details.get("arguments"))):
+        if value:
+            out.print(f"{title}:")
+            for name, each in value.items():
+                out.print(f"  {name}: {each}", markup=False)
+    if details.get("reserved_at"):
+        words = f"ledger: {details['state']} after attempt {details['attempt']}, begun {clock(details['reserved_at'])}"
+        out.print(f"{words} by {details['worker']}", markup=False)
+    if attempts := details.get("attempts"):
+        out.print(f"failed attempts ({len(attempts)}):")
+        for each in attempts:
+            out.print(f"  {clock(each['at'])}  {each['worker']}  {each['error']}  [{each['key']}]", markup=False)
+    if keys := details.get("keys"):
+        out.print("ledger keys:")
+        for key in keys:
+            out.print(f"  {key}", markup=False)
+    for command in commands(letter):
+        out.print(f"→ {command}", markup=False)
+    return 0
+
+
+def headline(letter: Letter) -> str:
+    """What could not be processed, in a sentence."""
+    match letter.kind:
+        case LetterKind.CALL:
+            step = letter.details.get("step") or letter.subject
+            return f"Step {step} of {letter.workflow_id} is left pending: call of {letter.subject}"
+        case LetterKind.UNDO:
+            return f"The effect of {letter.subject} in {letter.workflow_id} still stands: its compensation failed"
+        case _:
+            return f"A run of agent {letter.subject} failed: {letter.workflow_id}"
+
+
+def commands(letter: Letter) -> list[str]:
+    """What a person can do about it now."""
+    if letter.state == LetterState.REPLAYING and letter.kind == LetterKind.RUN:
+        return [f"uv run starter.py follow {letter.workflow_id}"]
+    if letter.state not in (LetterState.OPEN, LetterState.REPLAYING):
+        return []
+    details = letter.details
+    settle = f"uv run starter.py settle {letter.workflow_id} {letter.key or details.get('step')}"
+    settling = [f"{settle} --happened [--result JSON] [--comment WHY]", f"{settle} --did-not --comment WHY"]
+    replay = [f"uv run starter.py dlq replay {letter.id}"]
+    drop = [f"uv run starter.py dlq drop {letter.id} --why WHY"]
+    if letter.kind == LetterKind.RUN:
+        return replay + drop
+    if letter.kind == LetterKind.UNDO:
+        return replay + settling[:1] + drop
+    blind = details.get("effect") == "manual" and details.get("state") in ("UNKNOWN", "RESERVED")
+    return ([] if blind or not letter.key else replay) + settling + drop
+
+
+def as_data(letter: Letter) -> Json:
+    return {**letter._asdict(), "context": letter.details}
+
+
+async def find(letters: Letters, id: str) -> Letter:
+    """Raises Refused when there is none."""
+    letter = await letters.get(id)
+    if letter is None:
+        raise Refused(f"no dead letter {id!r}: `uv run starter.py dlq list` shows those there are")
+    return letter
+
+
+# ------------------------------------------------------------------ acting
+
+
+async def replay(ids: list[str], wanted: Filter, by: str, yes: bool, as_json: bool) -> int:
+    """Replays letters one after another and says how each ended. 0 when all ended well, else 1; 2 when refused."""
+    async with store() as db:
+        letters = Letters(db)
+        if ids:
+            chosen = [await find(letters, id) for id in ids]
+        elif wanted:
+            chosen = await letters.find(agent=wanted.agent, tool=wanted.tool, kind=wanted.kind, state=LetterState.OPEN)
+        else:
+            raise Refused("name letters, or a filter such as --tool TOOL: `uv run starter.py dlq list` shows them")
+        if not chosen:
+            raise Refused("no open dead letter fits: `uv run starter.py dlq list` shows those there are")
+        if not yes:
+            confirm(chosen)
+        client = await connect()
+        ends = [await _replay_one(client, db, letter, by, as_json) for letter in chosen]
+    if as_json:
+        print_json(ends)
+    return 0 if all(end["ok"] for end in ends) else 1
+
+
+def confirm(chosen: list[Letter]) -> None:
+    """Shows what will be done and asks. Raises Refused without a yes, and where nobody can be asked."""
+    for letter in chosen:
+        err.print(f"{letter.id}: {headline(letter)}: {letter.cause}", markup=False)
+    if not sys.stdin.isatty():
+        raise Refused(f"replaying {len(chosen)} dead letters needs --yes where nobody can be asked")
+    err.print(f"replay {len(chosen)} dead letters? [y/N] ", end="", markup=False)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Refused("nothing was replayed")
+
+
+async def _replay_one(client: Client, db: Database, letter: Letter, by: str, as_json: bool) -> Json:
+    """Replays a letter and waits for its end."""
+    try:
+        if letter.kind == LetterKind.RUN:
+            ok, words, where = await _run_again(client, db, letter, by)
+        else:
+            handle = await start_repair(client, await repair_of(letter, db, by), settings().task_queue)
+            err.print(f"[dim]{letter.id}: {handle.id}[/dim]")
+            ok, words = await wait_for(handle)
+            where = handle.id
+    except BadRequest as refused:
+        ok, words, where = False, str(refused), ""
+    if not as_json:
+        out.print(Text("✓" if ok else "✗", "green" if ok else "red"), Text(f"{letter.id}: {words}"))
+    return {"id": letter.id, "ok": ok, "words": words, "workflow_id": where}
+
+
+async def _run_again(client: Client, db: Database, letter: Letter, by: str) -> tuple[bool, str, str]:
+    started = await replay_run(client, db, letter, by, settings().task_queue)
+    err.print(
+        f"{letter.id}: {started.workflow_id} runs; it may ask: `uv run starter.py approvals {started.workflow_id}`"
+    )
+    handle = client.get_workflow_handle(started.workflow_id, result_type=RunResult)
+    try:
+        result = await temporal_result(handle)
+    except asyncio.CancelledError:
+        err.print(f"left; the run goes on: uv run starter.py follow {started.workflow_id}")
+        raise
+    if result is None:
+        return False, f"{started.workflow_id} ended without a result", started.workflow_id
+    words = f"{started.workflow_id} ended {result.outcome}" + (f": {result.reason}" if result.reason else "")
+    return not result.outcome.unwinds, words, started.workflow_id
+
+
+async def wait_for(handle: WorkflowHandle[Any, RepairResult]) -> tuple[bool, str]:
+    """Waits for a repair: whether all of it went well, and what became of it."""
+    try:
+        result = await handle.result()
+    except WorkflowFailureError as error:
+        words = error.cause.message if isinstance(error.cause, ApplicationError) else f"it ended: {error.cause}"
+        return False, words
+    except asyncio.CancelledError:
+        err.print(f"left; it goes on as workflow {handle.id}")
+        raise
+    after = f" (the run is {result.outcome} now)" if result.outcome else ""
+    return result.ok, result.words + after
+
+
+async def drop(ids: list[str], why: str, by: str, as_json: bool) -> int:
+    """Closes letters without doing anything about them."""
+    async with store() as db:
+        letters = Letters(db)
+        for letter in [await find(letters, id) for id in ids]:
+            if not await letters.drop(letter.id, f"dropped by {by}: {why}"):
+                now = await find(letters, letter.id)
+                raise Refused(f"{letter.id} cannot be dropped: it is {now.state} ({now.note})")
+            if not as_json:
+                out.print(f"{letter.id} dropped")
+    if as_json:
+        print_json([{"id": id, "state": LetterState.DROPPED} for id in ids])
+    return 0
+
+
+# ------------------------------------------------------------------ orphans
+
+
+async def orphans(fix: bool, grace_s: float, as_json: bool) -> int:
+    """Runs that ended without undoing what they did. 0 when there are none, or all of them were undone; else 1."""
+    from holdfast.orphans import find_orphans
+
+    client = await connect()
+    if fix:
+        return await _sweep(client, grace_s, as_json)
+    async with store() as db:
+        found = await find_orphans(db, client, grace_s)
+    if as_json:
+        print_json([{"workflow_id": each.workflow_id, "key_base": each.key_base} for each in found])
+    elif not found:
+        out.print("no run was left with effects that nobody undoes")
+    else:
+        for each in found:
+            out.print(f"{each.workflow_id}: its workflow is over, its effects stand", markup=False)
+        out.print("→ uv run starter.py orphans --fix undoes them now; the sweep does within five minutes")
+    return 1 if found else 0
+
+
+async def _sweep(client: Client, grace_s: float, as_json: bool) -> int:
+    """Sweeps now and waits for what it has started."""
+    import secrets
+
+    swept = await client.execute_workflow(
+        "OrphanSweep",
+        Sweep(grace_s=grace_s),
+        id=f"orphan-sweep-{secrets.token_hex(4)}",
+        task_queue=settings().task_queue,
+        result_type=Swept,
+    )
+    ends: list[Json] = []
+    for id in swept.found:
+        ok, words = await wait_for(client.get_workflow_handle(id, result_type=RepairResult))
+        ends.append({"workflow_id": id, "ok": ok, "words": words})
+        if not as_json:
+            out.print(Text("✓" if ok else "✗", "green" if ok else "red"), Text(f"{id}: {words}"))
+    if as_json:
+        print_json(ends)
+    elif not ends:
+        out.print("nothing to undo")
+    return 0 if all(end["ok"] for end in ends) else 1

@@ -1,0 +1,139 @@
+"""`starter.py settle`: a person says how a call ended that the platform does not know, or cannot do itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from temporalio.client import Client
+
+from holdfast.cli.letters import store, wait_for
+from holdfast.cli.output import Refused, out, print_json
+from holdfast.cli.runs import Handle, Known, NoAnswer, ask, connect, find, send
+from holdfast.contracts import Approval, ApprovalDecision, RunResult, Verdict
+from holdfast.reliability.ledger import Entry, Ledger
+from holdfast.repairing import start_repair
+from holdfast.repairs import Action, Repair, concerns, doubtful
+from holdfast.settings import settings
+from holdfast.starting import BadRequest
+from holdfast.state.letters import LetterKind, Letters, letter_id
+
+
+async def settle(run: str, what: str, *, happened: bool, result: str, by: str, comment: str, as_json: bool) -> int:
+    """While the run is open its question is answered; after its end a workflow of its own records the finding.
+
+    what: the step, the tool, the ledger key or the approval's id. result: JSON. Raises Refused.
+    """
+    value = _parse(result)
+    client = await connect()
+    known = await find(client, run, with_row=True)
+    if known.running:
+        return await _answer(known.handle, what, happened, value, by, comment, as_json)
+    repair = await _repair(known, what, happened, value, by, comment)
+    try:
+        return await _record(client, repair, as_json)
+    except BadRequest as refused:
+        raise Refused(str(refused)) from None
+
+
+def _parse(result: str) -> Any:
+    if not result:
+        return None
+    try:
+        return json.loads(result)
+    except ValueError as error:
+        raise Refused(f"--result is not JSON: {error}; a text needs its quotes: --result '\"done by phone\"'") from None
+
+
+# ------------------------------------------------------------------ while the run is open
+
+
+async def _answer(handle: Handle, what: str, happened: bool, value: Any, by: str, comment: str, as_json: bool) -> int:
+    try:
+        opened: list[Approval] = await ask(handle, "approvals", list[Approval])
+    except NoAnswer as error:
+        raise Refused(f"{error} Without one nobody can tell which call is meant; start one, then try again.") from None
+    questions = [a for a in opened if a.kind == "outcome"]
+    meant = [a for a in questions if what in (a.id, a.step, a.subject, a.key)]
+    if len(meant) != 1:
+        there = ", ".join(f"{a.step or a.subject} ({a.id})" for a in questions) or "none"
+        how = "several calls" if meant else "no call"
+        raise Refused(f"{handle.id} asks about {how} {what!r}; open questions: {there}")
+    verdict = Verdict.HAPPENED if happened else Verdict.DID_NOT
+    decision = ApprovalDecision(approval_id=meant[0].id, verdict=verdict, approver=by, comment=comment, result=value)
+    reply, how = await send(handle, decision)
+    if as_json:
+        print_json({"approval_id": meant[0].id, "accepted": reply.accepted, "message": reply.message, "sent_as": how})
+    elif reply.accepted:
+        out.print(reply.message, markup=False)
+    else:
+        print(f"error: {reply.message}", file=sys.stderr)
+    return 0 if reply.accepted else 2
+
+
+# ------------------------------------------------------------------ after its end
+
+
+async def _repair(known: Known, what: str, happened: bool, value: Any, by: str, comment: str) -> Repair:
+    """The finding as a repair. Raises Refused when there is no such call, or nothing to settle about it."""
+    result = await known.result()
+    if result is None:
+        raise Refused(
+            f"{known.workflow_id} ended without a result; when it was terminated, `uv run starter.py orphans --fix` "
+            "undoes what it did and records its end"
+        )
+    async with store() as db:
+        entries = await Ledger(db, "").entries(result.key_base)
+        action = _open_end(known.workflow_id, what, result, entries)
+        key = action.key.partition("/fb-")[0]
+        kind = LetterKind.UNDO if key.endswith("/undo") else LetterKind.CALL
+        letter = await Letters(db).get(letter_id(kind, key or f"{result.key_base}/{action.step}"))
+    action.happened, action.result, action.comment = happened, value, comment
+    return Repair(
+        workflow_id=known.workflow_id,
+        key_base=result.key_base,
+        agent=result.agent,
+        tenant=letter.tenant if letter else "default",
+        by=by,
+        letter=letter.id if letter else letter_id(kind, key or f"{result.key_base}/{action.step}"),
+        actions=[action],
+    )
+
+
+def _open_end(run: str, what: str, result: RunResult, entries: list[Entry]) -> Action:
+    """What is meant, among the things that a person may still settle. Raises Refused."""
+    rows = {entry.key: entry for entry in entries}
+    ends = {
+        p.key or p.step: Action(do="settle", key=p.key, step=p.step, tool=rows[p.key].name if p.key in rows else "")
+        for p in result.pending
+    }
+    for entry in doubtful(entries):
+        action = Action(do="settle", key=entry.key, tool=entry.name)
+        if pending := next((p for p in result.pending if concerns(action, p.step, p.key)), None):
+            # What stood in for a call answers for it.
+            ends.pop(pending.key, None)
+            action.step = pending.step
+        ends[entry.key] = action
+    for undo in result.undone:
+        key = f"{result.key_base}/{undo.seq}/undo"
+        if undo.status == "failed" and key in rows:
+            ends[key] = Action(do="settle", key=key, tool=undo.tool, step=f"undo of {undo.tool}")
+    for key, action in ends.items():
+        seq = key.removeprefix(f"{result.key_base}/").partition("/")[0]
+        action.seq = int(seq) if action.key and seq.isdigit() else 0
+    meant = [a for key, a in ends.items() if what in (key, a.step, a.tool, key.removeprefix(f"{result.key_base}/"))]
+    if len(meant) != 1:
+        there = ", ".join(f"{action.step or action.tool} ({key})" for key, action in ends.items()) or "nothing"
+        raise Refused(f"{run} has {'several calls' if meant else 'no call'} {what!r} to settle; there is: {there}")
+    return meant[0]
+
+
+async def _record(client: Client, repair: Repair, as_json: bool) -> int:
+    handle = await start_repair(client, repair, settings().task_queue)
+    ok, words = await wait_for(handle)
+    if as_json:
+        print_json({"workflow_id": repair.workflow_id, "repair": handle.id, "ok": ok, "words": words})
+    else:
+        out.print(words, markup=False)
+    return 0 if ok else 1

@@ -1,0 +1,105 @@
+"""Runs that ended without a word: terminated, timed out, or gone from the server while their effects stand.
+
+A workflow cannot catch its termination, so what it did is found in the ledger and undone by a workflow of its own.
+A store belongs to one namespace: to the sweep, a run that its namespace does not know is gone.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from temporalio.client import (
+    Client,
+    Schedule,
+    ScheduleActionStartWorkflow,
+    ScheduleAlreadyRunningError,
+    ScheduleIntervalSpec,
+    ScheduleOverlapPolicy,
+    SchedulePolicy,
+    ScheduleSpec,
+    WorkflowExecutionStatus,
+)
+from temporalio.service import RPCError, RPCStatusCode
+
+from holdfast.contracts import key_base
+from holdfast.repairs import Repair, Sweep
+from holdfast.state.database import Database
+
+SCHEDULE_ID = "holdfast-orphans"
+WORKFLOW_ID = "orphan-sweep"
+EVERY = timedelta(minutes=5)
+MAX_FOUND = 100
+"""Runs of one sweep; the next one finds the others."""
+_SUFFIX = len(key_base("", "x" * 36))
+
+# `key_base` is the workflow's id, a slash and twelve characters.
+_CANDIDATES = f"""
+SELECT e.key_base, MAX(e.agent), MAX(r.agent), MAX(r.tenant)
+FROM effects e LEFT JOIN runs r ON r.workflow_id = substr(e.key_base, 1, length(e.key_base) - {_SUFFIX})
+WHERE e.kind = 'tool' AND e.effect <> 'read' AND r.ended_at IS NULL
+    AND (e.state IN ('RESERVED', 'UNKNOWN', 'DONE') OR (e.state = 'FAILED' AND e.result IS NULL))
+GROUP BY e.key_base HAVING MAX(e.reserved_at) < ? ORDER BY MAX(e.reserved_at)"""
+
+_OVER = (WorkflowExecutionStatus.TERMINATED, WorkflowExecutionStatus.TIMED_OUT)
+
+
+async def find_orphans(db: Database, client: Client, grace_s: float) -> list[Repair]:
+    """Runs with effects, no recorded end, and no workflow that could still undo them, as repairs without actions.
+
+    grace_s: a run whose newest effect is younger is left alone; its last activity may still be at work.
+    """
+    found: list[Repair] = []
+    for base, agent, run_agent, tenant in await db.all(_CANDIDATES, await db.time() - grace_s):
+        workflow_id, slash, _ = base.rpartition("/")
+        if slash and len(base) - len(workflow_id) == _SUFFIX and await is_over(client, workflow_id, base):
+            agent = run_agent or agent or ""
+            found.append(Repair(workflow_id=workflow_id, key_base=base, agent=agent, tenant=tenant or "default"))
+            if len(found) == MAX_FOUND:
+                break
+    return found
+
+
+async def is_over(client: Client, workflow_id: str, base: str) -> bool:
+    """Whether the run of this key base was terminated, has timed out or is gone. A run of another base is another."""
+    try:
+        execution = await client.get_workflow_handle(workflow_id).describe()
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            return True
+        raise
+    first = execution.raw_description.workflow_execution_info.first_run_id
+    return key_base(workflow_id, first) != base or execution.status in _OVER
+
+
+# ------------------------------------------------------------------ the schedule
+
+
+async def is_scheduled(client: Client) -> bool:
+    try:
+        await client.get_schedule_handle(SCHEDULE_ID).describe()
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            return False
+        raise
+    return True
+
+
+async def schedule(client: Client, task_queue: str) -> bool:
+    """Sees to it that the sweep runs every five minutes. False when it did already."""
+    made = Schedule(
+        action=ScheduleActionStartWorkflow(
+            "OrphanSweep",
+            Sweep(),
+            id=WORKFLOW_ID,
+            task_queue=task_queue,
+            static_summary="undoes what runs left behind that were terminated",
+        ),
+        spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=EVERY)], jitter=timedelta(seconds=30)),
+        # A sweep that was missed needs no catching up: the next one finds the same runs.
+        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=timedelta(minutes=1)),
+    )
+    try:
+        await client.create_schedule(SCHEDULE_ID, made)
+    except ScheduleAlreadyRunningError:
+        return False
+    return True

@@ -1,0 +1,256 @@
+"""What is left of a run after its end, and what a repair of it makes of that. Pure, but for the types that cross the
+workflow boundary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from holdfast.contracts import (
+    Effect,
+    Json,
+    RunOutcome,
+    RunResult,
+    Standing,
+    StepStatus,
+    ToolRequest,
+    UndoRecord,
+    UndoStatus,
+    clip,
+)
+from holdfast.reliability.ledger import Entry, State
+
+MAX_STANDING = 100_000
+"""Bytes of one standing effect that the model reads again, and of all of them ten times as many."""
+
+
+# ------------------------------------------------------------------ what crosses the boundary
+
+
+class Action(BaseModel):
+    """One thing to do after the end of a run. call: again under its key. undo: its compensation again.
+
+    settle: take a person's word for how it ended. ask: let the tool's probe say so.
+    """
+
+    do: Literal["call", "undo", "settle", "ask"]
+    key: str = ""
+    """The call's ledger key; empty for a step whose tools were never called, which can only be settled."""
+    seq: int = 0
+    tool: str = ""
+    version: str = "1"
+    arguments: Json = {}
+    step: str = ""
+    timeout_s: float = 10.0
+    deadline_s: float = 3600.0
+    happened: bool = False
+    result: Any = None
+    comment: str = ""
+
+
+class Repair(BaseModel):
+    """Input of `RepairWorkflow`. `workflow_id` and `key_base` are those of the run that is repaired.
+
+    Without actions it is a run that never recorded its end: what it left standing is looked up and undone.
+    """
+
+    workflow_id: str
+    key_base: str
+    agent: str
+    tenant: str = "default"
+    by: str = ""
+    letter: str = ""
+    actions: list[Action] = []
+
+    def request(self, action: Action) -> ToolRequest:
+        return ToolRequest(
+            agent=self.agent,
+            key_base=self.key_base,
+            seq=action.seq,
+            tool=action.tool,
+            version=action.version,
+            arguments=action.arguments,
+            tenant=self.tenant,
+        )
+
+
+class ActionEnd(BaseModel):
+    """How an action ended. `words`: what became of it, or why it did not work."""
+
+    action: Action
+    ok: bool
+    words: str
+    undo: UndoStatus | None = None
+
+
+class RepairEnd(BaseModel):
+    """Input of the activities that record how a repair ended."""
+
+    repair: Repair
+    ends: list[ActionEnd] = []
+
+
+class RepairResult(BaseModel):
+    """Result of `RepairWorkflow`. `outcome`: the run's own from now on."""
+
+    ok: bool
+    words: str
+    outcome: RunOutcome | None = None
+
+
+class Survey(BaseModel):
+    """What a run without a recorded end has left, the newest first. `alive`: it is none of that kind any more."""
+
+    alive: bool = False
+    actions: list[Action] = []
+
+
+class Sweep(BaseModel):
+    """Input of `OrphanSweep`. A run whose newest effect is younger than `grace_s` seconds is left alone."""
+
+    grace_s: float = 120.0
+
+
+class Swept(BaseModel):
+    """Result of `OrphanSweep`: ids of the workflows that unwind the runs it found."""
+
+    found: list[str] = []
+
+
+def unwind_id(base: str) -> str:
+    """Id of the workflow that undoes what the run of this key base left behind."""
+    return f"unwind-{base.replace('/', '-')}"
+
+
+# ------------------------------------------------------------------ what stands, what is doubtful
+
+
+def undone(entries: Iterable[Entry]) -> set[str]:
+    """Keys of the calls whose compensation is known to have done its work, or to have found nothing to do."""
+    return {e.key.removesuffix("/undo") for e in entries if e.kind == "undo" and e.state is State.DONE}
+
+
+def effects(entries: Iterable[Entry]) -> list[Entry]:
+    """The rows of calls that change something outside."""
+    return [e for e in entries if e.kind == "tool" and e.effect != Effect.READ]
+
+
+def standing(entries: list[Entry]) -> list[Standing]:
+    """The effects that still stand, as a run that tries the same work again has to know them."""
+    gone, names = undone(entries), {e.key: e.name for e in entries}
+    found = [e for e in effects(entries) if e.state is State.DONE and e.key not in gone and e.settled]
+    limit = min(MAX_STANDING, 10 * MAX_STANDING // max(len(found), 1))
+    # What stood in for a tool answers the calls of that tool.
+    return [
+        Standing(tool=names.get(e.key.partition("/fb-")[0], e.name), key=e.key, content=clip(_text(e), limit))
+        for e in found
+    ]
+
+
+def doubtful(entries: list[Entry]) -> list[Entry]:
+    """Calls that may have happened and that nobody has settled or undone."""
+    gone = undone(entries)
+    return [e for e in effects(entries) if e.state in (State.UNKNOWN, State.RESERVED) and e.key not in gone]
+
+
+def left_behind(key_base: str, entries: list[Entry]) -> list[Entry]:
+    """One row for each call of a run that may have left something outside, the newest first."""
+    may_stand = [e for e in effects(entries) if e.state is not State.COMPENSATED]
+    calls = {e.seq for e in may_stand if e.seq is not None and not (e.state is State.FAILED and e.settled)}
+    rows = {e.seq: e for e in reversed(effects(entries)) if e.seq in calls}
+    # The call's own row rather than that of what stood in for it: the undo of the one undoes the other.
+    rows |= {e.seq: e for e in effects(entries) if e.seq in calls and e.key == f"{key_base}/{e.seq}"}
+    return sorted(rows.values(), key=lambda e: e.seq or 0, reverse=True)
+
+
+def _text(entry: Entry) -> str:
+    result = entry.settled.result if entry.settled else None
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+
+
+def refusal(action: Action, entries: list[Entry], outcome: RunOutcome | None) -> str:
+    """Why a call must not be tried again, and what to do instead; empty when it may. outcome: how its run ended."""
+    if action.do != "call":
+        return ""
+    row = next((e for e in entries if e.key == action.key), None)
+    if not action.key:
+        return f"no tool of step {action.step} was ever called, so there is nothing to replay: settle it"
+    if outcome is not None and outcome.unwinds:
+        return f"its run ended {outcome}, and nothing of that is done again: settle it, or replay the run"
+    if row and row.state is State.COMPENSATED:
+        return f"{row.name} was undone"
+    if row and row.effect == Effect.MANUAL and row.state in (State.UNKNOWN, State.RESERVED):
+        return f"nobody knows whether {row.name} happened, and it cannot be asked: settle it first"
+    if other := next((e for e in doubtful(entries) if e.key.startswith(f"{action.key}/fb-")), None):
+        return f"{other.name} stood in for it and may have happened: settle {other.key} first"
+    return ""
+
+
+# ------------------------------------------------------------------ what a repair makes of a run's result
+
+
+def amended(result: RunResult, ends: list[ActionEnd]) -> RunResult:
+    """The result of a run after a repair. The same repair again changes nothing."""
+    result = result.model_copy(deep=True)
+    for end in ends:
+        if end.action.do == "undo" or end.action.key.endswith("/undo"):
+            _after_undo(result, end)
+        else:
+            _after_call(result, end)
+        if end.words not in result.notes:
+            result.notes.append(end.words)
+    if result.outcome is RunOutcome.PARTIAL:
+        left = ", ".join(f"{p.step} ({p.role})" if p.role else p.step for p in result.pending)
+        result.outcome = RunOutcome.PARTIAL if left else RunOutcome.COMPLETED
+        result.reason = f"pending: {left}" if left else ""
+    if result.steps:
+        result.percent = 100 * sum(s.status is StepStatus.DONE for s in result.steps) // len(result.steps)
+    return result
+
+
+def concerns(action: Action, step: str, key: str) -> bool:
+    """Whether the action is about this pending entry: its call, what stood in for it, or a step never called."""
+    return action.key.partition("/fb-")[0] == key if key else action.step == step
+
+
+def _after_call(result: RunResult, end: ActionEnd) -> None:
+    action = end.action
+    for pending in [p for p in result.pending if concerns(action, p.step, p.key)]:
+        steps = [s for s in result.steps if s.name == pending.step]
+        if end.ok and (action.do == "call" or action.happened):
+            result.pending.remove(pending)
+            for step in steps:
+                step.status, step.detail, step.eta, step.seq = StepStatus.DONE, end.words, None, None
+        else:
+            pending.what = end.words
+            for step in steps:
+                step.detail = end.words
+
+
+def _after_undo(result: RunResult, end: ActionEnd) -> None:
+    for record in result.undone:
+        if record.seq != end.action.seq:
+            continue
+        record.status, record.note = end.undo or UndoStatus.FAILED, end.words
+        if record.status is UndoStatus.UNDONE:
+            for step in result.steps:
+                if step.name == record.step:
+                    step.status = StepStatus.UNDONE
+
+
+def record_of(end: ActionEnd) -> UndoRecord:
+    """An undo as an entry of a run's result."""
+    action = end.action
+    return UndoRecord(
+        seq=action.seq,
+        tool=action.tool,
+        version=action.version,
+        arguments=action.arguments,
+        step=action.step,
+        status=end.undo or UndoStatus.FAILED,
+        note=end.words,
+    )

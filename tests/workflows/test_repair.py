@@ -1,0 +1,250 @@
+"""After the end of a run: dead letters, their replay under the same keys, and what a person finds out."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from temporalio.client import WorkflowHandle
+
+from agents import registry
+from holdfast.contracts import Effect, RunOutcome, RunResult, StepSpec, StepStatus, UndoStatus
+from holdfast.reliability.ledger import State
+from holdfast.repairing import repair_of, replay_run, start_repair
+from holdfast.repairs import Action, Repair, RepairResult
+from holdfast.starting import BadRequest
+from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
+from holdfast.tools import Tool, ToolFailed
+from tests.fixtures.model import call, say, sequence
+from tests.fixtures.temporal import Stage, cancelled, failure, until
+from tests.fixtures.world import World, agent
+
+ORDER = StepSpec(name="pharmacy", tools=["order"], critical=False, role="pharmacist")
+
+
+def letters(stage: Stage) -> Letters:
+    return Letters(stage.runtime.db)
+
+
+async def only_letter(stage: Stage, agent: str = "") -> Letter:
+    (found,) = await letters(stage).find(agent=agent)
+    return found
+
+
+async def replay(stage: Stage, letter: Letter) -> RepairResult:
+    repair = await repair_of(letter, stage.runtime.db, "dr.lee")
+    return await (await start_repair(stage.client, repair, stage.queue)).result()
+
+
+async def partial_run(stage: Stage, order: Tool, *more: Tool) -> WorkflowHandle[Any, RunResult]:
+    """A run that ends with its optional step `pharmacy` left pending."""
+    steps = [ORDER, *(StepSpec(name=t.name, tools=[t.name]) for t in more)]
+    stage.model.script = sequence(call((order.name, {}), *((t.name, {}) for t in more)), say("done but for one"))
+    handle = await stage.start(agent(order, *more, steps=steps))
+    await asyncio.wait_for(handle.result(), 20)
+    return handle
+
+
+async def test_a_step_left_pending_is_done_later_under_its_first_key(stage: Stage) -> None:
+    world = World()
+    async with stage.worker():
+        handle = await partial_run(stage, world.tool("order", errors=[ToolFailed("closed")]), world.tool("book"))
+        assert (await stage.stored(handle)).outcome is RunOutcome.PARTIAL
+        letter = await only_letter(stage)
+        ended = await replay(stage, letter)
+    result = await stage.stored(handle)
+    assert ended.ok
+    assert (ended.outcome, result.outcome, result.pending, result.reason) == ("completed", "completed", [], "")
+    assert [(s.name, s.status, s.detail) for s in result.steps[:1]] == [
+        ("pharmacy", "done", "order replayed by dr.lee")
+    ]
+    assert result.percent == 100
+    assert world.log.count("done order#1") == 1
+    assert set(world.keys) == {f"{result.key_base}/1", f"{result.key_base}/2"}
+    now = await only_letter(stage)
+    assert (now.id, now.state, now.closed_at is not None) == (letter.id, LetterState.REPLAYED, True)
+
+
+async def test_a_letter_holds_what_a_person_has_to_know(lite: Stage) -> None:
+    world = World()
+    failing = [ConnectionRefusedError("pharmacy is down")] * 2
+    async with lite.worker():
+        handle = await partial_run(lite, world.tool("order", errors=failing, retries=1))
+        letter = await only_letter(lite)
+    base = (await lite.stored(handle)).key_base
+    assert (letter.kind, letter.state, letter.workflow_id, letter.key) == ("call", "open", handle.id, f"{base}/1")
+    assert (letter.subject, letter.role) == ("order", "pharmacist")
+    assert "pharmacy is down" in letter.cause
+    details = letter.details
+    assert [("pharmacy is down" in each["error"], each["at"] > 0) for each in details["attempts"]] == [(True, True)] * 2
+    assert (details["step"], details["arguments"], details["keys"]) == ("pharmacy", {"n": 0}, [f"{base}/1"])
+
+
+async def test_a_replay_that_fails_again_leaves_the_letter_open_with_the_new_cause(lite: Stage) -> None:
+    world = World()
+    async with lite.worker():
+        errors = [ToolFailed("closed"), ToolFailed("still closed")]
+        handle = await partial_run(lite, world.tool("order", errors=errors))
+        ended = await replay(lite, await only_letter(lite))
+        letter = await only_letter(lite)
+        assert (ended.ok, letter.state, "still closed" in letter.cause) == (False, "open", True)
+        assert "still closed" in (await lite.stored(handle)).pending[0].what
+        assert (await replay(lite, letter)).ok  # and once more
+    assert (await lite.stored(handle)).outcome is RunOutcome.COMPLETED
+
+
+async def test_a_letter_is_not_replayed_twice_at_once(lite: Stage) -> None:
+    world, gate = World(), asyncio.Event()
+    async with lite.worker():
+        await partial_run(lite, world.tool("order", errors=[ToolFailed("closed")]))
+        letter = await only_letter(lite)
+        slow = world.tool("order", gate=gate)
+        registry.add(replace(registry.agent(letter.agent), tools=(slow,)))
+        repair = await repair_of(letter, lite.runtime.db, "dr.lee")
+        first = await start_repair(lite.client, repair, lite.queue)
+        await world.saw("begin order#1")
+        with pytest.raises(BadRequest, match="is being repaired at this moment"):
+            await start_repair(lite.client, repair, lite.queue)
+        gate.set()
+        assert (await first.result()).ok
+
+
+async def test_an_unknown_manual_call_is_never_replayed_blindly(lite: Stage) -> None:
+    world = World()
+    send = world.tool("send", Effect.MANUAL, gate=asyncio.Event(), timeout=0.2, undo=None)
+    steps = [StepSpec(name="tell", tools=["send"], critical=False, role="nurse")]
+    lite.model.script = sequence(call(("send", {})), say("could not be sure"))
+    async with lite.worker():
+        handle = await lite.start(agent(send, steps=steps))
+        await handle.result()
+        letter = await only_letter(lite)
+        with pytest.raises(BadRequest, match=rf"nobody knows whether send happened.*settle {handle.id}"):
+            await replay(lite, letter)
+        # Not even by a workflow that was started past the door.
+        action = Action(do="call", key=letter.key, seq=1, tool="send", arguments={"n": 0})
+        past = Repair(workflow_id=handle.id, key_base=letter.key_base, agent=letter.agent, letter="x", actions=[action])
+        with pytest.raises(Exception, match="Workflow execution failed"):
+            await (await start_repair(lite.client, past, lite.queue)).result()
+    assert world.log == ["begin send#1"]
+
+
+@pytest.mark.parametrize("happened", [True, False])
+async def test_a_person_settles_after_the_end(stage: Stage, happened: bool) -> None:
+    world = World()
+    never = asyncio.Event()
+    send = world.tool("send", Effect.MANUAL, gate=never, timeout=0.2, undo=None)
+    steps = [StepSpec(name="tell", tools=["send"], critical=False, role="nurse")]
+    stage.model.script = sequence(call(("send", {})), say("could not be sure"))
+    async with stage.worker():
+        handle = await stage.start(agent(send, steps=steps))
+        await handle.result()
+        letter = await only_letter(stage)
+        finding = Action(
+            do="settle",
+            key=letter.key,
+            seq=1,
+            tool="send",
+            step="tell",
+            happened=happened,
+            result={"id": 7},
+            comment="c",
+        )
+        repair = Repair(
+            workflow_id=handle.id,
+            key_base=letter.key_base,
+            agent=letter.agent,
+            by="dr.lee",
+            letter=letter.id,
+            actions=[finding],
+        )
+        assert (await (await start_repair(stage.client, repair, stage.queue)).result()).ok
+        row = await stage.runtime.ledger.entry(letter.key)
+        result, now = await stage.stored(handle), await only_letter(stage)
+        assert row is not None
+        if happened:
+            assert (row.state, row.settled and row.settled.result) == (State.DONE, {"id": 7})
+            assert (result.outcome, result.steps[0].status, now.state) == ("completed", StepStatus.DONE, "settled")
+            assert result.steps[0].detail == "settled by dr.lee: it happened. c"
+        else:
+            assert (row.state, result.outcome, now.state) == (State.FAILED, "partial", "open")
+            assert "did not happen" in now.cause
+            never.set()  # now that it is known, it may be done
+            assert (await replay(stage, now)).ok
+            assert (await stage.stored(handle)).outcome is RunOutcome.COMPLETED
+    assert world.log.count("done send#1") == (0 if happened else 1)
+
+
+async def test_a_compensation_that_failed_is_a_letter_and_its_replay_undoes_once(stage: Stage) -> None:
+    world = World()
+    failing = [ToolFailed("desk is closed")]
+    spec = agent(world.tool("book", undo=failing), world.tool("send", approval=True))
+    stage.model.script = sequence(call(("book", {})), call(("send", {})), say("done"))
+    async with stage.worker():
+        handle = await stage.start(spec)
+        await until(handle, lambda s: bool(s.approvals))
+        await handle.cancel()
+        await cancelled(handle)
+        letter = await only_letter(stage)
+        assert (letter.kind, letter.subject, "desk is closed" in letter.cause) == (LetterKind.UNDO, "book", True)
+        ended = await replay(stage, letter)
+    assert ended.ok
+    assert world.log[-2:] == ["undo of book#1 fails", "undo book#1"]
+    result = await stage.stored(handle)
+    assert (result.outcome, [(u.tool, u.status) for u in result.undone]) == ("cancelled", [("book", UndoStatus.UNDONE)])
+    assert result.steps[0].status is StepStatus.UNDONE
+    assert (await only_letter(stage)).state == LetterState.REPLAYED
+
+
+async def test_a_failed_run_is_replayed_and_what_still_stands_is_not_done_again(stage: Stage) -> None:
+    world = World()
+    spec = agent(
+        world.tool("send", undo=None), world.tool("book"), world.tool("pay", errors=[ToolFailed("account closed")])
+    )
+    stage.model.script = sequence(call(("send", {})), call(("book", {})), call(("pay", {})), say("done"))
+    async with stage.worker():
+        handle = await stage.start(spec, {"what": "y"})
+        before = await failure(handle)
+        letter = await only_letter(stage)
+        assert (letter.kind, letter.cause) == (LetterKind.RUN, before.reason)
+        started = await replay_run(stage.client, stage.runtime.db, letter, "dr.lee", stage.queue)
+        again = stage.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
+        with pytest.raises(BadRequest, match="was taken by somebody else just now"):
+            await replay_run(stage.client, stage.runtime.db, letter, "dr.lee", stage.queue)
+        result = await again.result()
+    assert started.request_key == f"{handle.id}~1"
+    assert result.outcome is RunOutcome.COMPLETED
+    assert [entry for entry in world.log if entry.startswith("done send")] == ["done send#1"]
+    assert world.log.count("undo book#2") == 1
+    assert [entry for entry in world.log if entry.startswith("done")] == [
+        "done send#1", "done book#2", "done book#2", "done pay#3"
+    ]  # fmt: skip
+    now = await only_letter(stage)
+    assert (now.state, now.note) == (LetterState.REPLAYED, f"{started.workflow_id} ended completed")
+
+
+async def test_a_replay_that_fails_brings_the_same_letter_up_to_date(lite: Stage) -> None:
+    world = World()
+    errors = [ToolFailed("account closed"), ToolFailed("still closed")]
+    spec = agent(world.tool("send", undo=None), world.tool("pay", errors=errors))
+    lite.model.script = sequence(call(("send", {})), call(("pay", {})), say("done"))
+    async with lite.worker():
+        handle = await lite.start(spec)
+        await failure(handle)
+        letter = await only_letter(lite)
+        tries = [letter.key_base]
+        for n in (1, 2):
+            started = await replay_run(lite.client, lite.runtime.db, letter, "dr.lee", lite.queue)
+            again = lite.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
+            assert started.request_key == f"{handle.id}~{n}"
+            if n == 2:
+                assert (await again.result()).outcome is RunOutcome.COMPLETED
+                break
+            await failure(again)
+            letter = await only_letter(lite)
+            tries.append(letter.key_base)
+            assert (letter.state, letter.workflow_id, letter.details["tries"]) == ("open", again.id, tries)
+            assert "still closed" in letter.cause
+    assert [entry for entry in world.log if entry.startswith("done send")] == ["done send#1"]
+    assert (await only_letter(lite)).state == LetterState.REPLAYED

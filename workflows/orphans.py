@@ -1,0 +1,39 @@
+"""The sweep: finds runs that ended without undoing what they did, and starts the workflow that does it for each."""
+
+from __future__ import annotations
+
+from temporalio import workflow
+from temporalio.common import WorkflowIDReusePolicy
+from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.workflow import ParentClosePolicy
+
+with workflow.unsafe.imports_passed_through():
+    from holdfast.repairs import Repair, Sweep, Swept, unwind_id
+    from workflows.calls import Calls
+
+FIND_S = 120.0
+
+
+@workflow.defn(name="OrphanSweep")
+class OrphanSweep:
+    @workflow.run
+    async def run(self, given: Sweep) -> Swept:
+        found = await Calls(lambda wait: None).run(
+            "find_orphans", given, list[Repair], summary="look for runs without an end", timeout_s=FIND_S
+        )
+        ids = [unwind_id(repair.key_base) for repair in found]
+        for id, repair in zip(ids, found, strict=True):
+            try:
+                await workflow.start_child_workflow(
+                    "RepairWorkflow",
+                    repair,
+                    id=id,
+                    parent_close_policy=ParentClosePolicy.ABANDON,
+                    # One that was itself terminated may begin again: every part of it is idempotent.
+                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY,
+                    static_summary=f"undo what {repair.workflow_id} left behind",
+                )
+            except WorkflowAlreadyStartedError:
+                continue  # an earlier sweep's, and at work
+        workflow.set_current_details("\n".join(f"- `{id}`" for id in ids) or "nothing to do")
+        return Swept(found=ids)
