@@ -330,10 +330,20 @@ async def test_a_frozen_prober_that_wakes_after_it_was_overtaken_does_not_act(br
 
 
 async def test_a_prober_that_checks_late_has_its_whole_lease_again(breaker: Breaker, clock: Hand) -> None:
-    passed = await probing(breaker, clock)
-    clock.at += 29  # its lease is over, and nobody has come
+    await opened(breaker, clock)
+    clock.at += 30
+    passed = await breaker.admit(T, RULE, "slow", 60.0)
+    clock.at += 61  # its lease is over, and nobody has come
     await breaker.check(passed)
-    clock.at += LEASE_S - 1
+    clock.at += 59
+    await waits(breaker)
+
+
+async def test_a_prober_that_checks_late_puts_off_the_next_probe(breaker: Breaker, clock: Hand) -> None:
+    passed = await probing(breaker, clock)
+    clock.at += 29
+    await breaker.check(passed)
+    clock.at += 29
     await waits(breaker)
 
 

@@ -26,18 +26,20 @@ from holdfast.state.database import Database, open_database
 
 TARGET = "pharmacy"
 RULE = BreakerRule()
-TIMEOUT_S = 10.0
-LEASE_S = 2 * TIMEOUT_S + 2
+TIMEOUTS_S = (10.0, 60.0)
+"""Of calls: a tool's, whose lease is shorter than an opening lasts, and a model's, whose lease is longer."""
 STALE_S = 1.0
 SKEW_S = 0.5
-CLIENTS = 4
-KEYS = 5
 OUTCOMES: dict[str, Failure | None] = {
     "success": None,
     "gone": Failure(ErrorType.UNAVAILABLE, "503"),
     "refused": Failure(ErrorType.REFUSED, "400"),
     "bug": Failure(ErrorType.INTERNAL, "KeyError"),
 }
+CLIENT = st.integers(0, 3)
+KEY = st.integers(0, 4)
+N = st.integers(0, 7)
+"""Which of the attempts that fit."""
 T = TypeVar("T")
 
 
@@ -65,12 +67,22 @@ class Attempt:
     breaker: Breaker
     passed: Pass
     let_in_at: float
+    timeout_s: float
     sent_at: float | None = None
     frozen: bool = False
 
     @property
     def probing(self) -> bool:
         return self.passed.version > 0 and self.sent_at is not None and not self.frozen
+
+    @property
+    def ends_at(self) -> float:
+        """When its timeout ends it, if nothing else does."""
+        return self.sent_at + self.timeout_s if self.sent_at is not None and not self.frozen else float("inf")
+
+
+def lease_s(timeout_s: float) -> float:
+    return 2 * timeout_s + 2
 
 
 class BreakerMachine(RuleBasedStateMachine):
@@ -90,31 +102,47 @@ class BreakerMachine(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
 
-    @initialize(skews=st.lists(st.floats(-SKEW_S, SKEW_S), min_size=CLIENTS, max_size=CLIENTS))
-    def start(self, skews: list[float]) -> None:
-        self.breakers = [Breaker(self.db, SkewedClock(self.world, skew), lambda: self.world.now) for skew in skews]
+    @initialize(skews=st.lists(st.floats(-SKEW_S, SKEW_S), min_size=4, max_size=4), down=st.booleans())
+    def start(self, skews: list[float], down: bool) -> None:
+        clocks = [SkewedClock(self.world, skew) for skew in skews]
+        self.breakers = [Breaker(self.db, clock, lambda: self.world.now) for clock in clocks]
+        if down:
+            self.goes_down(0)
 
     # -------------------------------------------------------------- a call
 
-    @rule(client=st.integers(0, CLIENTS - 1), key=st.integers(0, KEYS - 1))
-    def begin(self, client: int, key: int) -> None:
-        """A try of a call. Another one of the same call is under way only in a process that is frozen."""
+    @rule(
+        client=CLIENT,
+        key=KEY,
+        timeout_s=st.sampled_from(TIMEOUTS_S),
+        when=st.sampled_from(["now", "opening over", "lease over"]),
+        late=st.floats(-2 * SKEW_S, 2 * SKEW_S),
+        send=st.booleans(),
+    )
+    def begin(self, client: int, key: int, timeout_s: float, when: str, late: float, send: bool) -> None:
+        """A try of a call, now or about when a probe is due. Of the same call another one may be there, but frozen."""
+        row = self.row()
+        if when != "now" and row is not None and row[0] == "open" and not row[4]:
+            until = row[5] if when == "opening over" else max(row[5], row[6])
+            self.pass_time(max(0.0, until + late - self.world.now))
         if all(each.frozen for each in self.attempts if each.key == f"run/{key}"):
-            self.let_in(client, f"run/{key}")
+            attempt = self.let_in(client, f"run/{key}", timeout_s)
+            if attempt is not None and send:
+                self.act(attempt)
 
-    def let_in(self, client: int, key: str) -> Attempt | None:
+    def let_in(self, client: int, key: str, timeout_s: float = TIMEOUTS_S[0]) -> Attempt | None:
         breaker, row = self.breakers[client], self.row()
         passed = Pass(TARGET, RULE, failures=row[2] if row else 0, since=self.world.now)
         if row and (row[0] == "open" or row[3] > self.world.now):
             try:
-                passed = self.run(breaker.admit(TARGET, RULE, key, LEASE_S))
+                passed = self.run(breaker.admit(TARGET, RULE, key, lease_s(timeout_s)))
             except NotYet as wait:
                 assert wait.delay > 0
                 return None
-        self.attempts.append(Attempt(key, breaker, passed, self.world.now))
+        self.attempts.append(Attempt(key, breaker, passed, self.world.now, timeout_s))
         return self.attempts[-1]
 
-    @rule(n=st.integers(0, 20))
+    @rule(n=N)
     def send(self, n: int) -> None:
         if attempt := self.pick(n, sent=False, frozen=False):
             self.act(attempt)
@@ -135,7 +163,7 @@ class BreakerMachine(RuleBasedStateMachine):
             self.last_probe, self.last_sent_at = attempt, self.world.now
         attempt.sent_at = self.world.now
 
-    @rule(n=st.integers(0, 20), outcome=st.sampled_from(sorted(OUTCOMES)))
+    @rule(n=N, outcome=st.sampled_from(sorted(OUTCOMES)))
     def end(self, n: int, outcome: str) -> None:
         if attempt := self.pick(n, sent=True, frozen=False):
             self.report(attempt, outcome)
@@ -156,14 +184,14 @@ class BreakerMachine(RuleBasedStateMachine):
             if outcome == "bug":
                 self.last_probe = None
 
-    @rule(n=st.integers(0, 20))
+    @rule(n=N)
     def leave(self, n: int) -> None:
         """Let in, but the call does not go out after all."""
         if attempt := self.pick(n, sent=False, frozen=False):
             self.attempts.remove(attempt)
             self.run(attempt.breaker.released(attempt.passed))
 
-    @rule(client=st.integers(0, CLIENTS - 1))
+    @rule(client=CLIENT)
     def goes_down(self, client: int) -> None:
         """Three calls in a row fail, if they get through."""
         self.pass_time(2 * SKEW_S)  # a call that began before the last change, by its own clock, does not count
@@ -177,54 +205,48 @@ class BreakerMachine(RuleBasedStateMachine):
 
     # -------------------------------------------------------------- what happens to workers
 
-    @rule(n=st.integers(0, 20))
+    @rule(n=N)
     def crash(self, n: int) -> None:
         if self.attempts:
             self.attempts.pop(n % len(self.attempts))
 
-    @rule(n=st.integers(0, 20))
+    @rule(n=N)
     def freeze(self, n: int) -> None:
         if self.attempts:
             self.attempts[n % len(self.attempts)].frozen = True
 
-    @rule(n=st.integers(0, 20), outcome=st.sampled_from(sorted(OUTCOMES)))
-    def wake_after_the_request(self, n: int, outcome: str) -> None:
-        if attempt := self.pick(n, sent=True, frozen=True):
-            self.report(attempt, outcome)
-
-    @rule(n=st.integers(0, 20))
-    def wake_before_the_request(self, n: int) -> None:
-        if attempt := self.pick(n, sent=False, frozen=True):
+    @rule(n=N, outcome=st.sampled_from(sorted(OUTCOMES)))
+    def wake(self, n: int, outcome: str) -> None:
+        frozen = [each for each in self.attempts if each.frozen]
+        if frozen:
+            attempt = frozen[n % len(frozen)]
             attempt.frozen = False
-            self.act(attempt)
+            if attempt.sent_at is None:
+                self.act(attempt)
+            else:
+                self.report(attempt, outcome)
 
     @rule(seconds=st.sampled_from([0.3, 2.0, 11.0, 21.5, 29.5, 31.0]))
     def pass_time(self, seconds: float) -> None:
         """Calls that reach their timeout meanwhile end there."""
         until = self.world.now + seconds
-        while due := [each for each in self.attempts if each.sent_at and not each.frozen]:
-            first = min(due, key=lambda each: each.sent_at or 0.0)
-            assert first.sent_at is not None
-            if first.sent_at + TIMEOUT_S > until:
-                break
-            self.world.now = max(self.world.now, first.sent_at + TIMEOUT_S)
+        while self.attempts and (first := min(self.attempts, key=lambda each: each.ends_at)).ends_at <= until:
+            self.world.now = max(self.world.now, first.ends_at)
             self.report(first, "gone")
         self.world.now = until
 
     # -------------------------------------------------------------- by hand, and by the service
 
-    @rule(client=st.integers(0, CLIENTS - 1))
-    def trip(self, client: int) -> None:
-        self.run(self.breakers[client].trip(TARGET, "moving house", "lee"))
-        assert self.let_in(client, self.new_key()) is None
-
-    @rule(client=st.integers(0, CLIENTS - 1))
-    def reset(self, client: int) -> None:
-        self.run(self.breakers[client].reset(TARGET, "lee"))
-
-    @rule(client=st.integers(0, CLIENTS - 1), seconds=st.sampled_from([2.0, 25.0]))
-    def pause(self, client: int, seconds: float) -> None:
-        self.run(self.breakers[client].pause(TARGET, seconds))
+    @rule(client=CLIENT, what=st.sampled_from(["trip", "reset", "pause"]))
+    def order(self, client: int, what: str) -> None:
+        breaker = self.breakers[client]
+        if what == "trip":
+            self.run(breaker.trip(TARGET, "moving house", "lee"))
+            assert self.let_in(client, self.new_key()) is None
+        elif what == "reset":
+            self.run(breaker.reset(TARGET, "lee"))
+        else:
+            self.run(breaker.pause(TARGET, 25.0))
 
     # -------------------------------------------------------------- what holds
 
@@ -234,13 +256,14 @@ class BreakerMachine(RuleBasedStateMachine):
         if row is None or row[0] == "closed":
             self.last_probe = None
 
-    @rule(client=st.integers(0, CLIENTS - 1))
+    @rule(client=CLIENT)
     def recovers(self, client: int) -> None:
         """Whatever happened: once the service is well, a call gets through and the breaker is closed."""
         if (row := self.row()) and row[4]:
             self.run(self.breakers[client].reset(TARGET, "lee"))
-        # The last call under way, then the longest of lease, opening and pause, by the slowest clock.
-        self.pass_time(TIMEOUT_S + max(LEASE_S, RULE.probe_after_s) + 2 * SKEW_S)
+        # The longest lease or pause; calls that end meanwhile fail, the last of them just now.
+        self.pass_time(lease_s(max(TIMEOUTS_S)))
+        self.pass_time(RULE.probe_after_s + 2 * SKEW_S)
         attempt = self.let_in(client, self.new_key())
         assert attempt is not None, f"stuck: {self.row()}"
         self.act(attempt)
@@ -263,9 +286,9 @@ class BreakerMachine(RuleBasedStateMachine):
         return fit[n % len(fit)] if fit else None
 
     def row(self) -> tuple[Any, ...] | None:
-        """state, version, failures, paused_until, held, …"""
-        sql = "SELECT state, version, failures, paused_until, held, probe_at, prober, lease_until FROM breakers"
-        return self.run(self.db.one(sql))
+        """state, version, failures, paused_until, held, probe_at, lease_until, …"""
+        columns = "state, version, failures, paused_until, held, probe_at, lease_until, prober, changed_at, reason"
+        return self.run(self.db.one(f"SELECT {columns} FROM breakers"))
 
 
 def test_any_interleaving_of_many_clients_keeps_to_one_probe_at_a_time_and_recovers(store_url: str) -> None:
@@ -276,8 +299,8 @@ def test_any_interleaving_of_many_clients_keeps_to_one_probe_at_a_time_and_recov
             run_state_machine_as_test(
                 machine,
                 settings=settings(
-                    max_examples=100,
-                    stateful_step_count=40,
+                    max_examples=200,
+                    stateful_step_count=50,
                     deadline=None,
                     suppress_health_check=[HealthCheck.too_slow],
                 ),
