@@ -297,8 +297,10 @@ class Limiter:
     async def close(self) -> None:
         """Writes what is settled. An error of the store then only means that estimates count for a minute more."""
         for name, row in self._rows.items():
-            self._flush(name, row)
-        await asyncio.gather(*(row.task for row in self._rows.values() if row.task))
+            while row.settled or row.task:  # a statement under way may leave something to be released
+                self._flush(name, row)
+                if row.task:
+                    await row.task
 
     def _note(self, ticket: Ticket, tokens: int | None) -> None:
         name = ticket.limit.name
@@ -318,7 +320,13 @@ class Limiter:
         ask = _Ask(limit, short, tokens, not_before, asyncio.get_running_loop().create_future())
         row.asks.append(ask)
         self._wake(limit.name, row)
-        return await ask.answer
+        try:
+            return await ask.answer
+        except asyncio.CancelledError:
+            # Answered already, but cancelled before it could hear of it.
+            if not ask.answer.cancelled() and not ask.answer.exception() and (placed := ask.answer.result()[0]).granted:
+                self.release(Ticket(limit, placed.slot, placed.tokens))
+            raise
 
     def _wake(self, name: str, row: _Row) -> None:
         if row.task is None:

@@ -67,7 +67,9 @@ async def run(load: Load, store: str) -> Report:
     """The load on a migrated store, with a process per `load.processes`."""
     service = Service(Limit("model", load.requests, load.tokens))
     async with service.serve() as url:
-        told = await asyncio.gather(*(_process(load, store, url, number) for number in range(load.processes)))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_process(load, store, url, number)) for number in range(load.processes)]
+        told = [task.result() for task in tasks]
     calls = [service.calls[f"{process}.{n}"] for process in range(load.processes) for n in range(load.agents)]
     waits = [wait for each in told for wait in each.waits]
     asked = sum(each.asked for each in told)
@@ -88,7 +90,12 @@ async def run(load: Load, store: str) -> Report:
 async def _process(load: Load, store: str, url: str, number: int) -> Told:
     orders = Orders(store, url, number, load.agents, load.seconds, load.requests, load.tokens, load.estimate, load.used)
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.load.agents", stdin=PIPE, stdout=PIPE)
-    output, _ = await process.communicate(json.dumps(asdict(orders)).encode())
+    try:
+        output, _ = await process.communicate(json.dumps(asdict(orders)).encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     if process.returncode:
         raise RuntimeError(f"process {number} of the agents ended with status {process.returncode}")
     return Told(**json.loads(output))

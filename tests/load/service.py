@@ -51,7 +51,9 @@ class Service:
     async def serve(self) -> AsyncIterator[str]:
         """Its address, while it runs."""
         app = Starlette(routes=[Route("/call", self.call, methods=["POST"])])
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        # Agents wait for a minute between two calls; a connection closed meanwhile would break the second.
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_keep_alive=600)
+        server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             task = asyncio.create_task(server.serve([listener]))
             try:

@@ -426,20 +426,32 @@ async def test_a_call_that_did_not_go_out_after_all_gives_its_place_back(limiter
     await limiter.take(limit, "b", 100)
 
 
-async def test_a_cancelled_caller_leaves_nothing_counted(db: Database, limiter: Limiter) -> None:
-    limit = Limit("l", 10, 1000)
+@pytest.mark.parametrize("when", ["before", "while", "written", "answered"])
+async def test_a_cancelled_caller_leaves_nothing_counted(
+    db: Database, limiter: Limiter, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, run = Limit("l", 10, 1000), db.run
     await limiter.take(limit, "a")
-    for rounds in range(6):  # cancelled at each point between the question and the answer
-        task = asyncio.ensure_future(limiter.take(limit, f"b{rounds}", 10))
-        for _ in range(rounds):
-            await asyncio.sleep(0)
+    task = asyncio.ensure_future(limiter.take(limit, "b", 10))
+
+    async def cancelling(sql: str, *params: object) -> int:
+        if when == "while":
+            task.cancel()
+        changed = await run(sql, *params)
+        if when == "written":
+            task.cancel()
+        if when == "answered":  # after the answer is set, before its caller goes on
+            asyncio.get_running_loop().call_soon(task.cancel)
+        return changed
+
+    monkeypatch.setattr(db, "run", cancelling)
+    if when == "before":
+        await asyncio.sleep(0)
         task.cancel()
-        assert (await asyncio.gather(task, return_exceptions=True))[0].__class__ is asyncio.CancelledError
-
-    async def settled() -> bool:
-        return await counted(db) == (1, 0)
-
-    await until(settled)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await limiter.close()
+    assert await counted(db) == (1, 0)
 
 
 async def test_an_error_of_the_store_reaches_all_who_ask_and_the_next_call_works(db: Database) -> None:
