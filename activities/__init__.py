@@ -11,8 +11,23 @@ from holdfast.runtime import Runtime
 def activities(runtime: Runtime) -> list[Callable[..., Any]]:
     """All activities of a worker."""
     from activities.plan import Plan
+    from activities.repairs import Repairs
     from activities.runs import RunRecords
     from activities.tools import Tools
 
-    tools = Tools(runtime)
-    return [Plan(runtime).plan, tools.tool, tools.undo, RunRecords(runtime).record_end]
+    tools, records = Tools(runtime), RunRecords(runtime)
+    repairs = Repairs(runtime, records)
+    return [
+        Plan(runtime).plan,
+        tools.tool,
+        tools.undo,
+        tools.give_up,
+        tools.settle,
+        records.record_end,
+        repairs.begin_repair,
+        repairs.record_repair,
+        repairs.find_orphans,
+        repairs.survey,
+        repairs.ask_probe,
+        repairs.record_orphan,
+    ]

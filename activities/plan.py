@@ -24,8 +24,10 @@ from holdfast.models import ModelAnswer, ModelUnavailable
 from holdfast.reliability import faults
 from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.faults import Point
+from holdfast.reliability.waiting import NotYet
 from holdfast.runtime import Runtime
 from holdfast.state.thread import Thread
+from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
 from holdfast.tools import explain
 
@@ -57,8 +59,13 @@ class Plan:
             base = absolute(request.key_base, this_workflow())
             try:
                 return await self._turn(request.model_copy(update={"key_base": base}))
+            except NotYet as wait:
+                metrics.waited("breaker" if wait.service else "rate limit")
+                return PlanResult(wait=wait.wait())
             except ModelUnavailable as gone:
                 failure = gone.failure
+                if failure.type is ErrorType.CONTENT_POLICY:
+                    return PlanResult(refusal=failure.message)
                 if failure.type not in PARKS:
                     raise ApplicationError(
                         f"the model refuses: {failure.message}", type=failure.type, non_retryable=True
@@ -75,17 +82,23 @@ class Plan:
         where = f"turn-{request.turn}"
         faults.reached(Point.TURN_STARTED, where)
 
+        down = await self._down(spec, request.tenant)
+        notes: list[str] = []
+
         async def ask(messages: Sequence[Json], n: int) -> ModelAnswer:
-            return await ask_model(
+            answer = await ask_model(
                 self._runtime,
                 list(messages),
-                [tool.openai for tool in spec.tools],
+                [tool.openai for tool in spec.tools if tool.name not in down],
                 key=f"{request.key_base}/turn-{tag}" + (f"/ask-{n}" if n > 1 else ""),
                 key_base=request.key_base,
                 name=where,
                 digest=tag,
                 timeout_s=self._runtime.settings.model_total_s + 10,
             )
+            if answer.origin:
+                notes.append(f"turn {request.turn}: {answer.model} answered, {answer.origin}")
+            return answer
 
         thread = Thread(self._runtime.db, request.key_base, tag, request.base)
         begun = await thread.open()
@@ -95,7 +108,15 @@ class Plan:
         if snapshot and not snapshot.next:
             state = snapshot.values
         else:
-            value = None if begun else graph.turn_input(_inbox(spec, request, thread))
+            value = None
+            if not begun:
+                inbox = _inbox(spec, request, thread)
+                told: list[str] = thread.value("withdrawn", [])
+                changed = sorted(down) != told
+                if changed:
+                    inbox.append({"role": "user", "content": _availability(down, told)})
+                    notes += [f"{tool} is withdrawn: {why}" for tool, why in down.items() if tool not in told]
+                value = graph.turn_input(inbox, sorted(down) if changed else None)
             state = await app.ainvoke(value, thread.config, context=context, durability="sync")
         faults.reached(Point.DECIDED, where)
         decision = Decision.model_validate(state["decision"])
@@ -106,7 +127,28 @@ class Plan:
             usage=Usage.model_validate(state["usage"]),
             model=state["new_model"],
             profile=spec.profile if request.turn == 1 else None,
+            notes=notes,
         )
+
+    async def _down(self, spec: AgentSpec, tenant: str) -> dict[str, str]:
+        """Tools that cannot be had because their service's breaker is open, and why. Advice: each call is checked."""
+        rows = await self._runtime.guards.shut()
+        if not rows:
+            return {}
+        services = {tool.name: registry.service(tool.service).target(tenant) for tool in spec.tools if tool.service}
+        # A tool with a fallback stays: it has an answer.
+        return {
+            tool.name: f"{services[tool.name]} does not answer"
+            for tool in spec.tools
+            if services.get(tool.name) in rows and not tool.has_fallback
+        }
+
+
+def _availability(down: dict[str, str], told: list[str]) -> str:
+    """What the model hears of tools that went or came back."""
+    lines = [f"Not available for now: {tool} ({why}). Go on with what does not need it." for tool, why in down.items()]
+    lines += [f"Available again: {tool}." for tool in told if tool not in down]
+    return "\n".join(lines)
 
 
 def _spec(name: str) -> AgentSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,6 +17,8 @@ from agents import registry
 from holdfast.aio import to_the_end
 from holdfast.contracts import (
     Effect,
+    Finding,
+    GiveUp,
     Json,
     Outcome,
     OutcomeStatus,
@@ -28,14 +31,18 @@ from holdfast.contracts import (
     digest,
 )
 from holdfast.models import ModelAnswer
-from holdfast.reliability import faults
+from holdfast.reliability import faults, heartbeat
 from holdfast.reliability.chain import protected
 from holdfast.reliability.errors import RETRIES, ErrorType
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, KeyConflict, Settled, State, tool_call
+from holdfast.reliability.waiting import NotYet
 from holdfast.runtime import Runtime
+from holdfast.services import Limit, Service
+from holdfast.state.last_good import LastGoodResults
+from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
-from holdfast.tools import Tool, ToolContext, Undo, explain
+from holdfast.tools import LastGood, Tool, ToolContext, Undo, explain
 
 MAX_CONTENT = 100_000
 """Bytes of a result that go back to the model. The ledger keeps the whole."""
@@ -48,6 +55,7 @@ class Tools:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._last_good = LastGoodResults(runtime.db, runtime.guards.clock)
 
     @activity.defn(name="tool")
     async def tool(self, request: ToolRequest) -> Outcome:
@@ -70,10 +78,34 @@ class Tools:
         with boundary(), _span("undo", request):
             faults.reached(Point.UNDO_STARTED, request.tool)
             tool = _find(request)
-            if tool is None or tool.undo_function is None:
+            if tool is None or not tool.policy.undo:
                 note = f"tool {request.tool} or its undo is gone from agent {request.agent}: undo it by hand"
                 return UndoOutcome(status=UndoStatus.FAILED, note=note)
             return await to_the_end(self._undo(request, tool))
+
+    @activity.defn(name="give_up")
+    async def give_up(self, given: GiveUp) -> Outcome:
+        """Closes a call that waited too long: what is known of it is its outcome."""
+        request = _here(given.request)
+        with boundary(), _span("give up", request):
+            tool = _find(request)
+            if tool is None:
+                return await self._cannot(request, f"there is no tool named {request.tool!r}")
+            await self._runtime.ledger.seize(_call(request, tool, request.key), given.why)
+            settled = await self._runtime.ledger.known(request.key)
+            assert settled is not None, "seized just now"
+            return await self._unknown(request.key, settled, Usage())
+
+    @activity.defn(name="settle")
+    async def settle(self, finding: Finding) -> Outcome:
+        """Records what a person says of a call, unless it is known to be done. Idempotent; the outcome as recorded."""
+        with boundary():
+            note = f"{finding.by} says that it did not happen" + (f": {finding.comment}" if finding.comment else "")
+            await self._runtime.ledger.settle(finding.key, finding.happened, finding.result, note)
+            settled = await self._runtime.ledger.known(finding.key)
+            if settled is None:
+                return Outcome(status=OutcomeStatus.FAILED, content=note)
+            return _outcome(settled, Usage())
 
     async def _cannot(self, request: ToolRequest, problem: str) -> Outcome:
         """The model's mistake, unless an earlier version of the code took the call: then what is known of it counts."""
@@ -81,42 +113,111 @@ class Tools:
         return _outcome(known, Usage()) if known else Outcome(status=OutcomeStatus.ERROR, content=problem)
 
     async def _run(self, request: ToolRequest, tool: Tool, arguments: Json) -> Outcome:
-        call = _call(request, tool)
         usage: list[Usage] = []
-
-        async def act(attempt: int) -> Any:
-            return await tool.call(self._context(request.key, request.key_base, tool, attempt, usage), arguments)
-
-        async def probe(attempt: int) -> Any:
-            return await tool.run_probe(self._context(request.key, request.key_base, tool, attempt, usage), arguments)
-
+        call = _call(request, tool, request.key)
         try:
-            settled = await protected(self._runtime.ledger, call, act, probe)
+            settled = await self._protected(request, tool, call, arguments, usage)
+            if settled.state is State.FAILED and settled.error_type not in CALLERS_FAULT and tool.has_fallback:
+                stand_in = await self._stand_in(request, tool, arguments, usage, settled.error)
+                if stand_in:
+                    return stand_in
+        except NotYet as wait:
+            # While its service is down a tool may be stood in for, once it is certain that it did nothing itself.
+            if wait.service and tool.has_fallback and await self._gives_way(call, wait.why):
+                stand_in = await self._stand_in(request, tool, arguments, usage, wait.why)
+                if stand_in:
+                    return stand_in
+            metrics.waited("breaker" if wait.service else "rate limit")
+            return Outcome(wait=wait.wait())
         except KeyConflict as conflict:
             return Outcome(
                 status=OutcomeStatus.UNKNOWN,
                 content=f"outcome unknown: {conflict}. A person has to look at it; go on without it.",
                 reason=str(conflict),
             )
+        if settled.state is State.UNKNOWN:
+            return await self._unknown(request.key, settled, sum(usage, Usage()))
         return _outcome(settled, sum(usage, Usage()))
 
+    async def _protected(
+        self, request: ToolRequest, tool: Tool, call: Call, arguments: Json, usage: list[Usage]
+    ) -> Settled:
+        async def act(attempt: int) -> Any:
+            return await tool.call(self._context(call.key, request.key_base, tool, attempt, usage), arguments)
+
+        async def probe(attempt: int) -> Any:
+            return await tool.run_probe(self._context(call.key, request.key_base, tool, attempt, usage), arguments)
+
+        settled = await protected(self._runtime.guards, call, act, probe)
+        if settled.state is State.DONE and any(isinstance(each, LastGood) for each in tool.fallback):
+            await self._last_good.keep(tool.name, request.tenant, call.digest, settled.result)
+        return settled
+
+    async def _gives_way(self, call: Call, why: str) -> bool:
+        return call.effect is Effect.READ or await self._runtime.ledger.give_way(call, why)
+
+    async def _stand_in(
+        self, request: ToolRequest, tool: Tool, arguments: Json, usage: list[Usage], why: str
+    ) -> Outcome | None:
+        """The outcome by the first fallback that has one. It never stands in for a call that may have happened."""
+        for n, other in enumerate(tool.fallback, 1):
+            if isinstance(other, LastGood):
+                digest_ = _call(request, tool, request.key).digest
+                kept = await self._last_good.get(tool.name, request.tenant, digest_, other.max_age.total_seconds())
+                if kept:
+                    return _by(tool, kept.result, f"last good result, {kept.age} old", why)
+                continue
+            try:
+                call = _call(request, other, f"{request.key}/fb-{n}")
+                settled = await self._protected(request, other, call, arguments, usage)
+            except NotYet:
+                continue
+            if settled.state is State.DONE:
+                return _by(tool, settled.result, other.name, why, sum(usage, Usage()))
+            if settled.state is State.UNKNOWN:
+                return await self._unknown(call.key, settled, sum(usage, Usage()))
+        if tool.template_function:
+            made = await tool.run_template(self._context(request.key, request.key_base, tool, 1, usage), arguments)
+            return _by(tool, made, "template", why)
+        return None
+
+    async def _unknown(self, key: str, settled: Settled, usage: Usage) -> Outcome:
+        """An unknown outcome with what is known of it, for the person who settles it."""
+        entry = await self._runtime.ledger.entry(key)
+        known = f"key {key}"
+        if entry:
+            begun = datetime.fromtimestamp(entry.reserved_at, UTC)
+            known = f"key {key}, attempt {entry.attempt}, begun {begun:%Y-%m-%d %H:%M:%S} UTC by {entry.worker}"
+        return _outcome(settled, usage).model_copy(update={"known": known})
+
     async def _undo(self, request: ToolRequest, tool: Tool) -> UndoOutcome:
-        call = _call(request, tool)
+        """Undoes the call, and the one that stood in for it: only one of them can have happened."""
+        ends = []
+        for n, each in enumerate(tool.fallback, 1):
+            if isinstance(each, Tool):
+                ends.append(await self._undo_one(request, each, _call(request, each, f"{request.key}/fb-{n}")))
+        ends.insert(0, await self._undo_one(request, tool, _call(request, tool, request.key)))
+        return next((end for end in ends if end.status is not UndoStatus.NOTHING), ends[0])
+
+    async def _undo_one(self, request: ToolRequest, tool: Tool, call: Call) -> UndoOutcome:
         state, result = await self._runtime.ledger.seize(call, "the run was undone before this call began")
-        if state is State.FAILED:
+        if state is State.FAILED or tool.undo_function is None:
             return UndoOutcome(status=UndoStatus.NOTHING)
-        undo = Undo(key=request.key, arguments=request.arguments, result=result)
-        undo_call = replace(call, key=f"{request.key}/undo", kind="undo", effect=Effect.IDEMPOTENT, retries=RETRIES)
+        undo = Undo(key=call.key, arguments=request.arguments, result=result)
+        undo_call = replace(call, key=f"{call.key}/undo", kind="undo", effect=Effect.IDEMPOTENT, retries=RETRIES)
 
         async def act(attempt: int) -> str | None:
             return await tool.run_undo(self._context(undo_call.key, request.key_base, tool, attempt, []), undo)
 
-        settled = await protected(self._runtime.ledger, undo_call, act)
+        try:
+            settled = await protected(self._runtime.guards, undo_call, act)
+        except NotYet as wait:
+            return UndoOutcome(status=UndoStatus.REGISTERED, wait=wait.wait())
         if settled.state is not State.DONE:
             return UndoOutcome(status=UndoStatus.FAILED, note=settled.error, failures=settled.failures)
         if settled.result is None:
             return UndoOutcome(status=UndoStatus.NOTHING, failures=settled.failures)
-        await self._runtime.ledger.compensated(request.key)
+        await self._runtime.ledger.compensated(call.key)
         return UndoOutcome(status=UndoStatus.UNDONE, note=settled.result, failures=settled.failures)
 
     def _context(self, key: str, key_base: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
@@ -140,6 +241,8 @@ class Tools:
             http=self._runtime.http,
             service_url=self._runtime.service_url,
             ask_model=ask,
+            position=heartbeat.position(),
+            advance=heartbeat.advance,
         )
 
 
@@ -158,10 +261,15 @@ def _find(request: ToolRequest) -> Tool | None:
         return None  # an agent that a deploy took away, with its tools
 
 
-def _call(request: ToolRequest, tool: Tool) -> Call:
+def _call(request: ToolRequest, tool: Tool, key: str) -> Call:
     # The arguments as history has them: a deploy that adds an argument with a default must not make another call of it.
+    service = registry.service(tool.service)
+    # What a tool does by asking a model is guarded there, by the model's own breaker and limits.
+    external = tool.service not in ("", "model")
+    own = Limit(f"tool {Service(tool.name).target(request.tenant)}", tool.per_minute) if tool.per_minute else None
+    limits = (service.limit(request.tenant) if external else None, own)
     return tool_call(
-        request.key,
+        key,
         request.key_base,
         tool.name,
         tool.effect,
@@ -171,7 +279,18 @@ def _call(request: ToolRequest, tool: Tool) -> Call:
         seq=request.seq,
         timeout_s=tool.timeout_s,
         retries=tool.retries,
+        agent=request.agent,
+        target=service.target(request.tenant) if external else "",
+        rule=service.breaker,
+        limits=tuple(limit for limit in limits if limit),
     )
+
+
+def _by(tool: Tool, result: Any, by: str, why: str, usage: Usage | None = None) -> Outcome:
+    """The outcome by a fallback. The model and the reader are told that it is one."""
+    metrics.fallback(tool.name, by)
+    content = f"[{by}, in place of {tool.name}: {why}]\n{_text(result)}"
+    return Outcome(content=content, origin=by, usage=usage or Usage(), notes=[f"{tool.name}: {by} ({why})"])
 
 
 def _outcome(settled: Settled, usage: Usage) -> Outcome:
@@ -194,7 +313,14 @@ def _outcome(settled: Settled, usage: Usage) -> Outcome:
     else:
         status = OutcomeStatus.FAILED
         content = f"failed for good after {settled.failures} failures: {settled.error}"
-    return Outcome(status=status, content=content, reason=reason, failures=settled.failures, usage=usage)
+    return Outcome(
+        status=status,
+        content=content,
+        reason=reason,
+        failures=settled.failures,
+        usage=usage,
+        notes=list(settled.notes),
+    )
 
 
 def _text(result: Any) -> str:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from holdfast.agent import AgentSpec
+from holdfast.services import Service
 
 
 class UnknownAgent(Exception):
@@ -25,7 +26,24 @@ def _found() -> dict[str, AgentSpec]:
 def add(spec: AgentSpec) -> AgentSpec:
     """Registers an agent that does not live under `agents/` (tests, benchmarks)."""
     _added[spec.name] = spec
+    _services.cache_clear()
     return spec
+
+
+def service(name: str) -> Service:
+    """What is declared of a service; the defaults when no agent says anything."""
+    return _services().get(name) or Service(name)
+
+
+@cache
+def _services() -> dict[str, Service]:
+    """Raises TypeError when two agents disagree: a service has one breaker and one limit for all."""
+    found: dict[str, Service] = {}
+    for spec in agents().values():
+        for each in spec.services:
+            if found.setdefault(each.name, each) != each:
+                raise TypeError(f"agent {spec.name} declares service {each.name} otherwise than another agent does")
+    return found
 
 
 def agents() -> dict[str, AgentSpec]:

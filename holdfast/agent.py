@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from holdfast.contracts import Effect, Json, Profile, StepSpec
+from holdfast.services import BreakerRule, Service
 from holdfast.tools import Tool
 
 
@@ -36,6 +37,8 @@ class AgentSpec:
     max_turns: int = 40
     deadline: timedelta = timedelta(days=1)
     turns_per_execution: int = 100
+    services: tuple[Service, ...] = ()
+    """Limits and breakers of the services that its tools use, where the defaults do not fit."""
     by_name: dict[str, Tool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,4 +70,4 @@ class AgentSpec:
         return [{"role": "system", "content": self.instructions}, {"role": "user", "content": prompt}]
 
 
-__all__ = ["AgentSpec", "Effect", "StepSpec"]
+__all__ = ["AgentSpec", "BreakerRule", "Effect", "Service", "StepSpec"]

@@ -198,6 +198,13 @@ class ToolRequest(BaseModel):
         return f"{self.key_base}/{self.seq}"
 
 
+class GiveUp(BaseModel):
+    """Input of the activity `give_up`: a call that is not tried any more, and why."""
+
+    request: ToolRequest
+    why: str
+
+
 class OutcomeStatus(StrEnum):
     OK = "ok"
     ERROR = "error"
@@ -300,6 +307,16 @@ class ApprovalDecision(BaseModel):
     """When given it must match the approval's: the decision is then bound to these very arguments."""
     result: Any = None
     """With `happened`: the result that the call would have had, as JSON."""
+
+
+class Finding(BaseModel):
+    """What a person found out of a call whose end the platform does not know. Input of the activity `settle`."""
+
+    key: str
+    happened: bool
+    result: Any = None
+    by: str
+    comment: str = ""
 
 
 class DecisionReply(BaseModel):

@@ -42,6 +42,8 @@ class TurnState(TypedDict):
     new_model: str
     """The model that answered, when it is another than the turn before had."""
     decision: Json | None
+    withdrawn: NotRequired[list[str]]
+    """Tools that the model was told it cannot have for now."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,19 @@ class TurnContext:
     """Names the turn at crash points."""
 
 
-def turn_input(inbox: list[Json]) -> TurnState:
-    """The input of a turn that adds these messages."""
-    return {"messages": [], "inbox": inbox, "asks": 0, "usage": {}, "new_model": "", "decision": None}
+def turn_input(inbox: list[Json], withdrawn: list[str] | None = None) -> TurnState:
+    """The input of a turn that adds these messages; `withdrawn` when the tools that are gone are others than before."""
+    value: TurnState = {
+        "messages": [],
+        "inbox": inbox,
+        "asks": 0,
+        "usage": {},
+        "new_model": "",
+        "decision": None,
+    }
+    if withdrawn is not None:
+        value["withdrawn"] = withdrawn
+    return value
 
 
 def inbox_messages(conversation: Sequence[Json], answers: Sequence[str], notices: Sequence[str]) -> list[Json]:
@@ -75,6 +87,7 @@ async def _model(state: TurnState, runtime: Runtime[TurnContext]) -> Json:
     answer = await runtime.context.ask(state["messages"] + new, asks)
     usage = Usage.model_validate(state["usage"]) + answer.usage
     label = f"{answer.model} (simulated)" if answer.simulated else answer.model
+    label += " (fallback)" if answer.origin else ""
     return {
         "messages": [*new, answer.message],
         "inbox": [],

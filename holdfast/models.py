@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,16 @@ import openai
 
 from holdfast.contracts import Json, Usage
 from holdfast.reliability.errors import ErrorType, Failure, classify
-from holdfast.settings import Settings
+from holdfast.services import Service
+from holdfast.settings import ModelTarget, Settings
 from holdfast.telemetry.tracing import span
 
 CONNECT_S = 5.0
 DRAIN_S = 0.1
 LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=200)
+USUAL_OUTPUT = 500
+COMPACT_TO = 500
+"""Characters that stay of an older tool result in a compacted conversation."""
 SIMULATED = "simulated"
 """The `system_fingerprint` of the scripted model, so that its output can be labelled wherever it is shown."""
 
@@ -50,6 +55,8 @@ class ModelAnswer:
     finish_reason: str
     """`stop`, `tool_calls` or `length` (cut off)."""
     simulated: bool = False
+    origin: str = ""
+    """Why it was not the first model that answered; empty when it was."""
 
     @property
     def text(self) -> str:
@@ -63,6 +70,7 @@ class ModelAnswer:
             "usage": self.usage.model_dump(mode="json"),
             "finish_reason": self.finish_reason,
             "simulated": self.simulated,
+            "origin": self.origin,
         }
 
     @classmethod
@@ -71,14 +79,28 @@ class ModelAnswer:
 
 
 class ModelClient:
-    """One per process: it pools the connections of all calls."""
+    """One per process and model: it pools the connections of all calls."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, target: ModelTarget | None = None) -> None:
+        """target: the model, by default the first of the settings."""
+        target = target or settings.models[0]
         self._settings = settings
-        self._url = settings.openai_base_url
+        self.model = target.model
+        self.window = target.window
+        self._url = target.base_url or settings.openai_base_url
         key = settings.openai_api_key.get_secret_value().strip()
+        if target.base_url:  # another endpoint must not get the first one's key
+            key = os.environ.get(target.key_env, "").strip() if target.key_env else ""
         endpoint = httpx2.URL(self._url)
-        self._who = f"model {settings.model} at {endpoint.scheme}://{endpoint.netloc.decode()}"
+        self._who = f"model {self.model} at {endpoint.scheme}://{endpoint.netloc.decode()}"
+        self.service = Service(
+            f"model {self.model} at {endpoint.netloc.decode()}",
+            requests_per_minute=target.requests_per_minute,
+            tokens_per_minute=target.tokens_per_minute,
+        )
+        """The model as breaker and limits know it, the same for every tenant."""
+        self.usual_output = USUAL_OUTPUT
+        """Tokens of an answer to allow for before it is there: the longest of the last answers, slowly forgotten."""
         self._no_key = not key and endpoint.host == "api.openai.com"
         # The deadlines of A10 are ours (tokens, not bytes), so the transport only bounds the connection.
         timeout = httpx2.Timeout(None, connect=CONNECT_S, pool=CONNECT_S)
@@ -96,9 +118,10 @@ class ModelClient:
         messages, tools: as in a chat completion request. key: sent as `Idempotency-Key`.
         Raises ModelUnavailable, and nothing else.
         """
-        asked = {"gen_ai.operation.name": "chat", "gen_ai.request.model": self._settings.model, "holdfast.key": key}
-        with span(f"chat {self._settings.model}", **asked) as current:
+        asked = {"gen_ai.operation.name": "chat", "gen_ai.request.model": self.model, "holdfast.key": key}
+        with span(f"chat {self.model}", **asked) as current:
             answer = await self._complete(messages, tools, key)
+            self.usual_output = max(answer.usage.output_tokens, round(0.95 * self.usual_output))
             if current is not None:
                 current.set_attribute("gen_ai.response.model", answer.model)
                 current.set_attribute("gen_ai.usage.input_tokens", answer.usage.input_tokens)
@@ -115,7 +138,7 @@ class ModelClient:
                 how = "needs a key: set OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint of your own"
                 raise ModelUnavailable(Failure(ErrorType.UNAUTHORIZED, how))
             await self._stream(messages, tools, key, assembly)
-            return assembly.answer(self._settings.model, self._url)
+            return assembly.answer(self.model, self._url)
         except Exception as error:  # noqa: BLE001 - whatever it was, callers get it classified
             failure = classify(error)
             # `from None`: the original's words and request hold what must not reach a history or a log.
@@ -125,7 +148,7 @@ class ModelClient:
         """Sends the request and feeds every chunk to `assembly`, under the three deadlines."""
         limits, now = self._settings, asyncio.get_running_loop().time
         body: Json = {
-            "model": limits.model,
+            "model": self.model,
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -253,6 +276,28 @@ class _Assembly:
         name = self.model or model
         usage = count(self.usage, name, url, free=self.simulated)
         return ModelAnswer(message, name, usage, self.finish_reason, self.simulated)
+
+
+def estimate(messages: list[Json], tools: list[Json]) -> int:
+    """Tokens of a request, estimated high: a third of its bytes of JSON (English has about 4 bytes a token)."""
+    return len(json.dumps([messages, tools], ensure_ascii=False).encode()) // 3
+
+
+def compacted(messages: list[Json]) -> list[Json] | None:
+    """The conversation with the older tool results cut short; None when there is nothing to cut.
+
+    The results that the last answer waits for stay whole, and so does what people and the model said.
+    """
+    last = max((n for n, each in enumerate(messages) if each["role"] == "assistant"), default=0)
+    shorter = [_cut(each) if each["role"] == "tool" and n < last else each for n, each in enumerate(messages)]
+    return shorter if shorter != messages else None
+
+
+def _cut(message: Json) -> Json:
+    text = message["content"]
+    if len(text) <= COMPACT_TO:
+        return message
+    return {**message, "content": f"{text[:COMPACT_TO]}\n[cut: {len(text) - COMPACT_TO} more characters, read before]"}
 
 
 def count(usage: Json | None, model: str, url: str, *, free: bool = False) -> Usage:

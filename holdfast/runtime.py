@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import httpx2
 
 from holdfast.models import ModelClient
+from holdfast.reliability.chain import Guards
 from holdfast.reliability.ledger import Ledger
 from holdfast.settings import Settings
 from holdfast.state.database import Database, open_database
@@ -19,17 +20,24 @@ from holdfast.state.version import check_schema
 class Runtime:
     settings: Settings
     db: Database
-    ledger: Ledger
-    models: ModelClient
+    guards: Guards
+    models: tuple[ModelClient, ...]
+    """The first one is asked; the others stand in, in this order."""
     http: httpx2.AsyncClient
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.guards.ledger
 
     def service_url(self, service: str) -> str:
         """Base address of a service. Raises KeyError for one that has no setting."""
         return {"hospital": self.settings.hospital_url}[service]
 
     async def close(self) -> None:
-        await self.models.close()
+        for model in self.models:
+            await model.close()
         await self.http.aclose()
+        await self.guards.close()
         await self.db.close()
 
 
@@ -44,8 +52,8 @@ async def open_runtime(settings: Settings) -> Runtime:
     return Runtime(
         settings=settings,
         db=db,
-        ledger=Ledger(db, worker=f"{socket.gethostname()}/{os.getpid()}"),
-        models=ModelClient(settings),
+        guards=Guards(db, worker=f"{socket.gethostname()}/{os.getpid()}"),
+        models=tuple(ModelClient(settings, target) for target in settings.models),
         # No timeout of its own: the chain puts the tool's own around each call. Connecting is another matter.
         http=httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=5.0), limits=httpx2.Limits(max_connections=500)),
     )

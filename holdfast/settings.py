@@ -13,8 +13,24 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+
+class ModelTarget(BaseModel):
+    """A model at an endpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    base_url: str = ""
+    """Empty: that of the first model, and its key."""
+    key_env: str = ""
+    """Environment variable with the key of another endpoint."""
+    window: int | None = Field(default=None, gt=0)
+    """Context window in tokens; None: not known."""
+    requests_per_minute: int | None = Field(default=None, gt=0)
+    tokens_per_minute: int | None = Field(default=None, gt=0)
 
 
 class Settings(BaseSettings):
@@ -34,6 +50,13 @@ class Settings(BaseSettings):
     openai_base_url: Annotated[str, Field(alias="OPENAI_BASE_URL")] = "https://api.openai.com/v1"
     openai_api_key: Annotated[SecretStr, Field(alias="OPENAI_API_KEY")] = SecretStr("")
     model: Annotated[str, Field(alias="HOLDFAST_MODEL")] = "gpt-5-mini"
+    model_window: Annotated[int | None, Field(alias="HOLDFAST_MODEL_WINDOW", gt=0)] = None
+    """Context window of the model in tokens; a conversation that would not fit is not sent to it."""
+    model_rpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_RPM", gt=0)] = None
+    model_tpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_TPM", gt=0)] = None
+    """Requests and tokens per minute that all workers together may use."""
+    model_fallbacks: Annotated[tuple[ModelTarget, ...], Field(alias="HOLDFAST_MODEL_FALLBACKS")] = ()
+    """Models that stand in, in this order: a JSON list, e.g. `[{"model": "gpt-5-nano", "window": 400000}]`."""
 
     hospital_url: Annotated[str, Field(alias="HOLDFAST_HOSPITAL_URL")] = "http://127.0.0.1:8090"
     otlp_endpoint: Annotated[str, Field(alias="OTEL_EXPORTER_OTLP_ENDPOINT")] = ""
@@ -65,6 +88,17 @@ class Settings(BaseSettings):
         if not stack.exists() or _names_a_server():
             return (init_settings, env_settings)
         return (init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=stack))
+
+    @property
+    def models(self) -> tuple[ModelTarget, ...]:
+        """The models to ask, the first one first."""
+        first = ModelTarget(
+            model=self.model,
+            window=self.model_window,
+            requests_per_minute=self.model_rpm,
+            tokens_per_minute=self.model_tpm,
+        )
+        return (first, *self.model_fallbacks)
 
     @property
     def store_url(self) -> str:

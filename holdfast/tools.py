@@ -9,6 +9,9 @@
 
 The first parameter is the context; the others, with their annotations, are the arguments that the model fills in.
 Async functions run on the loop, sync ones in a thread, so neither blocks the worker.
+
+A tool may name what stands in for it when it is exhausted, or while its service's breaker is open: other tools, the
+last good result (`fallback=(phone_booking, LastGood(timedelta(hours=6)))`), at last a template (`@summary.template`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -67,6 +71,17 @@ class ToolContext:
 
     Ask before the effect, never after: a model that is gone makes the tool begin again.
     """
+    position: Any = None
+    """Where an earlier attempt of a long call got to, as it told `advance`; None when none did."""
+    advance: Callable[[Any], None] = lambda position: None
+    """`ctx.advance(position)`: JSON data that the next attempt gets as `position`, should this one die."""
+
+
+@dataclass(frozen=True)
+class LastGood:
+    """A fallback of a read: its last good result for the same arguments, when that is not older than `max_age`."""
+
+    max_age: timedelta
 
 
 @dataclass
@@ -85,8 +100,11 @@ class Tool:
     function: Callable[..., Any]
     arguments: type[BaseModel]
     result_schema: Json
+    per_minute: int | None = None
+    fallback: tuple[Tool | LastGood, ...] = ()
     undo_function: Callable[..., Any] | None = None
     probe_function: Callable[..., Any] | None = None
+    template_function: Callable[..., Any] | None = None
     _openai: Json | None = field(default=None, repr=False)
 
     def undo(self, function: Callable[[ToolContext, Undo], Any]) -> Callable[[ToolContext, Undo], Any]:
@@ -106,8 +124,28 @@ class Tool:
         self.probe_function = function
         return function
 
+    def template(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Declares the last fallback: `(ctx, **arguments)` makes the result from the arguments alone."""
+        if self.effect is not Effect.READ:
+            raise TypeError(f"tool {self.name}: a template changes nothing, so it cannot stand in for an effect")
+        self.template_function = function
+        return function
+
     def check(self) -> None:
         """Raises TypeError when the declaration is incomplete. Called for every tool of an agent at start."""
+        for other in self.fallback:
+            if isinstance(other, LastGood):
+                if self.effect is not Effect.READ:
+                    raise TypeError(f"tool {self.name}: a last good result cannot stand in for an effect")
+            elif missing := set(other.arguments.model_fields) ^ set(self.arguments.model_fields):
+                raise TypeError(
+                    f"tool {self.name}: its fallback {other.name} has to take the same arguments; they differ in"
+                    f" {', '.join(sorted(missing))}"
+                )
+            elif other.fallback or other.template_function:
+                raise TypeError(f"tool {self.name}: its fallback {other.name} has fallbacks of its own; name them here")
+            else:
+                other.check()
         if self.effect is Effect.PROBE and self.probe_function is None:
             raise TypeError(f"tool {self.name}: effect class `probe` needs a probe; add one with @{self.name}.probe")
 
@@ -122,10 +160,19 @@ class Tool:
             effect=self.effect,
             service=self.service,
             approval=self.approval,
-            undo=self.undo_function is not None,
+            undo=any(each.undo_function for each in self.chain),
             timeout_s=self.timeout_s,
             deadline_s=self.deadline_s,
         )
+
+    @property
+    def chain(self) -> list[Tool]:
+        """The tool and the tools that may stand in for it, in their order."""
+        return [self, *(other for other in self.fallback if isinstance(other, Tool))]
+
+    @property
+    def has_fallback(self) -> bool:
+        return bool(self.fallback or self.template_function)
 
     @property
     def schema(self) -> Json:
@@ -150,6 +197,10 @@ class Tool:
         """Asks whether the call happened: its result, or None."""
         assert self.probe_function is not None
         return await _run(self.probe_function, ctx, **self._typed(arguments))
+
+    async def run_template(self, ctx: ToolContext, arguments: Json) -> Any:
+        assert self.template_function is not None
+        return await _run(self.template_function, ctx, **self._typed(arguments))
 
     async def run_undo(self, ctx: ToolContext, undo: Undo) -> str | None:
         """What was done in words; None when there was nothing to undo."""
@@ -183,6 +234,8 @@ def tool(
     deadline: float = 3600.0,
     retries: int = 5,
     approval: bool = False,
+    per_minute: int | None = None,
+    fallback: tuple[Tool | LastGood, ...] = (),
     name: str = "",
 ) -> Callable[[Callable[..., Any]], Tool]:
     """Declares a tool.
@@ -191,6 +244,8 @@ def tool(
     service: the external service it talks to, as breakers and limits count it.
     timeout: seconds for one attempt. deadline: seconds over all attempts. retries: real failures after the first try.
     approval: a human has to say yes before each call.
+    per_minute: calls that all workers together may make in a minute, per tenant.
+    fallback: what stands in for the tool, in this order.
     Raises TypeError at import for a declaration that could not run safely.
     """
 
@@ -224,6 +279,8 @@ def tool(
             deadline_s=deadline,
             retries=retries,
             approval=approval,
+            per_minute=per_minute,
+            fallback=tuple(fallback),
             function=function,
             arguments=arguments,
             result_schema=TypeAdapter(returns).json_schema(),

@@ -7,6 +7,7 @@ and nowhere else; the coroutines may be dropped whenever no activity is open, an
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
@@ -30,25 +31,25 @@ with workflow.unsafe.imports_passed_through():
         RunStatus,
         ToolCall,
         ToolPolicy,
-        ToolRequest,
-        UndoOutcome,
-        UndoRecord,
         Verdict,
         Wait,
         clip,
-        digest,
         key_base,
     )
     from holdfast.reliability.errors import ErrorType
-    from workflows import progress
+    from workflows import progress, questions
+    from workflows.acts import Acts
     from workflows.approvals import Approvals
-    from workflows.calls import UNDO_DEADLINE_S, Calls, why
+    from workflows.aside import Aside
+    from workflows.calls import Calls, why
     from workflows.judgement import judge_final, judge_turn, out_of_turns
     from workflows.saga import unwind
     from workflows.state import CallState, Ending, RunState
 
 PLAN_S = 420.0
 """Three model calls of up to 130 s (`Settings.model_total_s`), and what lies between."""
+NO_PROFILE_DEADLINE = timedelta(days=1)
+"""How long a run waits for a model that has never answered."""
 MAX_ANSWERS = 1_000_000
 """Bytes of all answers of a turn together: the next turn's request has to fit into a Temporal payload (2 MB)."""
 
@@ -68,11 +69,12 @@ class AgentWorkflow:
         )
         self._approvals = Approvals(self._state.approvals, self._note, self._changed)
         self._calls = Calls(self._parked)
+        self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
+        self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude)
         self._display = progress.Display(given)
         self._ending: Ending | None = None
         self._result: RunResult | None = None
         self._turns_here = 0
-        self._relative_base = self._state.key_base.removeprefix(info.workflow_id)
 
     # ------------------------------------------------------------ the life of a run
 
@@ -98,26 +100,33 @@ class AgentWorkflow:
         """Works until the run ends, or should continue as new (None). Effects in flight are settled by then."""
         work = asyncio.create_task(self._work())
         watch = asyncio.create_task(self._watch_deadline())
+        self._aside.resume()
         try:
-            await workflow.wait_condition(lambda: work.done() or self._ending is not None or self._continues_idle())
+            await workflow.wait_condition(
+                lambda: bool(work.done() or self._ending or self._continues_idle() or self._aside.broken())
+            )
         except asyncio.CancelledError:
             reason = workflow.cancellation_reason()
             self._ending = Ending(RunOutcome.CANCELLED, f"cancelled: {reason}" if reason else "cancelled")
         watch.cancel()
-        if work.done():
-            return self._ending or work.result()
-        work.cancel()
-        # Tool calls settle first: an effect must not end after its undo began.
-        await to_the_end(workflow.wait([work]))
-        return self._ending
+        if broken := self._aside.broken():
+            raise broken
+        ending = self._ending or (work.result() if work.done() else None)
+        rest = [task for task in (work, *self._aside.unfinished()) if not task.done()]
+        for task in rest:
+            task.cancel()
+        if not work.done() or self._calls.open:
+            # Tool calls settle first: an effect must not end after its undo began.
+            await to_the_end(workflow.wait(rest))
+        return self._ending or ending
 
     async def _work(self) -> Ending | None:
         state = self._state
         while self._ending is None:
             if not state.calls:
-                if self._is_long():
+                if state.final is None and self._is_long() and self._calls.open == 0:
                     return None
-                if ending := await self._plan():
+                if ending := (await self._plan() if state.final is None else await self._finish(state.final)):
                     return ending
             under_way = (self._one(item) for item in state.calls if item.outcome is None)
             # Collecting exceptions, because a plain gather ends with the first child that is cancelled (one that waits
@@ -140,7 +149,7 @@ class AgentWorkflow:
         self._approvals.close()
         if ending.outcome.unwinds and self._state.saga:
             self._phase(Phase.COMPENSATING)
-            await unwind(self._state.saga, self._undo, self._changed)
+            await unwind(self._state.saga, self._acts.undo, self._changed)
         result = self._result = progress.result(self._given, self._state, ending)
         self._phase(Phase.ENDED)
         end = RunEnd(tenant=self._given.tenant, result=result)
@@ -159,44 +168,100 @@ class AgentWorkflow:
             state.planning = True
         request = PlanRequest(
             agent=self._given.agent,
-            key_base=self._relative_base,
+            key_base=self._acts.key_base,
             turn=state.turn,
             base=state.base,
             answers=state.answers,
-            notices=state.notices,
+            notices=list(state.notices),
             input=self._given.input if state.turn == 1 else None,
+            tenant=self._given.tenant,
         )
         self._phase(Phase.RUNNING)
         try:
             planned = await self._calls.run(
-                "plan", request, PlanResult, summary=f"turn {state.turn}", timeout_s=PLAN_S, settle=False
+                "plan",
+                request,
+                PlanResult,
+                summary=f"turn {state.turn}",
+                timeout_s=PLAN_S,
+                # The profile says how long a run may take, and it comes with the first turn.
+                give_up_at=None if state.profile else state.started + NO_PROFILE_DEADLINE,
+                settle=False,
             )
         except ActivityError as error:
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: {why(error)}")
+        if planned.wait:
+            return Ending(RunOutcome.FAILED, f"turn {state.turn}: gave up: {planned.wait.why}")
+        if planned.refusal:
+            return await self._refused_turn(planned.refusal)
         self._turns_here += 1
-        state.planning, state.answers, state.notices = False, [], []
+        # Whatever came in while the model thought is for the next turn.
+        del state.notices[: len(request.notices)]
+        state.planning, state.answers = False, []
         state.base, state.model = planned.checkpoint, planned.model or state.model
+        state.models[state.model] = state.models.get(state.model, 0) + 1
         state.usage += planned.usage
         state.profile = planned.profile or state.profile
+        self._note(*planned.notes)
         if planned.final is not None:
-            verdict = judge_final(state, planned.final)
-            if isinstance(verdict, Ending):
-                return verdict
-            state.notices = [verdict]
-            self._note(verdict)
-            return None
+            return await self._finish(planned.final)
         # Keys are allotted in decision order before anything is awaited, so a replay allots the same.
         state.calls = [CallState(call=call, seq=state.seq + n) for n, call in enumerate(planned.calls, 1)]
         state.seq += len(state.calls)
+        return None
+
+    async def _refused_turn(self, why: str) -> Ending | None:
+        """The model refuses by its policy, and no retry helps: a person lets it be asked again, or ends the run."""
+        state = self._state
+        decision = await self._approvals.ask(questions.refused_turn(state, why, workflow.now()))
+        state.refused_turns += 1
+        if decision.verdict is Verdict.REJECT:
+            return Ending(RunOutcome.REJECTED, f"the model refuses turn {state.turn} ({why}): {decision.comment}")
+        return None
+
+    async def _finish(self, final: str) -> Ending | None:
+        """The model has said its final words: the end, unless something is open that the run cannot end without."""
+        state = self._state
+        if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
+            state.final = final
+            self._approvals.hold_for(questions.held(state))
+            if not state.approvals.held:
+                self._phase(Phase.PARKED)
+            await workflow.wait_condition(lambda: not self._aside.open_ends)
+            self._approvals.hold_for([])
+            self._phase(Phase.RUNNING)
+            state.final = None
+            if state.notices:  # the model hears how they ended, and finishes anew
+                return None
+        verdict = judge_final(state, final)
+        if isinstance(verdict, Ending):
+            return verdict
+        state.notices.append(verdict)
+        self._note(verdict)
         return None
 
     # ------------------------------------------------------------ gate, human, act
 
     async def _one(self, item: CallState) -> None:
         """Takes one call of a decision to its outcome."""
-        item.outcome = await self._gate(item) or await self._act(item)
+        item.outcome = self._standing(item.call) or await self._gate(item) or await self._act(item)
+        self._conclude(item)
+
+    def _conclude(self, item: CallState) -> None:
+        """Accounts for the outcome, and asks a person about one that the platform cannot settle."""
+        assert item.outcome is not None
         self._state.account(item)
+        self._note(*item.outcome.notes)
+        self._aside.ask(item)
         self._changed()
+
+    def _standing(self, call: ToolCall) -> Outcome | None:
+        """What a call did in the failed run that this one replays, and what was not undone: it is not done twice."""
+        for each in self._given.standing:
+            if each.tool == call.tool and each.key not in self._state.stood:
+                self._state.stood.append(each.key)
+                return Outcome(content=each.content, origin=f"done before, under key {each.key}")
+        return None
 
     async def _gate(self, item: CallState) -> Outcome | None:
         """The outcome of a call that must not run, or None when it may. Policy and budget will ask here as well."""
@@ -205,8 +270,8 @@ class AgentWorkflow:
             text = f"there is no tool named {call.tool!r} in this run: it came with a later version of the agent"
             return Outcome(status=OutcomeStatus.ERROR, content=text)
         refused = self._refused(call, policy)
-        if policy.approval and (not refused or self._approvals.asked(_approval_id(item))):
-            decision = await self._approvals.ask(self._approval(item))
+        if policy.approval and (not refused or self._approvals.asked(f"a{item.seq}")):
+            decision = await self._approvals.ask(questions.may_run(self._state, item, workflow.now()))
             if decision.verdict is Verdict.REJECT:
                 text = f"rejected by {decision.approver}: {decision.comment}"
                 return Outcome(status=OutcomeStatus.REJECTED, content=text)
@@ -215,6 +280,8 @@ class AgentWorkflow:
 
     def _refused(self, call: ToolCall, policy: ToolPolicy) -> Outcome | None:
         """A call with an effect while another of its tool is unknown: its key is new, so it would be blind."""
+        if deferred := self._state.put_off(call.tool):
+            return Outcome(status=OutcomeStatus.ERROR, content=f"refused: {questions.deferral(deferred).content}")
         unknown = self._state.unknown(call.tool)
         if not unknown or policy.effect is Effect.READ:
             return None
@@ -222,57 +289,15 @@ class AgentWorkflow:
         return Outcome(status=OutcomeStatus.ERROR, content=text)
 
     async def _act(self, item: CallState) -> Outcome:
-        call, policy = item.call, self._state.policy(item.call.tool)
+        policy = self._state.policy(item.call.tool)
         assert policy is not None, "the gate lets no other call pass"
         if policy.undo:
             self._state.register_undo(item)
-        try:
-            return await self._calls.run(
-                "tool",
-                self._request(item.seq, call.tool, call.version, call.arguments),
-                Outcome,
-                summary=f"#{item.seq} {call.tool} ({policy.service})",
-                # An attempt of a `probe` tool may ask first and then act, each within the tool's timeout.
-                timeout_s=policy.timeout_s * (2 if policy.effect is Effect.PROBE else 1),
-                deadline_s=policy.deadline_s,
-            )
-        except ActivityError as error:
-            # Its deadline passed, or it was cancelled before it could say how it ended.
-            if policy.effect is Effect.READ:
-                return Outcome(status=OutcomeStatus.FAILED, content=f"gave up: {why(error)}")
-            return Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown, gave up: {why(error)}")
-
-    async def _undo(self, record: UndoRecord) -> UndoOutcome:
-        request = self._request(record.seq, record.tool, record.version, record.arguments)
-        summary = f"undo #{record.seq} {record.tool}"
-        policy = self._state.policy(record.tool) or ToolPolicy()
-        return await self._calls.run(
-            "undo", request, UndoOutcome, summary=summary, timeout_s=policy.timeout_s, deadline_s=UNDO_DEADLINE_S
-        )
-
-    def _request(self, seq: int, tool: str, version: str, arguments: dict[str, Any]) -> ToolRequest:
-        return ToolRequest(
-            agent=self._given.agent,
-            key_base=self._relative_base,
-            seq=seq,
-            tool=tool,
-            version=version,
-            arguments=arguments,
-        )
-
-    def _approval(self, item: CallState) -> Approval:
-        call = item.call
-        return Approval(
-            id=_approval_id(item),
-            subject=call.tool,
-            seq=item.seq,
-            arguments=call.arguments,
-            digest=digest(call.arguments),
-            why=f"Every call of {call.tool} needs a person's yes.",
-            evidence=progress.evidence(self._state),
-            cost_usd=self._state.usage.cost_usd,
-            asked_at=workflow.now(),
-        )
+        outcome = await self._acts.tool(item.call, item.seq, workflow.now())
+        if outcome.wait is None:
+            return outcome
+        self._note(outcome.wait.why)
+        return self._aside.put_off(item, outcome.wait)
 
     # ------------------------------------------------------------ time
 
@@ -302,7 +327,7 @@ class AgentWorkflow:
 
     def _continues_idle(self) -> bool:
         """Nothing is open but a human's answer or a park, and the history is long."""
-        idle = self._state.approvals.open or self._state.phase is Phase.PARKED
+        idle = self._approvals.blocking or self._state.phase is Phase.PARKED
         return bool(idle) and self._calls.open == 0 and self._is_long()
 
     # ------------------------------------------------------------ what the world says and sees
@@ -327,11 +352,12 @@ class AgentWorkflow:
     def result(self) -> RunResult | None:
         return self._result
 
-    def _note(self, text: str) -> None:
+    def _note(self, *texts: str) -> None:
         notes = self._state.notes
-        if not notes or not notes[-1].endswith(text):
-            notes.append(f"{workflow.now():%Y-%m-%d %H:%M:%S} {text}")
-            del notes[:-50]
+        for text in texts:
+            if not notes or not notes[-1].endswith(text):
+                notes.append(f"{workflow.now():%Y-%m-%d %H:%M:%S} {text}")
+        del notes[:-50]
 
     def _parked(self, wait: Wait | None) -> None:
         if wait:
@@ -345,9 +371,5 @@ class AgentWorkflow:
     def _changed(self) -> None:
         state = self._state
         if state.phase in (Phase.RUNNING, Phase.WAITING_HUMAN):
-            state.phase = Phase.WAITING_HUMAN if state.approvals.open else Phase.RUNNING
+            state.phase = Phase.WAITING_HUMAN if self._approvals.blocking else Phase.RUNNING
         self._display.show(state, self._ending)
-
-
-def _approval_id(item: CallState) -> str:
-    return f"a{item.seq}"

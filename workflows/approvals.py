@@ -1,4 +1,4 @@
-"""Asking a human: requests that block one call each, and the decisions that answer them.
+"""Asking a human: may this call run, how did that one end; and the decisions that answer.
 
 A decision is checked before it changes anything; one that is bad, late, double or for another request changes nothing
 and is noted. The state survives continue-as-new, so asking again under the same id finds its answer.
@@ -17,6 +17,18 @@ from temporalio import workflow
 from holdfast.contracts import Approval, ApprovalDecision, DecidedApproval, DecisionReply, Verdict
 from holdfast.tools import explain
 
+PAST = {
+    Verdict.APPROVE: "approved",
+    Verdict.REJECT: "rejected",
+    Verdict.HAPPENED: "settled as happened",
+    Verdict.DID_NOT: "settled as not happened",
+}
+VERDICTS = {
+    "tool": (Verdict.APPROVE, Verdict.REJECT),
+    "refusal": (Verdict.APPROVE, Verdict.REJECT),
+    "outcome": (Verdict.HAPPENED, Verdict.DID_NOT),
+}
+
 
 class ApprovalsState(BaseModel):
     open: dict[str, Approval] = {}
@@ -25,6 +37,8 @@ class ApprovalsState(BaseModel):
     """When the run began to wait for a human; None while it waits for none."""
     waited_s: float = 0.0
     """Seconds waited before `asked_since`."""
+    held: list[str] = []
+    """Requests of kind `outcome` that the run cannot end without."""
 
 
 class Approvals:
@@ -33,17 +47,45 @@ class Approvals:
     def __init__(self, state: ApprovalsState, note: Callable[[str], None], changed: Callable[[], None]) -> None:
         self.state = state
         self._note = note
-        self._changed = changed
+        self.changed = changed
 
     async def ask(self, approval: Approval) -> ApprovalDecision:
         """Blocks until a human decides, for days if need be; nothing is held in a worker meanwhile."""
-        state = self.state
+        self.open(approval)
+        decided = self.state.decided
+        await workflow.wait_condition(lambda: approval.id in decided)
+        return decided[approval.id].decision
+
+    def open(self, approval: Approval) -> None:
+        """Asks and does not wait. Asking again under the same id changes nothing."""
         if not self.asked(approval.id):
-            state.open[approval.id] = approval
-            state.asked_since = state.asked_since or workflow.now()
-            self._changed()
-        await workflow.wait_condition(lambda: approval.id in state.decided)
-        return state.decided[approval.id].decision
+            self.state.open[approval.id] = approval
+            self._keep_time()
+            self.changed()
+
+    async def answer(self, approval_id: str) -> ApprovalDecision | None:
+        """The decision; None when the request was withdrawn."""
+        state = self.state
+        await workflow.wait_condition(lambda: approval_id not in state.open)
+        return state.decided[approval_id].decision if approval_id in state.decided else None
+
+    def withdraw(self, approval_id: str) -> None:
+        """The question has answered itself."""
+        if self.state.open.pop(approval_id, None):
+            self._keep_time()
+            self.changed()
+
+    def hold_for(self, approval_ids: list[str]) -> None:
+        """From now on nothing goes on without these answers, so the clock stands still for them too."""
+        if approval_ids != self.state.held:
+            self.state.held = approval_ids
+            self._keep_time()
+            self.changed()
+
+    @property
+    def blocking(self) -> list[Approval]:
+        """The open requests that somebody's work waits for."""
+        return [a for a in self.state.open.values() if a.kind != "outcome" or a.id in self.state.held]
 
     def asked(self, approval_id: str) -> bool:
         return approval_id in self.state.open or approval_id in self.state.decided
@@ -53,7 +95,7 @@ class Approvals:
         reply = self._decide(payload)
         if not reply.accepted:
             self._note(reply.message)
-        self._changed()
+        self.changed()
         return reply
 
     def _decide(self, payload: tuple[Any, ...]) -> DecisionReply:
@@ -62,7 +104,7 @@ class Approvals:
             return DecisionReply(accepted=False, message=f"decision ignored: {decision}")
         name, state = decision.approval_id, self.state
         if done := state.decided.get(name):
-            was = f"{done.decision.verdict}d by {done.decision.approver}".replace("rejectd", "rejected")
+            was = f"{PAST[done.decision.verdict]} by {done.decision.approver}"
             return DecisionReply(
                 accepted=False, message=f"decision of {decision.approver} ignored: {name} was already {was}"
             )
@@ -71,25 +113,35 @@ class Approvals:
             waiting = ", ".join(state.open) or "none"
             message = f"decision of {decision.approver} ignored: no approval {name!r} is open (open: {waiting})"
             return DecisionReply(accepted=False, message=message)
+        if decision.verdict not in (fitting := VERDICTS[approval.kind]):
+            words = " or ".join(fitting)
+            message = (
+                f"decision of {decision.approver} ignored: {name} is answered with {words}, not {decision.verdict}"
+            )
+            return DecisionReply(accepted=False, message=message)
         if decision.digest and decision.digest != approval.digest:
             message = f"decision of {decision.approver} ignored: its digest is not that of {name} ({approval.digest})"
             return DecisionReply(accepted=False, message=message)
         now = workflow.now()
         del state.open[name]
         state.decided[name] = DecidedApproval(approval=approval, decision=decision, decided_at=now)
-        if not state.open and state.asked_since:
-            state.waited_s += (now - state.asked_since).total_seconds()
-            state.asked_since = None
+        self._keep_time()
         return DecisionReply(accepted=True, message=f"{name}: {decision.verdict} recorded")
 
     def close(self) -> None:
         """The run no longer waits: what is still open can no longer be decided."""
-        state = self.state
-        if state.asked_since:
-            state.waited_s += (workflow.now() - state.asked_since).total_seconds()
+        self.state.open.clear()
+        self._keep_time()
+        self.changed()
+
+    def _keep_time(self) -> None:
+        """Starts or stops the count of the time in which the run waits for people."""
+        state, now = self.state, workflow.now()
+        if self.blocking:
+            state.asked_since = state.asked_since or now
+        elif state.asked_since:
+            state.waited_s += (now - state.asked_since).total_seconds()
             state.asked_since = None
-        state.open.clear()
-        self._changed()
 
 
 def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:

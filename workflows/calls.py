@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from temporalio import workflow
@@ -42,13 +42,17 @@ class Calls:
         summary: str,
         timeout_s: float = 0.0,
         deadline_s: float | None = None,
+        give_up_at: datetime | None = None,
         settle: bool = True,
+        put_off: bool = False,
     ) -> T:
-        """Runs an activity to its result.
+        """Runs an activity to its result, sleeping whenever it asks to wait.
 
-        timeout_s: what it needs for one attempt. deadline_s: over all attempts of one call. settle: a cancelled call is
-        waited for until it has said how it ended; without, it is left alone at once.
-        Raises ActivityError when it gave up or was cancelled.
+        timeout_s: what it needs for one attempt. deadline_s: over all attempts of one call. give_up_at: no wait goes
+        beyond it. settle: a cancelled call is waited for until it has said how it ended; without, it is left alone at
+        once. put_off: a wait for a service that is down is the caller's business.
+        The result still holds its `wait` when it was given up or put off.
+        Raises ActivityError when the activity gave up or was cancelled.
         """
         how = workflow.ActivityCancellationType
         while True:
@@ -68,7 +72,7 @@ class Calls:
             finally:
                 self.open -= 1
             wait: Wait | None = getattr(outcome, "wait", None)
-            if wait is None:
+            if wait is None or (put_off and wait.service) or (give_up_at and wait.until > give_up_at):
                 return outcome
             self._parked(wait)
             # Waiting is a durable timer, not a worker's time, and uses up no retry.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from holdfast.contracts import OutcomeStatus, RunOutcome, StepStatus, digest
+from holdfast.contracts import OutcomeStatus, RunOutcome, StepState, StepStatus, digest
+from workflows import progress
 from workflows.state import Ending, RunState
 
 MAX_REPEATS = 3
@@ -25,14 +26,17 @@ def judge_final(state: RunState, final: str) -> Ending | str:
         return Ending(
             RunOutcome.REJECTED, f"rejected by the human: {', '.join(rejected)}: {'; '.join(comments)}", final
         )
+    if gone := _gone(steps):
+        return gone
     if missing := ", ".join(s.name for s in steps if s.critical and s.status is StepStatus.TODO):
         state.refusals += 1
         if state.refusals >= MAX_REFUSALS:
             return Ending(RunOutcome.FAILED, f"critical step gone: {missing} never got an outcome", final)
         return f"Finishing is refused: these critical steps have no outcome yet: {missing}. Do them, then finish."
     if pending := state.pending():
-        left = ", ".join(f"{p.step} ({p.role})" if p.role else p.step for p in pending)
-        return Ending(RunOutcome.PARTIAL, f"pending: {left}", final)
+        names = {s.name: s.title or s.name for s in steps}
+        left = ", ".join(names.get(p.step, p.step) + (f" ({p.role})" if p.role else "") for p in pending)
+        return Ending(RunOutcome.PARTIAL, f"{progress.percent(steps)} % complete, awaiting {left}", final)
     return Ending(RunOutcome.COMPLETED, "", final)
 
 
@@ -41,12 +45,18 @@ def judge_turn(state: RunState) -> Ending | None:
     same = digest([[c.call.tool, c.call.arguments, c.outcome and c.outcome.content] for c in state.calls])
     state.repeats = state.repeats + 1 if same == state.last_turn else 0
     state.last_turn = same
-    if gone := next((s for s in state.steps() if s.critical and s.status is StepStatus.FAILED), None):
-        return Ending(RunOutcome.FAILED, f"critical step gone: {gone.name}: {gone.detail}")
+    if gone := _gone(state.steps()):
+        return gone
     if state.repeats >= MAX_REPEATS:
         times = MAX_REPEATS + 1
         return Ending(RunOutcome.FAILED, f"loop without progress: the same calls with the same outcomes {times} times")
     return None
+
+
+def _gone(steps: list[StepState]) -> Ending | None:
+    """A critical step that failed for good ends the run."""
+    gone = next((s for s in steps if s.critical and s.status is StepStatus.FAILED), None)
+    return Ending(RunOutcome.FAILED, f"critical step gone: {gone.name}: {gone.detail}") if gone else None
 
 
 def _rejected(state: RunState) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from datetime import datetime
+from math import ceil
 
 from temporalio import workflow
 
-from holdfast.contracts import AgentInput, RunResult, RunStatus, StepState, StepStatus, UndoStatus, Usage
+from holdfast.contracts import AgentInput, Approval, RunResult, RunStatus, StepState, StepStatus, UndoStatus, Usage
 from holdfast.temporal import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
 from workflows.state import Ending, RunState
 
@@ -29,17 +31,43 @@ def percent(steps: list[StepState]) -> int:
     return 100 * _done(steps) // len(steps) if steps else 0
 
 
-def line(steps: list[StepState], doing: str) -> str:
-    """'4/6 steps complete. pharmacy pending pharmacist. Thinking (turn 5)'"""
-    parts = [f"{_done(steps)}/{len(steps)} steps complete"] if steps else []
-    parts += [f"{s.name} pending {s.role or 'review'}" for s in steps if s.status is StepStatus.PENDING]
-    parts += [f"{s.name} {s.status}" for s in steps if s.status in (StepStatus.FAILED, StepStatus.REJECTED)]
-    return ". ".join([*parts, doing] if doing else parts)
+def line(agent: str, steps: list[StepState], doing: str, now: datetime) -> str:
+    """'Discharge in progress: 4/6 steps complete. Pharmacy coordination pending pharmacist review. ETA 5 minutes. …'"""
+    parts = [f"{agent.capitalize()} in progress: {_tally(steps)}"] if steps else []
+    return ". ".join([*parts, *_troubles(steps, now), *([doing] if doing else [])])
 
 
-def headline(state: RunState, ending: Ending | None) -> str:
-    doing = state.doing() if ending is None else f"{ending.outcome}: {ending.reason}".removesuffix(": ")
-    return line(state.steps(), doing)
+def headline(agent: str, state: RunState, ending: Ending | None, now: datetime) -> str:
+    if ending is None:
+        return line(agent, state.steps(), state.doing(), now)
+    steps = state.steps()
+    ended = f"{agent.capitalize()} {ending.outcome}" + (f": {_tally(steps)}" if steps else "")
+    return ". ".join([ended, *_troubles(steps, None), *([ending.reason] if ending.reason else [])])
+
+
+def _tally(steps: list[StepState]) -> str:
+    return f"{_done(steps)}/{len(steps)} steps complete"
+
+
+def _troubles(steps: list[StepState], now: datetime | None) -> list[str]:
+    """A sentence for each step that did not go as it should."""
+    said: list[str] = []
+    for step in steps:
+        name = step.title or step.name
+        if step.status is StepStatus.PENDING:
+            said.append(f"{name} pending {step.role} review".replace("  ", " ") + _eta(step.eta, now))
+        elif step.status in (StepStatus.FAILED, StepStatus.REJECTED):
+            said.append(f"{name} {step.status}")
+        elif step.origin and step.status is StepStatus.DONE:
+            said.append(f"{name} by {step.origin}".replace("by settled by", "settled by"))
+    return said
+
+
+def _eta(eta: datetime | None, now: datetime | None) -> str:
+    if eta is None or now is None:
+        return ""
+    minutes = ceil((eta - now).total_seconds() / 60)
+    return f". ETA {minutes} minute{'s' * (minutes != 1)}" if minutes > 0 else ". Overdue"
 
 
 def evidence(state: RunState) -> str:
@@ -64,19 +92,16 @@ def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve",
     )
 
 
-def page(workflow_id: str, state: RunState, ending: Ending | None) -> str:
+def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -> str:
     """The Markdown that the Web UI shows as the run's current details."""
-    parts = [f"**{_plain(headline(state, ending))}**"]
+    parts = [f"**{_plain(headline(agent, state, ending, workflow.now()))}**"]
     if steps := state.steps():
-        parts.append("\n".join(f"- {TICKS[s.status]} {s.name}: {s.status}{_aside(s.detail)}" for s in steps))
-    for approval in state.approvals.open.values():
-        arguments = "\n".join(f"- {name}: {_plain(value)}" for name, value in approval.arguments.items())
         parts.append(
-            f"### Waiting for a human: approval `{approval.id}`\n"
-            f"`{approval.subject}` wants to run. {approval.why}\n\n{arguments}\n\n"
-            f"So far: {approval.evidence}\n\nApprove:\n\n```\n{signal_command(workflow_id, approval.id)}\n```\n"
-            f"Reject:\n\n```\n{signal_command(workflow_id, approval.id, 'reject', 'WHY')}\n```"
+            "\n".join(
+                f"- {TICKS[s.status]} {s.title or s.name}: {s.status}{_aside(s.detail or s.origin)}" for s in steps
+            )
         )
+    parts += [_question(workflow_id, approval) for approval in state.approvals.open.values()]
     undone = (u for u in state.saga if u.status is not UndoStatus.REGISTERED)
     if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone]:
         parts.append("### Undo\n" + "\n".join(rows))
@@ -85,6 +110,25 @@ def page(workflow_id: str, state: RunState, ending: Ending | None) -> str:
     if state.usage.calls:
         parts.append(f"Model {state.model}: {cost(state.usage)}")
     return "\n\n".join(parts)
+
+
+def _question(workflow_id: str, approval: Approval) -> str:
+    arguments = "\n".join(f"- {name}: {_plain(value)}" for name, value in approval.arguments.items())
+    match approval.kind:
+        case "outcome":
+            head = f"### For {_plain(approval.role or 'a person')}: how did `{approval.subject}` end? (`{approval.id}`)"
+            answers = {"It happened": ("happened", "RESULT"), "It did not": ("did_not", "WHY")}
+        case "refusal":
+            head = f"### Waiting for a human: the model refuses (`{approval.id}`)"
+            answers = {"Ask again": ("approve", ""), "End the run": ("reject", "WHY")}
+        case _:
+            head = f"### Waiting for a human: approval `{approval.id}`\n`{approval.subject}` wants to run."
+            answers = {"Approve": ("approve", ""), "Reject": ("reject", "WHY")}
+    commands = "\n".join(
+        f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, *answer)}\n```" for what, answer in answers.items()
+    )
+    parts = [f"{head}\n{_plain(approval.why)}", arguments, f"So far: {_plain(approval.evidence)}", commands]
+    return "\n\n".join(part for part in parts if part)
 
 
 def cost(usage: Usage) -> str:
@@ -98,7 +142,7 @@ def status(given: AgentInput, state: RunState, ending: Ending | None) -> RunStat
     return RunStatus(
         agent=given.agent,
         phase=state.phase,
-        line=headline(state, ending),
+        line=headline(given.agent, state, ending, workflow.now()),
         percent=percent(steps),
         steps=steps,
         approvals=list(state.approvals.open.values()),
@@ -133,6 +177,9 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
         human_wait_s=state.approvals.waited_s,
         decisions=list(state.approvals.decided.values()),
         trace_id=given.trace_id,
+        percent=percent(state.steps()),
+        models=state.models if len(state.models) > 1 else {},
+        notes=state.notes[-20:],
     )
 
 
@@ -145,7 +192,7 @@ class Display:
         self._shown = {key: known.get(key, "") for key in SEARCH_ATTRIBUTES}
 
     def show(self, state: RunState, ending: Ending | None) -> None:
-        workflow.set_current_details(page(workflow.info().workflow_id, state, ending))
+        workflow.set_current_details(page(self._given.agent, workflow.info().workflow_id, state, ending))
         now = {STATUS: state.phase.value, STAGE: state.stage(), AGENT: self._given.agent, TENANT: self._given.tenant}
         if changed := [key.value_set(value) for key, value in now.items() if self._shown.get(key, "") != value]:
             self._shown = now

@@ -49,6 +49,17 @@ class ToolEnd(BaseModel):
     status: OutcomeStatus
     seq: int
     detail: str = ""
+    origin: str = ""
+
+
+class Deferred(BaseModel):
+    """A call that is put off because its service is down. It is tried again at `until`, and given up in the end."""
+
+    call: ToolCall
+    seq: int
+    until: datetime
+    since: datetime
+    why: str
 
 
 class RunState(BaseModel):
@@ -77,6 +88,14 @@ class RunState(BaseModel):
     refusals: int = 0
     repeats: int = 0
     last_turn: str = ""
+    deferred: list[Deferred] = []
+    final: str | None = None
+    """The model's final words, said while something was put off or unknown that the run cannot end without."""
+    models: dict[str, int] = {}
+    """Turns by the model that answered."""
+    refused_turns: int = 0
+    stood: list[str] = []
+    """Keys of the standing effects that have answered a call."""
 
     def policy(self, tool: str) -> ToolPolicy | None:
         """The rules of a tool, as they were when the run began; None for one that is newer than the run."""
@@ -90,20 +109,34 @@ class RunState(BaseModel):
         self.usage += outcome.usage
         if outcome.status is not OutcomeStatus.ERROR:
             detail = "" if outcome.status is OutcomeStatus.OK else (outcome.reason or outcome.content)[:300]
-            self.ends[item.call.tool] = ToolEnd(status=outcome.status, seq=item.seq, detail=detail)
+            end = ToolEnd(status=outcome.status, seq=item.seq, detail=detail, origin=outcome.origin)
+            self.ends[item.call.tool] = end
 
     def unknown(self, tool: str) -> int | None:
         """The call of this tool whose outcome is unknown, if there is one."""
         end = self.ends.get(tool)
         return end.seq if end and end.status is OutcomeStatus.UNKNOWN else None
 
+    def put_off(self, tool: str) -> Deferred | None:
+        """The call of this tool that is put off, if there is one."""
+        return next((each for each in self.deferred if each.call.tool == tool), None)
+
+    def step_of(self, tool: str) -> StepSpec | None:
+        return next((s for s in self._specs() if tool in s.tools), None)
+
     def register_undo(self, item: CallState) -> None:
         """Registers the undo before the effect starts; once, also when the coroutine starts again."""
         if all(record.seq != item.seq for record in self.saga):
             call = item.call
-            step = next((s.name for s in self._specs() if call.tool in s.tools), "")
+            step = self.step_of(call.tool)
             self.saga.append(
-                UndoRecord(seq=item.seq, tool=call.tool, version=call.version, arguments=call.arguments, step=step)
+                UndoRecord(
+                    seq=item.seq,
+                    tool=call.tool,
+                    version=call.version,
+                    arguments=call.arguments,
+                    step=step.name if step else "",
+                )
             )
 
     def steps(self) -> list[StepState]:
@@ -142,7 +175,7 @@ class RunState(BaseModel):
             case Phase.WAITING_HUMAN:
                 return "Waiting for a human: " + ", ".join(a.subject for a in self.approvals.open.values())
             case Phase.PARKED:
-                return f"Parked: {self.notes[-1]}"
+                return f"Parked: {self.notes[-1]}" if self.notes else "Parked"
             case Phase.COMPENSATING:
                 return "Undoing what was done"
             case _:
@@ -159,7 +192,8 @@ class RunState(BaseModel):
         ends = [self.ends[tool] for tool in spec.tools if tool in self.ends]
         worst = next((e for bad in _BAD for e in ends if e.status is bad), None)
         running = {c.call.tool for c in self.calls if c.outcome is None}
-        waiting = {a.subject for a in self.approvals.open.values()}
+        questions = [a for a in self.approvals.open.values() if a.subject in spec.tools]
+        waiting = {a.subject for a in questions if a.kind == "tool"}
         undone = {r.tool for r in self.saga if r.status is UndoStatus.UNDONE}
         status = StepStatus.TODO
         if undone.intersection(spec.tools):
@@ -181,6 +215,9 @@ class RunState(BaseModel):
             role=spec.role,
             detail=worst.detail if worst else "",
             seq=worst.seq if worst else None,
+            title=spec.title,
+            origin="; ".join(end.origin for end in ends if end.origin),
+            eta=max((a.eta for a in questions if a.eta), default=None),
         )
 
 
@@ -188,5 +225,6 @@ _BAD = {
     OutcomeStatus.FAILED: StepStatus.FAILED,
     OutcomeStatus.REJECTED: StepStatus.REJECTED,
     OutcomeStatus.UNKNOWN: StepStatus.PENDING,
+    OutcomeStatus.DEFERRED: StepStatus.PENDING,
 }
 """Ends that decide a step, the worst first. A failed optional step is pending: a person looks at it."""

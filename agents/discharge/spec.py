@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agents.discharge import tools
 from agents.discharge.prompts import INSTRUCTIONS
-from holdfast.agent import AgentSpec, StepSpec
+from holdfast.agent import AgentSpec, BreakerRule, Service, StepSpec
 
 
 class DischargeInput(BaseModel):
@@ -16,6 +16,11 @@ class DischargeInput(BaseModel):
 
     patient_id: tools.PatientId
     physician: Annotated[str, Field(pattern=r"^[\w.@-]{1,64}$", description="approves the messages")] = "dr.lee"
+
+
+def _optional(name: str, title: str, tool: str, role: str, minutes: int) -> StepSpec:
+    """A step that does not hold up the discharge: left pending, the role settles it, as a rule within `minutes`."""
+    return StepSpec(name=name, title=title, tools=[tool], critical=False, role=role, review_s=60 * minutes)
 
 
 SPEC = AgentSpec(
@@ -34,11 +39,15 @@ SPEC = AgentSpec(
         tools.notify_providers,
     ),
     steps=(
-        StepSpec(name="record", tools=["read_record", "read_orders"]),
-        StepSpec(name="insurance", tools=["verify_insurance"], critical=False, role="billing"),
-        StepSpec(name="pharmacy", tools=["order_medication"], critical=False, role="pharmacist"),
-        StepSpec(name="appointments", tools=["book_appointment"], critical=False, role="scheduling desk"),
-        StepSpec(name="summary", tools=["write_summary"]),
-        StepSpec(name="notify", tools=["notify_patient", "notify_providers"]),
+        StepSpec(name="record", title="Record and orders", tools=["read_record", "read_orders"]),
+        _optional("insurance", "Insurance verification", "verify_insurance", "billing", minutes=15),
+        _optional("pharmacy", "Pharmacy coordination", "order_medication", "pharmacist", minutes=5),
+        _optional("appointments", "Follow-up appointments", "book_appointment", "scheduling desk", minutes=10),
+        StepSpec(name="summary", title="Discharge summary", tools=["write_summary"]),
+        StepSpec(name="notify", title="Notifications", tools=["notify_patient", "notify_providers"]),
+    ),
+    services=(
+        # Flaky as it is, it is worth its five retries; only when nearly nothing gets through it is left alone.
+        Service("insurance", breaker=BreakerRule(failures=None, share=0.9, window_s=120, min_calls=12)),
     ),
 )

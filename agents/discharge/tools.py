@@ -10,7 +10,6 @@ from pydantic import BaseModel, Field
 
 from agents.discharge.prompts import SUMMARY_INSTRUCTIONS, SUMMARY_TEMPLATE
 from holdfast.contracts import Effect, Json
-from holdfast.models import ModelUnavailable
 from holdfast.tools import ToolContext, ToolRefused, Undo, tool
 
 PatientId = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$", description="the patient's id in the records")]
@@ -125,13 +124,15 @@ async def write_summary(
         {"role": "system", "content": SUMMARY_INSTRUCTIONS},
         {"role": "user", "content": json.dumps(facts, ensure_ascii=False)},
     ]
-    try:
-        answer = await ctx.ask_model("summary", messages)
-    except ModelUnavailable:
-        words = {key: "; ".join(value) if isinstance(value, list) else value for key, value in facts.items()}
-        text = SUMMARY_TEMPLATE.format_map({key: value or "none" for key, value in words.items()})
-        return {"text": text, "written_by": "template"}
+    answer = await ctx.ask_model("summary", messages)
     return {"text": answer.text, "written_by": f"model {answer.model}"}
+
+
+@write_summary.template
+def summary_by_template(ctx: ToolContext, **facts: Any) -> dict[str, str]:
+    words = {key: "; ".join(value) if isinstance(value, list) else value for key, value in facts.items()}
+    text = SUMMARY_TEMPLATE.format_map({key: value or "none" for key, value in words.items()})
+    return {"text": text, "written_by": "template"}
 
 
 # ------------------------------------------------------------------ messages: the service ignores keys
@@ -149,7 +150,7 @@ async def _sent(ctx: ToolContext, reference: str) -> Json | None:
     return messages[0] if messages else None
 
 
-@tool(effect=Effect.MANUAL, service="messages", approval=True)
+@tool(effect=Effect.MANUAL, service="messages", approval=True, per_minute=30)
 async def notify_patient(
     ctx: ToolContext,
     patient_id: PatientId,
@@ -161,7 +162,7 @@ async def notify_patient(
     return await _send(ctx, patient_id, [to], text, channel=channel)
 
 
-@tool(effect=Effect.PROBE, service="messages", approval=True)
+@tool(effect=Effect.PROBE, service="messages", approval=True, per_minute=30)
 async def notify_providers(
     ctx: ToolContext, patient_id: PatientId, recipients: Annotated[list[Line], Field(min_length=1)], text: Text
 ) -> Json:

@@ -1,9 +1,9 @@
 """The protection chain around every model and tool call, in one place and in this order:
 
-    ledger look-up and reservation → (rate limit) → (breaker) → still mine? → timeout → call → classify → record
+    ledger look-up → rate limit → breaker → reserve → timeout → call → classify → record and settle
 
-A recorded result is returned before anything else is asked. The links in brackets come later and go where `_act`
-begins; each can answer "not before T" and give the reservation back.
+A recorded result is returned before anything else is asked. A link that says "not before T" raises `NotYet`: nothing
+was reserved, no attempt is counted, and the workflow waits on a durable timer. Another link goes into `_let_in`.
 
 Retries belong to Temporal: a failure that may be tried again leaves as `RetryLater` with its delay, and the ledger
 counts it. A crash, a deploy or a wait counts nothing.
@@ -16,13 +16,19 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.contracts import Effect
 from holdfast.reliability import faults, lease
+from holdfast.reliability.breaker import Breaker, Change, Pass
 from holdfast.reliability.errors import ErrorType, Failure, backoff, classify
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State
+from holdfast.reliability.limits import Limiter, Ticket
+from holdfast.reliability.waiting import NotYet
+from holdfast.state.clock import StoreClock
+from holdfast.state.database import Database
 
 Act = Callable[[int], Awaitable[Any]]
 """Does the call. Gets the attempt's number, returns JSON data."""
@@ -34,6 +40,8 @@ _POINTS = {
 }
 _STALE_S = 1.0
 """A reservation older than this is looked at again before the call goes out: this process may have been frozen."""
+_LEASE_GRACE_S = 2.0
+_ADVICE_S = 1.0
 
 
 class RetryLater(Exception):
@@ -45,55 +53,158 @@ class RetryLater(Exception):
         self.delay = delay
 
 
-async def protected(ledger: Ledger, call: Call, act: Act, probe: Act | None = None) -> Settled:
+class Guards:
+    """What stands around every call of a process. `worker` names the process in the rows that it reserves."""
+
+    def __init__(self, db: Database, worker: str) -> None:
+        self.clock = StoreClock(db)
+        self.ledger = Ledger(db, worker)
+        self.limiter = Limiter(db, self.clock)
+        self.breaker = Breaker(db, self.clock)
+        self._shut: set[str] = set()
+        self._shut_at = float("-inf")
+
+    async def shut(self) -> set[str]:
+        """Targets whose breaker is open, as of a second ago at most: for advice, not for a decision."""
+        if time.monotonic() - self._shut_at > _ADVICE_S:
+            self._shut_at = time.monotonic()
+            self._shut = set(await self.breaker.open_targets())
+        return self._shut
+
+    async def close(self) -> None:
+        await self.limiter.close()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A call that was let in: what has to be settled when it has ended."""
+
+    guards: Guards
+    call: Call
+    tickets: tuple[Ticket, ...]
+    passed: Pass
+
+    async def succeeded(self, tokens: int) -> tuple[str, ...]:
+        """Tells the limits and the breaker; what a reader of the run should know."""
+        for ticket in self.tickets:
+            self.guards.limiter.settle(ticket, tokens)
+        return _words(await self.guards.breaker.succeeded(self.passed))
+
+    async def failed(self, failure: Failure) -> tuple[str, ...]:
+        breaker = self.guards.breaker
+        if failure.type is ErrorType.RATE_LIMITED and failure.retry_after and self.passed.target:
+            await breaker.pause(self.passed.target, failure.retry_after)
+        return _words(await breaker.failed(self.passed, failure))
+
+    async def left(self) -> None:
+        """The call did not go out after all, or what it asked of its service is not known."""
+        await self.guards.breaker.released(self.passed)
+
+
+async def protected(
+    guards: Guards, call: Call, act: Act, probe: Act | None = None, tokens: Callable[[Any], int] = lambda _: 0
+) -> Settled:
     """Runs the call once at most and returns what is known of it for good.
 
     DONE with the result; FAILED: it certainly did not happen and trying again will not help; UNKNOWN: it may have
-    happened and must not be tried blindly. Raises RetryLater, KeyConflict, and Fenced when another attempt took over.
+    happened and must not be tried blindly. tokens: what a result has used of a token limit.
+    Raises NotYet, RetryLater, KeyConflict, and Fenced when another attempt took over.
     """
-    reserved, answered, recorded = _POINTS[call.kind]
+    recorded = _POINTS[call.kind][2]
     if call.effect is Effect.READ:
-        settled = await _read(ledger, call, act)
+        settled = await _repeatable(guards, call, act, tokens)
     else:
-        # Before the reservation is asked for: a process frozen until it hears of it would take an old one for new.
-        since = time.monotonic()
-        held = await ledger.reserve(call)
-        if isinstance(held, Settled):
-            return held
-        faults.reached(reserved, call.name)
-        settled = await _act(ledger, call, held, since, act, probe, answered)
+        settled = await _once(guards, call, act, probe, tokens)
     faults.reached(recorded, call.name)
     return settled
 
 
-async def _read(ledger: Ledger, call: Call, act: Act) -> Settled:
+# ------------------------------------------------------------------ reads and model calls: repeated freely
+
+
+async def _repeatable(guards: Guards, call: Call, act: Act, tokens: Callable[[Any], int]) -> Settled:
+    """A call that changes nothing outside. A model's answer is kept, and the first one kept is everybody's."""
     reserved, answered, _ = _POINTS[call.kind]
+    look = await guards.ledger.look(call, await guards.clock.now())
+    if look.settled:
+        return look.settled
+    since = time.monotonic()
+    entry = await _let_in(guards, call, await _take(guards, call), look.shut, look.breaker_failures)
     faults.reached(reserved, call.name)
     try:
+        _still_mine(call)
+        if time.monotonic() - since > _STALE_S:
+            await guards.breaker.check(entry.passed)
         async with _limit(call):
             result = await act(1)
-    except (RetryLater, Fenced):
-        raise  # a call inside this one failed and was counted there, or went to another attempt
+    except (RetryLater, NotYet, Fenced):
+        await entry.left()  # a call inside this one failed and was counted there, or went to another attempt
+        raise
     except Exception as error:
-        if lease.lost():  # frozen meanwhile: its time-out says nothing about the service
-            raise Fenced(f"another attempt has taken over {call.key}") from error
+        _still_mine(call)  # frozen meanwhile: its time-out says nothing about the service
         failure = classify(error)
-        failures = await ledger.count_read_failure(call, failure)
+        notes = await entry.failed(failure)
+        failures = await guards.ledger.count_failure(call, failure)
         if failure.retry and failures <= call.retries:
             raise RetryLater(failure, _delay(failures, failure)) from error
-        return Settled(State.FAILED, None, failure.message, failure.type, failures)
+        if call.kind == "model":
+            await guards.ledger.forget_failures(call)
+        return Settled(State.FAILED, None, failure.message, failure.type, failures, notes)
     faults.reached(answered, call.name)
+    _still_mine(call)
+    notes = await entry.succeeded(tokens(result))
+    if call.kind == "model":
+        return await guards.ledger.keep(call, result)
+    if look.failures:
+        await guards.ledger.recovered(call)
+    return Settled(State.DONE, result, failures=look.failures, notes=notes)
+
+
+def _still_mine(call: Call) -> None:
+    """Raises Fenced when this process was frozen so long that the server has given the call to another attempt."""
     if lease.lost():
         raise Fenced(f"another attempt has taken over {call.key}")
-    return Settled(State.DONE, result, failures=await ledger.read_recovered(call))
+
+
+# ------------------------------------------------------------------ effects: reserved, done once, recorded
+
+
+async def _once(guards: Guards, call: Call, act: Act, probe: Act | None, tokens: Callable[[Any], int]) -> Settled:
+    reserved, answered, _ = _POINTS[call.kind]
+    ledger = guards.ledger
+    # Before the reservation is asked for: a process frozen until it hears of it would take an old one for new.
+    since = time.monotonic()
+    # Without a limit the reservation itself looks up; a call that is settled must not use up what others wait for.
+    if call.limits and (known := await ledger.settled(call)):
+        return known
+    tickets = await _take(guards, call)
+    held = await ledger.reserve(call, now=await guards.clock.now(), admitted=not call.target)
+    entry = await _let_in(guards, call, tickets, held is None, held.breaker_failures if isinstance(held, Grant) else 0)
+    if held is None:
+        since = time.monotonic()
+        held = await ledger.reserve(call)
+        assert held is not None, "the breaker was asked"
+    if isinstance(held, Settled):
+        await entry.left()
+        return held
+    faults.reached(reserved, call.name)
+    return await _act(entry, held, since, act, probe, tokens, answered)
 
 
 async def _act(
-    ledger: Ledger, call: Call, grant: Grant, since: float, act: Act, probe: Act | None, answered: Point
+    entry: _Entry,
+    grant: Grant,
+    since: float,
+    act: Act,
+    probe: Act | None,
+    tokens: Callable[[Any], int],
+    answered: Point,
 ) -> Settled:
     """Acts under the reservation. `since`: the monotonic time at which it was asked for."""
+    call, ledger = entry.call, entry.guards.ledger
     doubtful = grant.doubtful
     if doubtful and call.effect is Effect.MANUAL:
+        await entry.left()
         message = "an earlier attempt was cut off; whether it happened is not known"
         failure = Failure(ErrorType.UNKNOWN_OUTCOME, message, retry=False, maybe_done=True)
         return await _give_up(ledger, call, grant, State.UNKNOWN, grant.failures, failure)
@@ -102,60 +213,83 @@ async def _act(
             assert probe is not None
             async with _limit(call):
                 found = await probe(grant.attempt)
+            faults.reached(Point.PROBED, call.name)
             if found is not None:
-                return await _done(ledger, call, grant, found)
+                return await _done(entry, grant, found, tokens)
             doubtful = False  # asked by key: it did not happen
         while time.monotonic() - since > _STALE_S:
             since = time.monotonic()
             await ledger.check(call, grant.attempt)
+            await entry.guards.breaker.check(entry.passed)
         async with _limit(call):
             result = await act(grant.attempt)
     except Fenced:
         raise
-    except RetryLater:
-        # A model call inside this one failed and was counted there. Whether this one had acted by then only the tool
+    except (RetryLater, NotYet):
+        # A model call inside this one did not come to its answer. Whether this one had acted by then only the tool
         # knows: a `manual` one is taken at its word (`ToolContext.ask_model`), the others can afford the doubt.
         state = State.FAILED if call.effect is Effect.MANUAL else State.UNKNOWN
         await ledger.record(call, grant.attempt, state, grant.failures, None, None)
+        await entry.left()
         raise
     except Exception as error:  # noqa: BLE001 - every failure of somebody else's code is classified, none is swallowed
-        return await _failed(ledger, call, grant, doubtful, classify(error), error)
+        return await _failed(entry, grant, doubtful, classify(error), error)
     faults.reached(answered, call.name)
-    return await _done(ledger, call, grant, result)
+    return await _done(entry, grant, result, tokens)
 
 
-async def _done(ledger: Ledger, call: Call, grant: Grant, result: Any) -> Settled:
+async def _done(entry: _Entry, grant: Grant, result: Any, tokens: Callable[[Any], int]) -> Settled:
     settled = Settled(State.DONE, result, failures=grant.failures)
-    await ledger.record(call, grant.attempt, State.DONE, grant.failures, settled, None)
-    return settled
+    await entry.guards.ledger.record(entry.call, grant.attempt, State.DONE, grant.failures, settled, None)
+    return replace(settled, notes=await entry.succeeded(tokens(result)))
 
 
-async def _failed(
-    ledger: Ledger, call: Call, grant: Grant, doubtful: bool, failure: Failure, error: Exception
-) -> Settled:
-    """Counts the failure; raises RetryLater or settles.
-
-    A model call that is given up is not settled: it did nothing outside, and the next try begins with all its retries.
-    """
+async def _failed(entry: _Entry, grant: Grant, doubtful: bool, failure: Failure, error: Exception) -> Settled:
+    """Counts the failure; raises RetryLater or settles."""
+    call, ledger = entry.call, entry.guards.ledger
     doubtful = doubtful or failure.maybe_done
-    state = State.UNKNOWN if doubtful and call.kind != "model" else State.FAILED
+    state = State.UNKNOWN if doubtful else State.FAILED
     failures = grant.failures + 1
     blind = doubtful and call.effect is Effect.MANUAL
     # After an ambiguous failure a `probe` tool may always be asked about again, even where the error itself says stop.
     again = (failure.retry or (doubtful and call.effect is Effect.PROBE)) and not blind
     if again and failures <= call.retries:
         await ledger.record(call, grant.attempt, state, failures, None, failure)
+        await entry.failed(failure)
         raise RetryLater(failure, _delay(failures, failure)) from error
-    return await _give_up(ledger, call, grant, state, failures, failure)
+    settled = await _give_up(ledger, call, grant, state, failures, failure)
+    return replace(settled, notes=await entry.failed(failure))
 
 
 async def _give_up(ledger: Ledger, call: Call, grant: Grant, state: State, failures: int, failure: Failure) -> Settled:
     settled = Settled(state, None, failure.message, failure.type, failures)
-    if call.kind == "model":
-        await ledger.record(call, grant.attempt, State.FAILED, 0, None, failure)
-    else:
-        await ledger.record(call, grant.attempt, state, failures, settled, failure)
+    await ledger.record(call, grant.attempt, state, failures, settled, failure)
     return settled
+
+
+# ------------------------------------------------------------------ links
+
+
+async def _take(guards: Guards, call: Call) -> tuple[Ticket, ...]:
+    """The rate limits' leave to call now. Raises NotYet."""
+    tickets = [await guards.limiter.take(limit, call.key, call.tokens) for limit in call.limits]
+    if tickets:
+        faults.reached(Point.LIMITED, call.name)
+    return tuple(tickets)
+
+
+async def _let_in(guards: Guards, call: Call, tickets: tuple[Ticket, ...], shut: bool, breaker_failures: int) -> _Entry:
+    """The breaker's leave to call now: it is closed, or this call is the probe. Raises NotYet."""
+    passed = Pass(call.target, call.rule, failures=breaker_failures)
+    if shut:
+        passed = await guards.breaker.admit(call.target, call.rule, call.key, 2 * call.timeout_s + _LEASE_GRACE_S)
+        if passed.version:
+            faults.reached(Point.PROBING, call.target)
+    return _Entry(guards, call, tickets, passed)
+
+
+def _words(change: Change | None) -> tuple[str, ...]:
+    return (change.words,) if change else ()
 
 
 class NoAnswer(Exception):

@@ -3,9 +3,9 @@
     RESERVED → DONE | FAILED | UNKNOWN     FAILED → RESERVED on a retry     UNKNOWN → DONE | FAILED once settled
     DONE → COMPENSATED
 
-A row whose `result` is set is settled: that result is returned for its key for ever. `attempt` is the fencing token:
-every reservation raises it, and only the attempt that holds it may record. A RESERVED row met by a later attempt
-is what "unknown" means: somebody was about to act and nobody knows whether he did.
+A row whose `result` is set is settled: that result is returned for its key for ever, unless a person reopens it.
+`attempt` is the fencing token: every reservation raises it, and only the attempt that holds it may record. A RESERVED
+row met by a later attempt is what "unknown" means: somebody was about to act and nobody knows whether he did.
 
 One statement reserves, one records. The SQL is the same for SQLite and Postgres.
 """
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
 from holdfast.contracts import Effect, Json, digest
-from holdfast.reliability.errors import RETRIES, Failure
+from holdfast.reliability.errors import RETRIES, ErrorType, Failure
+from holdfast.services import BreakerRule, Limit
 from holdfast.state.database import Database
 
 Kind = Literal["tool", "undo", "model"]
@@ -57,6 +58,13 @@ class Call:
     seq: int | None = None
     timeout_s: float = 10.0
     retries: int = RETRIES
+    agent: str = ""
+    target: str = ""
+    """The breaker that guards it; empty for none."""
+    rule: BreakerRule = field(default_factory=BreakerRule)
+    limits: tuple[Limit, ...] = ()
+    tokens: int = 0
+    """What a token limit has to allow for: an estimate, settled with the real usage."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,20 @@ class Grant:
     failures: int
     doubtful: bool
     """An earlier attempt may have acted."""
+    breaker_failures: int = 0
+    """What the breaker has counted, which a success has to take back."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the store knows before a call that needs no reservation."""
+
+    settled: Settled | None
+    failures: int
+    """Real failures of this call so far."""
+    shut: bool
+    """The breaker has to be asked first."""
+    breaker_failures: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,8 @@ class Settled:
     error: str = ""
     error_type: str = ""
     failures: int = 0
+    notes: tuple[str, ...] = ()
+    """What happened on the way that a reader of the run should know; not kept."""
 
     def dump(self) -> str:
         return json.dumps({"result": self.result, "error": self.error, "error_type": self.error_type})
@@ -88,51 +112,90 @@ class Entry:
     """A row, for people and for counting."""
 
     key: str
+    key_base: str
+    seq: int | None
     kind: str
     name: str
+    version: str
     service: str
     effect: str
+    agent: str
+    arguments: Json | None
     state: State
     attempt: int
     failures: int
     worker: str
     settled: Settled | None
     error: str
+    log: list[Json]
+    """The attempts that failed, oldest first: `at` (epoch seconds), `worker`, `error`."""
     reserved_at: float
     settled_at: float | None
 
 
 # What every row begins with: the call (`Ledger._columns`) and the time.
 _INSERT = """
-INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, digest, worker, arguments, reserved_at,
-                     prior, state, attempt, failures"""
-_VALUES = "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'NEW'"
+INSERT INTO effects (key, key_base, seq, kind, name, version, service, effect, digest, agent, worker, arguments,
+                     reserved_at, prior, state, attempt, failures"""
+_NEW = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'NEW'"
 
-_RESERVE = f"""{_INSERT}) {_VALUES}, 'RESERVED', 1, 0)
+_SHUT = "SELECT 1 FROM breakers WHERE target = ? AND (state <> 'closed' OR paused_until > ?)"
+"""The look at the breaker rides along with the reservation, so it costs a call no statement of its own."""
+
+_RESERVE = f"""{_INSERT}) SELECT {_NEW}, 'RESERVED', 1, 0 WHERE NOT EXISTS ({_SHUT})
 ON CONFLICT (key) DO UPDATE SET prior = effects.state, state = 'RESERVED', attempt = effects.attempt + 1,
     worker = excluded.worker, reserved_at = excluded.reserved_at
 WHERE effects.result IS NULL AND effects.digest = excluded.digest
-RETURNING attempt, failures, prior"""
+RETURNING attempt, failures, prior, (SELECT b.failures FROM breakers b WHERE b.target = ?)"""
 
-_RECORD = """
-UPDATE effects SET state = ?, result = ?, error = ?, failures = ?, settled_at = ?
+_LOOK = """
+SELECT e.state, e.digest, e.result, e.failures, b.failures, b.state, b.paused_until
+FROM (SELECT 1 AS one) AS always LEFT JOIN effects e ON e.key = ? LEFT JOIN breakers b ON b.target = ?"""
+
+# The log of failures is bounded: the model call of a parked run may fail for days.
+_LOG = """log = CASE WHEN length(COALESCE(effects.log, '')) < 20000
+    THEN COALESCE(effects.log, '') || COALESCE(?, '') ELSE effects.log END"""
+
+_RECORD = f"""
+UPDATE effects SET state = ?, result = ?, error = ?, failures = ?, settled_at = ?, {_LOG}
 WHERE key = ? AND attempt = ? AND state = 'RESERVED'"""
 
-_COUNT_READ_FAILURE = f"""{_INSERT}, settled_at, error) {_VALUES}, 'FAILED', 1, 1, ?, ?)
-ON CONFLICT (key) DO UPDATE SET failures = effects.failures + 1, attempt = effects.attempt + 1,
-    state = 'FAILED', settled_at = excluded.settled_at, error = excluded.error, worker = excluded.worker
+_COUNT_FAILURE = f"""{_INSERT}, settled_at, error, log) VALUES ({_NEW}, 'FAILED', 1, 1, ?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET failures = effects.failures + 1, attempt = effects.attempt + 1, state = 'FAILED',
+    settled_at = excluded.settled_at, error = excluded.error, worker = excluded.worker, {_LOG}
+WHERE effects.result IS NULL
 RETURNING failures"""
 
-_SEIZE = f"""{_INSERT}, settled_at, result) {_VALUES}, 'FAILED', 1, 0, ?, ?)
+_KEEP = f"""{_INSERT}, settled_at, result) VALUES ({_NEW}, 'DONE', 1, 0, ?, ?)
+ON CONFLICT (key) DO UPDATE SET state = 'DONE', result = COALESCE(effects.result, excluded.result),
+    attempt = effects.attempt + 1, settled_at = excluded.settled_at
+WHERE effects.digest = excluded.digest
+RETURNING state, result, failures"""
+
+_SEIZE = f"""{_INSERT}, settled_at, result) VALUES ({_NEW}, 'FAILED', 1, 0, ?, ?)
 ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + CASE WHEN effects.result IS NULL THEN 1 ELSE 0 END,
     state = CASE effects.state WHEN 'RESERVED' THEN 'UNKNOWN' ELSE effects.state END,
     result = COALESCE(effects.result, excluded.result)
 RETURNING state, result"""
 
-_ENTRY = (
-    "SELECT key, kind, name, service, effect, state, attempt, failures, worker, result, error, reserved_at, settled_at"
-    " FROM effects"
+_GIVE_WAY = f"""{_INSERT}, settled_at, result) VALUES ({_NEW}, 'FAILED', 1, 0, ?, ?)
+ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + 1, result = COALESCE(effects.result, excluded.result)
+WHERE effects.state = 'FAILED'
+RETURNING state"""
+
+_SETTLE = """
+UPDATE effects SET state = ?, result = ?, attempt = attempt + 1, settled_at = ?
+WHERE key = ? AND state IN ('RESERVED', 'UNKNOWN', 'FAILED')"""
+
+_REOPEN = """
+UPDATE effects SET result = NULL, failures = 0, attempt = attempt + 1
+WHERE key = ? AND state IN ('FAILED', 'UNKNOWN') AND result IS NOT NULL"""
+
+_COLUMNS = (
+    "key, key_base, seq, kind, name, version, service, effect, agent, arguments, state, attempt, failures,"
+    " worker, result, error, log, reserved_at, settled_at"
 )
+_ENTRY = f"SELECT {_COLUMNS} FROM effects"
 
 
 class Ledger:
@@ -142,22 +205,40 @@ class Ledger:
         self._db = db
         self._worker = worker
 
-    async def reserve(self, call: Call) -> Grant | Settled:
+    async def reserve(self, call: Call, *, now: float = 0.0, admitted: bool = True) -> Grant | Settled | None:
         """Takes the right to act on the key, or returns what is already settled.
 
+        None: nothing is settled, and the call's breaker has to be asked first. admitted: it was. now: the store's time.
         Raises KeyConflict when the key was used with other arguments.
         """
-        row = await self._db.one(_RESERVE, *self._columns(call), time.time())
+        guard = "" if admitted else call.target
+        row = await self._db.one(_RESERVE, *self._columns(call), time.time(), guard, now, call.target)
         if row is not None:
-            attempt, failures, prior = row
-            return Grant(attempt, failures, doubtful=prior in (State.RESERVED, State.UNKNOWN))
+            attempt, failures, prior, breaker_failures = row
+            return Grant(attempt, failures, prior in (State.RESERVED, State.UNKNOWN), breaker_failures or 0)
         found = await self._db.one("SELECT state, digest, result, failures FROM effects WHERE key = ?", call.key)
-        if found is None:  # deleted between the two statements: an operator's doing, so begin again
-            return await self.reserve(call)
+        if found is None or (found[1] == call.digest and found[2] is None):
+            if not admitted:
+                return None
+            return await self.reserve(call)  # deleted or reopened between the two statements: an operator's doing
         state, used, result, failures = found
-        if used != call.digest:
-            raise KeyConflict(f"key {call.key} was used before with other arguments for {call.name}")
+        _same(call, used)
         return _settled(state, result, failures)
+
+    async def look(self, call: Call, now: float) -> Look:
+        """What is known before a call without a reservation. Raises KeyConflict. now: the store's time."""
+        row = await self._db.one(_LOOK, call.key, call.target)
+        assert row is not None
+        state, used, result, failures, breaker_failures, breaker, paused_until = row
+        if used is not None:
+            _same(call, used)
+        shut = breaker is not None and (breaker != "closed" or paused_until > now)
+        settled = _settled(state, result, failures) if result else None
+        return Look(settled, failures or 0, shut, breaker_failures or 0)
+
+    async def settled(self, call: Call) -> Settled | None:
+        """What is recorded for good. Raises KeyConflict."""
+        return (await self.look(call, 0.0)).settled
 
     async def known(self, key: str) -> Settled | None:
         """What is known of a key: settled, unknown while an attempt is open, None when it was never reserved."""
@@ -179,34 +260,34 @@ class Ledger:
         self, call: Call, attempt: int, state: State, failures: int, settled: Settled | None, failure: Failure | None
     ) -> None:
         """Records how the attempt ended; `settled` only when for good. Raises Fenced when it no longer holds."""
-        changed = await self._db.run(
-            _RECORD,
-            state,
-            settled.dump() if settled else None,
-            f"{failure.type}: {failure.message}" if failure else None,
-            failures,
-            time.time(),
-            call.key,
-            attempt,
-        )
+        error, log = self._log(failure)
+        dump = settled.dump() if settled else None
+        changed = await self._db.run(_RECORD, state, dump, error, failures, time.time(), log, call.key, attempt)
         if changed != 1:
             raise Fenced(f"another attempt has taken over {call.key}")
 
-    async def count_read_failure(self, call: Call, failure: Failure) -> int:
-        """Counts a real failure of a read, which is the only thing the ledger knows of reads. The number so far."""
+    async def keep(self, call: Call, result: Any) -> Settled:
+        """Records the result of a call without a reservation; the first one recorded is everybody's."""
         now = time.time()
-        row = await self._db.one(
-            _COUNT_READ_FAILURE, *self._columns(call), now, now, f"{failure.type}: {failure.message}"
-        )
-        assert row is not None
-        return row[0]
+        row = await self._db.one(_KEEP, *self._columns(call), now, now, Settled(State.DONE, result).dump())
+        if row is None:
+            raise _conflict(call)
+        return _settled(*row)
 
-    async def read_recovered(self, call: Call) -> int:
-        """Marks a read that failed before as done; the failures it took (0 when it never failed)."""
-        row = await self._db.one(
-            "UPDATE effects SET state = 'DONE', settled_at = ? WHERE key = ? RETURNING failures", time.time(), call.key
-        )
-        return row[0] if row else 0
+    async def count_failure(self, call: Call, failure: Failure) -> int:
+        """Counts a real failure of a call without a reservation. The number so far."""
+        now = time.time()
+        error, log = self._log(failure)
+        row = await self._db.one(_COUNT_FAILURE, *self._columns(call), now, now, error, log, log)
+        return row[0] if row else 1  # none: another attempt has been answered meanwhile
+
+    async def forget_failures(self, call: Call) -> None:
+        """The next try of the call begins with all its retries."""
+        await self._db.run("UPDATE effects SET failures = 0 WHERE key = ? AND result IS NULL", call.key)
+
+    async def recovered(self, call: Call) -> None:
+        """Marks a read that failed before as done."""
+        await self._db.run("UPDATE effects SET state = 'DONE', settled_at = ? WHERE key = ?", time.time(), call.key)
 
     async def seize(self, call: Call, why: str) -> tuple[State, Any]:
         """Closes a key before its undo: from here on no attempt of the call can act or record.
@@ -222,9 +303,31 @@ class Ledger:
         state, result = row
         return State(state), json.loads(result)["result"]
 
+    async def give_way(self, call: Call, why: str) -> bool:
+        """Closes a key that certainly did nothing, so that another call may stand in for it. False when it may have."""
+        now = time.time()
+        never = Settled(State.FAILED, error=why, error_type=ErrorType.UNAVAILABLE).dump()
+        return await self._db.one(_GIVE_WAY, *self._columns(call), now, now, never) is not None
+
     async def compensated(self, key: str) -> None:
         """Marks an effect as undone."""
         await self._db.run("UPDATE effects SET state = 'COMPENSATED' WHERE key = ? AND state <> 'FAILED'", key)
+
+    async def settle(self, key: str, happened: bool, result: Any, note: str) -> bool:
+        """What a person, or a probe, found out of a call that is not DONE: it happened, or it did not.
+
+        False when there is nothing to settle: unknown key, or it is known to be done. Fences every attempt under way.
+        """
+        settled = Settled(State.DONE, result) if happened else Settled(State.FAILED, None, note, "settled")
+        return await self._db.run(_SETTLE, settled.state, settled.dump(), time.time(), key) == 1
+
+    async def reopen(self, key: str) -> bool:
+        """Lets a call that failed or is unknown be tried again under its key, with all its retries."""
+        return await self._db.run(_REOPEN, key) == 1
+
+    async def entry(self, key: str) -> Entry | None:
+        row = await self._db.one(f"{_ENTRY} WHERE key = ?", key)
+        return _entry(row) if row else None
 
     async def entries(self, key_base: str) -> list[Entry]:
         """All rows of one run in the order of their reservation."""
@@ -243,9 +346,17 @@ class Ledger:
             call.service,
             call.effect,
             call.digest,
+            call.agent,
             self._worker,
             arguments or "",
         )
+
+    def _log(self, failure: Failure | None) -> tuple[str | None, str | None]:
+        """The error in words, and its line in the log of attempts."""
+        if failure is None:
+            return None, None
+        error = f"{failure.type}: {failure.message}"
+        return error, json.dumps({"at": round(time.time(), 3), "worker": self._worker, "error": error}) + "\n"
 
 
 def tool_call(key: str, key_base: str, name: str, effect: Effect, arguments: Json, **more: Any) -> Call:
@@ -258,10 +369,26 @@ def _settled(state: str, result: str, failures: int) -> Settled:
     return Settled(State(state), body["result"], body["error"], body["error_type"], failures)
 
 
+def _same(call: Call, used: str) -> None:
+    if used != call.digest:
+        raise _conflict(call)
+
+
+def _conflict(call: Call) -> KeyConflict:
+    return KeyConflict(f"key {call.key} was used before with other arguments for {call.name}")
+
+
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, kind, name, service, effect, state, attempt, failures, worker, result, error, reserved_at, settled_at = row
-    settled = _settled(state, result, failures) if result else None
+    found = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    state, result = State(found["state"]), found.pop("result")
     return Entry(
-        key, kind, name, service, effect, State(state), attempt, failures, worker, settled, error or "",
-        reserved_at, settled_at,
-    )  # fmt: skip
+        **found
+        | {
+            "state": state,
+            "settled": _settled(state, result, found["failures"]) if result else None,
+            "agent": found["agent"] or "",
+            "error": found["error"] or "",
+            "arguments": json.loads(found["arguments"]) if found["arguments"] else None,
+            "log": [json.loads(line) for line in (found["log"] or "").splitlines()],
+        }
+    )

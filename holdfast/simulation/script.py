@@ -80,7 +80,10 @@ class Try:
     @property
     def result(self) -> Any | None:
         """The answer's JSON, None when it is words: then the call has no result."""
-        return value if isinstance(value := _json(self.answer), dict | list) else None
+        answer = re.sub(
+            r"^\[[^\n]*, in place of [^\n]*\]\n", "", self.answer
+        )  # a fallback says so in a line of its own
+        return value if isinstance(value := _json(answer), dict | list) else None
 
     @property
     def done(self) -> bool:
@@ -144,8 +147,10 @@ class Talk:
                 ended = at
             if each["role"] == "user":
                 users += 1
-                if users > 1 and ended >= 0:
-                    notice, noticed_at = _text(each), at
+                if users > 1:
+                    again = _hear(_text(each), at, tries)
+                    if again or (ended >= 0 and not _NEWS.match(_text(each))):
+                        notice, noticed_at = _text(each), at
         data = _json(first)
         return cls(data if isinstance(data, dict) else {}, tries, notice, noticed_at)
 
@@ -155,6 +160,29 @@ class Talk:
     def result(self, tool: str) -> Any | None:
         """The latest result that this tool gave."""
         return next((each.result for each in reversed(self.tries.get(tool, [])) if each.done), None)
+
+
+_NEWS = re.compile(
+    r"(?:Call #\d+ of (?P<late>\w+), put off before, has ended: (?P<answer>.*))"
+    r"|(?:.+ settled call #\d+ of (?P<settled>\w+): (?P<finding>.*))"
+    r"|(?:Not available for now|Available again)",
+    re.S,
+)
+"""What the platform tells of calls made earlier, and of tools that come and go."""
+
+
+def _hear(text: str, at: int, tries: dict[str, list[Try]]) -> bool:
+    """Takes the end of an earlier call for its answer. True when the call is to be made again."""
+    news = _NEWS.match(text)
+    tool = news and (news["late"] or news["settled"])
+    if not news or not tool or tool not in tries:
+        return False
+    answer = news["answer"] or news["finding"]
+    if happened := re.match(r"it happened\. (.*)", answer, re.S):
+        answer = happened[1] if _json(happened[1]) is not None else json.dumps({"settled": happened[1]})
+    last = tries[tool][-1]
+    tries[tool][-1] = Try(tool, last.arguments, last.at, answer)
+    return "Call it again" in answer
 
 
 def _text(message: Json) -> str:
@@ -391,7 +419,7 @@ class Discharge:
             points.append("orders could not be read")
         if coverage is None:
             points.append("insurance not verified: pending billing")
-        elif coverage.get("coverage") != "active":
+        elif coverage.get("coverage") != "active" and "settled" not in coverage:
             points.append(f"insurance: {coverage.get('detail') or coverage.get('coverage')}; for billing to clarify")
         if self.facts.items and not self._done("order_medication"):
             points.append("medication order not confirmed: pending pharmacist")

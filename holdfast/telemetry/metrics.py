@@ -1,0 +1,52 @@
+"""OpenTelemetry counters of what protects the calls. On when `OTEL_EXPORTER_OTLP_ENDPOINT` is set, else no-ops.
+
+holdfast.breaker.changes   by target and change (opened, closed, reopened)
+holdfast.waits             by reason (rate limit, breaker)
+holdfast.fallbacks         by what was stood in for, and by whom
+holdfast.dead_letters      by kind (call, undo, run)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from holdfast.settings import settings
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics import MeterProvider
+
+
+@cache
+def _provider() -> MeterProvider | None:
+    if not settings().otlp_endpoint:
+        return None
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import Resource
+
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+    return MeterProvider([reader], resource=Resource.create({"service.name": "holdfast"}))
+
+
+def breaker_changed(target: str, change: str) -> None:
+    _count("holdfast.breaker.changes", target=target, change=change)
+
+
+def waited(reason: str) -> None:
+    _count("holdfast.waits", reason=reason)
+
+
+def fallback(of: str, by: str) -> None:
+    _count("holdfast.fallbacks", of=of, by=by)
+
+
+def dead_letter(kind: str) -> None:
+    _count("holdfast.dead_letters", kind=kind)
+
+
+def _count(name: str, **attributes: str) -> None:
+    provider = _provider()
+    if provider is not None:
+        provider.get_meter("holdfast").create_counter(name).add(1, attributes)

@@ -1,0 +1,95 @@
+"""How a run acts outside: one tool call or one undo, with its deadline, as an activity of its own."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from temporalio import workflow
+from temporalio.exceptions import ActivityError
+
+from holdfast.contracts import (
+    Effect,
+    GiveUp,
+    Outcome,
+    OutcomeStatus,
+    ToolCall,
+    ToolPolicy,
+    ToolRequest,
+    UndoOutcome,
+    UndoRecord,
+    UndoStatus,
+)
+from workflows.calls import UNDO_DEADLINE_S, Calls, why
+from workflows.state import RunState
+
+
+class Acts:
+    """The tool calls of one run."""
+
+    def __init__(self, agent: str, tenant: str, state: RunState, calls: Calls) -> None:
+        self._agent = agent
+        self._tenant = tenant
+        self._state = state
+        self._calls = calls
+        self.key_base = state.key_base.removeprefix(workflow.info().workflow_id)
+        """Relative to the workflow's own id, which saves history its name in every request."""
+
+    async def tool(self, call: ToolCall, seq: int, since: datetime) -> Outcome:
+        """Runs a tool call to its outcome, or to a `wait` when its service is down.
+
+        since: when the call was first tried; its deadline counts from there.
+        """
+        policy = self._state.policy(call.tool) or ToolPolicy()
+        left = policy.deadline_s - (workflow.now() - since).total_seconds()
+        request = self._request(seq, call.tool, call.version, call.arguments)
+        try:
+            outcome = await self._calls.run(
+                "tool",
+                request,
+                Outcome,
+                summary=f"#{seq} {call.tool} ({policy.service})",
+                # An attempt of a `probe` tool may ask first and then act, each within the tool's timeout.
+                timeout_s=policy.timeout_s * (2 if policy.effect is Effect.PROBE else 1),
+                deadline_s=max(left, 1.0),
+                give_up_at=since + timedelta(seconds=policy.deadline_s),
+                put_off=True,
+            )
+        except ActivityError as error:
+            # Its deadline passed, or it was cancelled before it could say how it ended.
+            if policy.effect is Effect.READ:
+                return Outcome(status=OutcomeStatus.FAILED, content=f"gave up: {why(error)}")
+            return Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown, gave up: {why(error)}")
+        if outcome.wait and (not outcome.wait.service or left <= 0):
+            # It waited too long. Whether an earlier attempt of it has acted stands in the ledger.
+            text = f"gave up after {policy.deadline_s:.0f} s: {outcome.wait.why}"
+            given_up = GiveUp(request=request, why=text)
+            return await self._calls.run("give_up", given_up, Outcome, summary=f"#{seq} {call.tool}: give up")
+        return outcome
+
+    async def undo(self, record: UndoRecord) -> UndoOutcome:
+        """Undoes one effect. Raises ActivityError when its deadline passes."""
+        policy = self._state.policy(record.tool) or ToolPolicy()
+        outcome = await self._calls.run(
+            "undo",
+            self._request(record.seq, record.tool, record.version, record.arguments),
+            UndoOutcome,
+            summary=f"undo #{record.seq} {record.tool}",
+            timeout_s=policy.timeout_s,
+            deadline_s=UNDO_DEADLINE_S,
+            give_up_at=workflow.now() + timedelta(seconds=UNDO_DEADLINE_S),
+        )
+        if outcome.wait:
+            return UndoOutcome(status=UndoStatus.FAILED, note=f"gave up: {outcome.wait.why}")
+        return outcome
+
+    def _request(self, seq: int, tool: str, version: str, arguments: dict[str, Any]) -> ToolRequest:
+        return ToolRequest(
+            agent=self._agent,
+            key_base=self.key_base,
+            seq=seq,
+            tool=tool,
+            version=version,
+            arguments=arguments,
+            tenant=self._tenant,
+        )

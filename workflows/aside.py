@@ -1,0 +1,112 @@
+"""What goes on beside the turns of a run: calls that are put off while their service is down, and outcomes that a
+person settles. Both end with a notice to the model. Their state is in `RunState`: they survive continue-as-new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from datetime import timedelta
+from typing import Any
+
+from temporalio import workflow
+
+from holdfast.aio import to_the_end
+from holdfast.contracts import Approval, ApprovalDecision, Finding, Outcome, Verdict, Wait
+from workflows import questions
+from workflows.acts import Acts
+from workflows.approvals import Approvals
+from workflows.calls import Calls
+from workflows.state import CallState, Deferred, RunState
+
+
+class Aside:
+    """`concluded` is told of each call that has come to its outcome here."""
+
+    def __init__(
+        self, state: RunState, approvals: Approvals, calls: Calls, acts: Acts, concluded: Callable[[CallState], None]
+    ) -> None:
+        self._state = state
+        self._approvals = approvals
+        self._calls = calls
+        self._acts = acts
+        self._concluded = concluded
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def resume(self) -> None:
+        """Goes on with what was open when the run continued as new."""
+        for deferred in self._state.deferred:
+            self._start(self._try_again(deferred))
+        for approval in list(self._state.approvals.open.values()):
+            if approval.kind == "outcome":
+                self._start(self._settle(approval))
+
+    def put_off(self, item: CallState, wait: Wait) -> Outcome:
+        """Tries the call again when its service is back; what the turn hears of it now."""
+        deferred = Deferred(call=item.call, seq=item.seq, until=wait.until, since=workflow.now(), why=wait.why)
+        self._state.deferred.append(deferred)
+        self._start(self._try_again(deferred))
+        return questions.deferral(deferred)
+
+    def ask(self, item: CallState) -> None:
+        """Asks a person how the call ended, if its outcome is one that the platform cannot settle."""
+        for name in questions.outdated(self._state, item.call.tool):
+            self._approvals.withdraw(name)
+        approval = questions.how_it_ended(self._state, item, workflow.now())
+        if approval and not self._approvals.asked(approval.id):
+            self._approvals.open(approval)
+            self._start(self._settle(approval))
+
+    @property
+    def open_ends(self) -> bool:
+        """Something is put off, or unknown of a critical step: the run cannot end without it."""
+        return bool(self._state.deferred or questions.held(self._state))
+
+    def broken(self) -> BaseException | None:
+        """A bug in what goes on here. The run has to raise it, or it would wait for ever."""
+        ended = (task for task in self._tasks if task.done() and not task.cancelled())
+        return next((error for task in ended if (error := task.exception())), None)
+
+    def unfinished(self) -> list[asyncio.Task[None]]:
+        return [task for task in self._tasks if not task.done()]
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    async def _try_again(self, deferred: Deferred) -> None:
+        state, call, seq = self._state, deferred.call, deferred.seq
+        while True:
+            pause = max(deferred.until - workflow.now(), timedelta(milliseconds=100))
+            await workflow.sleep(pause, summary=f"#{seq} {call.tool} is put off")
+            if deferred not in state.deferred:
+                return  # a person has settled it
+            outcome = await self._acts.tool(call, seq, deferred.since)
+            if outcome.wait is None:
+                break
+            deferred.until, deferred.why = outcome.wait.until, outcome.wait.why
+            self._approvals.changed()
+        if deferred not in state.deferred:
+            return
+        state.deferred.remove(deferred)
+        self._approvals.withdraw(f"o{seq}")
+        state.notices.append(f"Call #{seq} of {call.tool}, put off before, has ended: {outcome.content}")
+        self._concluded(CallState(call=call, seq=seq, outcome=outcome))
+
+    async def _settle(self, approval: Approval) -> None:
+        decision = await self._approvals.answer(approval.id)
+        if decision:
+            await to_the_end(self._settled(approval, decision))
+
+    async def _settled(self, approval: Approval, decision: ApprovalDecision) -> None:
+        """Records what a person says of a call, and tells the model."""
+        finding = Finding(
+            key=approval.key,
+            happened=decision.verdict is Verdict.HAPPENED,
+            result=decision.comment if decision.result is None else decision.result,
+            by=decision.approver,
+            comment=decision.comment,
+        )
+        outcome = await self._calls.run("settle", finding, Outcome, summary=f"{approval.id}: {decision.verdict}")
+        self._state.deferred = [each for each in self._state.deferred if each.seq != approval.seq]
+        questions.settle(self._state, approval, decision, outcome)
+        self._approvals.changed()

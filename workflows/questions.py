@@ -1,0 +1,117 @@
+"""What the run asks people, and what their answers change. Pure functions over the state."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from holdfast.contracts import Approval, ApprovalDecision, Outcome, OutcomeStatus, Verdict, digest
+from workflows import progress
+from workflows.state import CallState, Deferred, RunState, ToolEnd
+
+
+def may_run(state: RunState, item: CallState, now: datetime) -> Approval:
+    """May this call run?"""
+    call = item.call
+    return Approval(
+        id=f"a{item.seq}",
+        subject=call.tool,
+        seq=item.seq,
+        arguments=call.arguments,
+        digest=digest(call.arguments),
+        why=f"Every call of {call.tool} needs a person's yes.",
+        evidence=progress.evidence(state),
+        cost_usd=state.usage.cost_usd,
+        asked_at=now,
+    )
+
+
+def refused_turn(state: RunState, why: str, now: datetime) -> Approval:
+    """The model refuses the turn by its policy: ask it again, or end the run?"""
+    again = f"-{state.refused_turns}" if state.refused_turns else ""
+    return Approval(
+        id=f"t{state.turn}{again}",
+        kind="refusal",
+        subject=f"turn {state.turn}",
+        seq=0,
+        why=f"The model refuses this turn by its policy ({why}). Approve to ask it again, reject to end the run.",
+        evidence=progress.evidence(state),
+        cost_usd=state.usage.cost_usd,
+        asked_at=now,
+    )
+
+
+def how_it_ended(state: RunState, item: CallState, now: datetime) -> Approval | None:
+    """How did this call end? Asked when that is unknown, when an optional step is exhausted, or its service is down."""
+    call, outcome = item.call, item.outcome
+    assert outcome is not None
+    step = state.step_of(call.tool)
+    match outcome.status:
+        case OutcomeStatus.UNKNOWN:
+            why = f"Nobody knows whether {call.tool} happened, and it is not tried again: {outcome.reason}."
+        case OutcomeStatus.FAILED if step and not step.critical:
+            why = f"{call.tool} did not work: {outcome.reason or outcome.content}."
+        case OutcomeStatus.DEFERRED if step:
+            why = f"{call.tool} is put off: {outcome.reason}. It is tried again, unless you settle it first."
+        case _:
+            return None
+    return Approval(
+        id=f"o{item.seq}",
+        kind="outcome",
+        subject=call.tool,
+        seq=item.seq,
+        arguments=call.arguments,
+        digest=digest(call.arguments),
+        why=why,
+        evidence="; ".join(part for part in (progress.evidence(state), outcome.known) if part),
+        cost_usd=state.usage.cost_usd,
+        asked_at=now,
+        role=step.role if step else "",
+        key=f"{state.key_base}/{item.seq}",
+        step=step.name if step else "",
+        eta=now + timedelta(seconds=step.review_s) if step and step.review_s else None,
+    )
+
+
+def held(state: RunState) -> list[str]:
+    """Open questions about critical steps: the run cannot end without their answers."""
+    asked = (a for a in state.approvals.open.values() if a.kind == "outcome")
+    return [a.id for a in asked if (step := state.step_of(a.subject)) and step.critical]
+
+
+def outdated(state: RunState, tool: str) -> list[str]:
+    """Open questions about a tool that has worked meanwhile."""
+    end = state.ends.get(tool)
+    if end is None or end.status is not OutcomeStatus.OK:
+        return []
+    return [a.id for a in state.approvals.open.values() if a.kind == "outcome" and a.subject == tool]
+
+
+def deferral(deferred: Deferred) -> Outcome:
+    """What the model and the reader hear of a call that is put off."""
+    again = f"tried again at {deferred.until:%H:%M:%S} UTC"
+    content = (
+        f"put off: {deferred.why}; {again}. The platform does that, and tells you how it ended. "
+        f"Do not call {deferred.call.tool} again; go on with what does not need it."
+    )
+    return Outcome(status=OutcomeStatus.DEFERRED, content=content, reason=f"{deferred.why}; {again}")
+
+
+def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outcome: Outcome) -> None:
+    """Takes a person's finding into the state. `outcome`: what the ledger has recorded of it."""
+    tool, seq, who = approval.subject, approval.seq, decision.approver
+    before = state.ends.get(tool)
+    if outcome.status is OutcomeStatus.OK:
+        state.ends[tool] = ToolEnd(status=OutcomeStatus.OK, seq=seq, origin=f"settled by {who}")
+        state.notices.append(f"{who} settled call #{seq} of {tool}: it happened. {outcome.content}")
+        return
+    comment = f": {decision.comment}" if decision.comment else ""
+    if before and before.status is OutcomeStatus.UNKNOWN:
+        del state.ends[tool]
+        state.notices.append(
+            f"{who} settled call #{seq} of {tool}: it did not happen{comment}. Call it again if it is still needed."
+        )
+    else:
+        state.ends[tool] = ToolEnd(status=OutcomeStatus.FAILED, seq=seq, detail=f"not done, says {who}{comment}")
+        state.notices.append(f"{who} settled call #{seq} of {tool}: it is not done{comment}.")
+    if decision.verdict is Verdict.HAPPENED:  # somebody else had settled it otherwise
+        state.notices[-1] += f" ({who} said that it happened; {outcome.content})"
