@@ -30,6 +30,7 @@ TIMEOUTS_S = (10.0, 60.0)
 """Of calls: a tool's, whose lease is shorter than an opening lasts, and a model's, whose lease is longer."""
 STALE_S = 1.0
 SKEW_S = 0.5
+OUTCOME = st.sampled_from(["gone", "gone", "gone", "success", "refused", "bug"])
 OUTCOMES: dict[str, Failure | None] = {
     "success": None,
     "gone": Failure(ErrorType.UNAVAILABLE, "503"),
@@ -117,9 +118,9 @@ class BreakerMachine(RuleBasedStateMachine):
         timeout_s=st.sampled_from(TIMEOUTS_S),
         when=st.sampled_from(["now", "opening over", "lease over"]),
         late=st.floats(-2 * SKEW_S, 2 * SKEW_S),
-        send=st.booleans(),
+        then=st.sampled_from(["waits", "sends", "sends and crashes", "sends and freezes"]),
     )
-    def begin(self, client: int, key: int, timeout_s: float, when: str, late: float, send: bool) -> None:
+    def begin(self, client: int, key: int, timeout_s: float, when: str, late: float, then: str) -> None:
         """A try of a call, now or about when a probe is due. Of the same call another one may be there, but frozen."""
         row = self.row()
         if when != "now" and row is not None and row[0] == "open" and not row[4]:
@@ -127,8 +128,11 @@ class BreakerMachine(RuleBasedStateMachine):
             self.pass_time(max(0.0, until + late - self.world.now))
         if all(each.frozen for each in self.attempts if each.key == f"run/{key}"):
             attempt = self.let_in(client, f"run/{key}", timeout_s)
-            if attempt is not None and send:
+            if attempt is not None and then != "waits":
                 self.act(attempt)
+                attempt.frozen = then == "sends and freezes"
+                if then == "sends and crashes":
+                    self.attempts.remove(attempt)
 
     def let_in(self, client: int, key: str, timeout_s: float = TIMEOUTS_S[0]) -> Attempt | None:
         breaker, row = self.breakers[client], self.row()
@@ -142,10 +146,19 @@ class BreakerMachine(RuleBasedStateMachine):
         self.attempts.append(Attempt(key, breaker, passed, self.world.now, timeout_s))
         return self.attempts[-1]
 
-    @rule(n=N)
-    def send(self, n: int) -> None:
-        if attempt := self.pick(n, sent=False, frozen=False):
+    @rule(n=N, how=st.sampled_from(["sends", "sends", "leaves", "crashes", "freezes"]))
+    def go_on(self, n: int, how: str) -> None:
+        """What a call does that was let in some time ago; `leaves`: it does not go out after all."""
+        if (attempt := self.pick(n, sent=False)) is None:
+            return
+        if how == "sends":
             self.act(attempt)
+        elif how == "freezes":
+            attempt.frozen = True
+        else:
+            self.attempts.remove(attempt)
+            if how == "leaves":
+                self.run(attempt.breaker.released(attempt.passed))
 
     def act(self, attempt: Attempt) -> None:
         if self.world.now - attempt.let_in_at > STALE_S:
@@ -163,9 +176,9 @@ class BreakerMachine(RuleBasedStateMachine):
             self.last_probe, self.last_sent_at = attempt, self.world.now
         attempt.sent_at = self.world.now
 
-    @rule(n=N, outcome=st.sampled_from(sorted(OUTCOMES)))
+    @rule(n=N, outcome=OUTCOME)
     def end(self, n: int, outcome: str) -> None:
-        if attempt := self.pick(n, sent=True, frozen=False):
+        if attempt := self.pick(n, sent=True):
             self.report(attempt, outcome)
 
     def report(self, attempt: Attempt, outcome: str) -> None:
@@ -184,13 +197,6 @@ class BreakerMachine(RuleBasedStateMachine):
             if outcome == "bug":
                 self.last_probe = None
 
-    @rule(n=N)
-    def leave(self, n: int) -> None:
-        """Let in, but the call does not go out after all."""
-        if attempt := self.pick(n, sent=False, frozen=False):
-            self.attempts.remove(attempt)
-            self.run(attempt.breaker.released(attempt.passed))
-
     @rule(client=CLIENT)
     def goes_down(self, client: int) -> None:
         """Three calls in a row fail, if they get through."""
@@ -203,17 +209,7 @@ class BreakerMachine(RuleBasedStateMachine):
         assert row is not None
         assert row[0] == "open" or row[3] > self.world.now - SKEW_S
 
-    # -------------------------------------------------------------- what happens to workers
-
-    @rule(n=N)
-    def crash(self, n: int) -> None:
-        if self.attempts:
-            self.attempts.pop(n % len(self.attempts))
-
-    @rule(n=N)
-    def freeze(self, n: int) -> None:
-        if self.attempts:
-            self.attempts[n % len(self.attempts)].frozen = True
+    # -------------------------------------------------------------- waking, time
 
     @rule(n=N, outcome=st.sampled_from(sorted(OUTCOMES)))
     def wake(self, n: int, outcome: str) -> None:
@@ -237,7 +233,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     # -------------------------------------------------------------- by hand, and by the service
 
-    @rule(client=CLIENT, what=st.sampled_from(["trip", "reset", "pause"]))
+    @rule(client=CLIENT, what=st.sampled_from(["reset", "reset", "trip", "pause"]))
     def order(self, client: int, what: str) -> None:
         breaker = self.breakers[client]
         if what == "trip":
@@ -256,24 +252,21 @@ class BreakerMachine(RuleBasedStateMachine):
         if row is None or row[0] == "closed":
             self.last_probe = None
 
-    @rule(client=CLIENT)
-    def recovers(self, client: int) -> None:
+    def teardown(self) -> None:
         """Whatever happened: once the service is well, a call gets through and the breaker is closed."""
+        if not hasattr(self, "breakers"):
+            return
         if (row := self.row()) and row[4]:
-            self.run(self.breakers[client].reset(TARGET, "lee"))
+            self.run(self.breakers[0].reset(TARGET, "lee"))
         # The longest lease or pause; calls that end meanwhile fail, the last of them just now.
         self.pass_time(lease_s(max(TIMEOUTS_S)))
         self.pass_time(RULE.probe_after_s + 2 * SKEW_S)
-        attempt = self.let_in(client, self.new_key())
+        attempt = self.let_in(1, self.new_key())
         assert attempt is not None, f"stuck: {self.row()}"
         self.act(attempt)
         self.report(attempt, "success")
         row = self.row()
         assert row is None or row[0] == "closed"
-
-    def teardown(self) -> None:
-        if hasattr(self, "breakers"):
-            self.recovers(0)
 
     # -------------------------------------------------------------- helpers
 
@@ -281,8 +274,8 @@ class BreakerMachine(RuleBasedStateMachine):
         self.fresh += 1
         return f"fresh/{self.fresh}"
 
-    def pick(self, n: int, *, sent: bool, frozen: bool) -> Attempt | None:
-        fit = [each for each in self.attempts if each.frozen is frozen and (each.sent_at is not None) is sent]
+    def pick(self, n: int, *, sent: bool) -> Attempt | None:
+        fit = [each for each in self.attempts if not each.frozen and (each.sent_at is not None) is sent]
         return fit[n % len(fit)] if fit else None
 
     def row(self) -> tuple[Any, ...] | None:
