@@ -6,6 +6,7 @@ A store belongs to one namespace: to the sweep, a run that its namespace does no
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 
 from temporalio.client import (
@@ -28,6 +29,7 @@ from holdfast.state.database import Database
 SCHEDULE_ID = "holdfast-orphans"
 WORKFLOW_ID = "orphan-sweep"
 EVERY = timedelta(minutes=5)
+AT_A_TIME = 20
 MAX_FOUND = 100
 """Runs of one sweep; the next one finds the others."""
 _SUFFIX = len(key_base("", "x" * 36))
@@ -48,15 +50,20 @@ async def find_orphans(db: Database, client: Client, grace_s: float) -> list[Rep
 
     grace_s: a run whose newest effect is younger is left alone; its last activity may still be at work.
     """
+    candidates = [
+        Repair(workflow_id=base[:-_SUFFIX], key_base=base, agent=run_agent or agent or "", tenant=tenant or "default")
+        for base, agent, run_agent, tenant in await db.all(_CANDIDATES, await db.time() - grace_s)
+        if base[-_SUFFIX : -_SUFFIX + 1] == "/"
+    ]
     found: list[Repair] = []
-    for base, agent, run_agent, tenant in await db.all(_CANDIDATES, await db.time() - grace_s):
-        workflow_id, slash, _ = base.rpartition("/")
-        if slash and len(base) - len(workflow_id) == _SUFFIX and await is_over(client, workflow_id, base):
-            agent = run_agent or agent or ""
-            found.append(Repair(workflow_id=workflow_id, key_base=base, agent=agent, tenant=tenant or "default"))
-            if len(found) == MAX_FOUND:
-                break
-    return found
+    # Every run that waits for a person is among them, so the server is asked about several at a time.
+    for start in range(0, len(candidates), AT_A_TIME):
+        chunk = candidates[start : start + AT_A_TIME]
+        over = await asyncio.gather(*(is_over(client, each.workflow_id, each.key_base) for each in chunk))
+        found += [each for each, is_one in zip(chunk, over, strict=True) if is_one]
+        if len(found) >= MAX_FOUND:
+            break
+    return found[:MAX_FOUND]
 
 
 async def is_over(client: Client, workflow_id: str, base: str) -> bool:

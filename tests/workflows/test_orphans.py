@@ -6,17 +6,20 @@ import asyncio
 import uuid
 from typing import Any
 
+import pytest
 from temporalio.client import WorkflowHandle
 
 from holdfast.contracts import AgentInput, Effect, RunOutcome, RunResult, StepSpec, StepStatus
+from holdfast.orphans import find_orphans
 from holdfast.reliability.ledger import State, tool_call
-from holdfast.repairs import RepairResult, Sweep, Swept
+from holdfast.repairs import RepairResult, Sweep, Swept, unwind_id
 from holdfast.state.letters import LetterKind, Letters
 from holdfast.state.runs import Runs
 from holdfast.tools import ToolFailed
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until
 from tests.fixtures.world import World, agent
+from tests.workflows.test_reset import reset
 from workflows.agent import AgentWorkflow
 
 Unwinding = WorkflowHandle[Any, RepairResult]
@@ -92,6 +95,40 @@ async def test_a_live_run_is_never_touched(stage: Stage) -> None:
         await handle.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
         assert (await handle.result()).outcome is RunOutcome.COMPLETED
         assert await sweep(stage) == []
+    assert not any(entry.startswith("undo") for entry in world.log)
+
+
+@pytest.mark.parametrize("how", ["continued as new", "reset"])
+async def test_a_run_that_goes_on_under_another_run_id_lives(lite: Stage, how: str) -> None:
+    world = World()
+    spec = agent(world.tool("book"), world.tool("send", approval=True), turns_per_execution=1 if "new" in how else 100)
+    lite.model.script = sequence(call(("book", {})), call(("send", {})), say("done"))
+    async with lite.worker():
+        handle = await lite.start(spec)
+        await until(handle, lambda s: bool(s.approvals))
+        if how == "reset":
+            handle = await reset(lite, handle, 2)
+            await until(handle, lambda s: bool(s.approvals))
+        assert await sweep(lite) == []
+        await handle.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
+        assert (await handle.result()).outcome is RunOutcome.COMPLETED
+    assert world.log == ["begin book#1", "done book#1", "begin send#2", "done send#2"]
+
+
+async def test_a_terminated_run_that_was_reset_before_the_unwinding_began_is_left_alone(lite: Stage) -> None:
+    world = World()
+    async with lite.worker():
+        handle = await waiting_run(lite, world)
+        await handle.terminate("by mistake")
+        (found,) = await find_orphans(lite.runtime.db, lite.client, 0.0)
+        fresh = await reset(lite, handle, 2)
+        await until(fresh, lambda s: bool(s.approvals))
+        ended = await lite.client.execute_workflow(
+            "RepairWorkflow", found, id=unwind_id(found.key_base), task_queue=lite.queue, result_type=RepairResult
+        )
+        assert "nothing was undone" in ended.words
+        await fresh.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
+        assert (await fresh.result()).outcome is RunOutcome.COMPLETED
     assert not any(entry.startswith("undo") for entry in world.log)
 
 

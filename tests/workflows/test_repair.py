@@ -150,15 +150,7 @@ async def test_a_person_settles_after_the_end(stage: Stage, happened: bool) -> N
             result={"id": 7},
             comment="c",
         )
-        repair = Repair(
-            workflow_id=handle.id,
-            key_base=letter.key_base,
-            agent=letter.agent,
-            by="dr.lee",
-            letter=letter.id,
-            actions=[finding],
-        )
-        assert (await (await start_repair(stage.client, repair, stage.queue)).result()).ok
+        assert (await (await start_repair(stage.client, settling(letter, finding), stage.queue)).result()).ok
         row = await stage.runtime.ledger.entry(letter.key)
         result, now = await stage.stored(handle), await only_letter(stage)
         assert row is not None
@@ -247,3 +239,83 @@ async def test_a_replay_that_fails_brings_the_same_letter_up_to_date(lite: Stage
             assert "still closed" in letter.cause
     assert [entry for entry in world.log if entry.startswith("done send")] == ["done send#1"]
     assert (await only_letter(lite)).state == LetterState.REPLAYED
+
+
+async def test_a_failed_run_is_not_replayed_while_nobody_knows_whether_its_effect_happened(lite: Stage) -> None:
+    world = World()
+    send = world.tool("send", Effect.MANUAL, gate=asyncio.Event(), timeout=0.2, undo=None)
+    steps = [StepSpec(name="tell", tools=["send"], critical=False), StepSpec(name="pay", tools=["pay"])]
+    lite.model.script = sequence(call(("send", {})), call(("pay", {})), say("done"))
+    async with lite.worker():
+        handle = await lite.start(agent(send, world.tool("pay", errors=[ToolFailed("closed")]), steps=steps))
+        await failure(handle)
+        found = {each.kind: each for each in await letters(lite).find()}
+        assert set(found) == {LetterKind.RUN, LetterKind.CALL}
+        run = found[LetterKind.RUN]
+        with pytest.raises(BadRequest, match=rf"settle {handle.id} {found[LetterKind.CALL].key}"):
+            await replay_run(lite.client, lite.runtime.db, run, "dr.lee", lite.queue)
+        with pytest.raises(BadRequest, match="its run ended failed, and nothing of that is done again"):
+            await replay(lite, found[LetterKind.CALL])
+        await lite.runtime.ledger.settle(found[LetterKind.CALL].key, True, "sent by phone", "")
+        started = await replay_run(lite.client, lite.runtime.db, run, "dr.lee", lite.queue)
+        again = lite.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
+        assert (await again.result()).outcome is RunOutcome.COMPLETED
+    assert [entry for entry in world.log if "send" in entry] == ["begin send#1"]
+
+
+async def test_an_owed_compensation_waits_while_a_replay_builds_on_its_effect(stage: Stage) -> None:
+    world = World()
+    book = world.tool("book", undo=[ToolFailed("desk is closed")])
+    spec = agent(book, world.tool("send", approval=True), world.tool("pay", errors=[ToolFailed("closed")]))
+    stage.model.script = sequence(call(("book", {})), call(("pay", {})), call(("send", {})), say("done"))
+    async with stage.worker():
+        await failure(await stage.start(spec))
+        found = {each.kind: each for each in await letters(stage).find()}
+        started = await replay_run(stage.client, stage.runtime.db, found[LetterKind.RUN], "dr.lee", stage.queue)
+        again = stage.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
+        await until(again, lambda s: bool(s.approvals))
+        owed = await letters(stage).get(found[LetterKind.UNDO].id)
+        assert owed is not None
+        with pytest.raises(BadRequest, match=f"{again.id} builds on its effect"):
+            await replay(stage, owed)
+        await again.signal("decide", {"approval_id": "a3", "verdict": "approve", "approver": "dr.lee"})
+        assert (await again.result()).outcome is RunOutcome.COMPLETED
+    assert {each.state for each in await letters(stage).find()} == {LetterState.REPLAYED}
+    assert world.log.count("done book#1") == 1
+    assert "undo book#1" not in world.log
+
+
+async def test_a_read_left_pending_is_read_later(lite: Stage) -> None:
+    world = World()
+    async with lite.worker():
+        down = [ConnectionRefusedError("pharmacy is down")] * 2
+        handle = await partial_run(lite, world.tool("order", Effect.READ, errors=down, retries=1))
+        assert (await replay(lite, await only_letter(lite))).ok
+    assert (await lite.stored(handle)).outcome is RunOutcome.COMPLETED
+
+
+async def test_what_stood_in_for_a_call_and_may_have_happened_is_settled_first(lite: Stage) -> None:
+    world = World()
+    phone = world.tool("phone", Effect.MANUAL, gate=asyncio.Event(), timeout=0.2, undo=None)
+    async with lite.worker():
+        order = world.tool("order", errors=[ToolFailed("closed")], fallback=(phone,))
+        handle = await partial_run(lite, order)
+        letter = await only_letter(lite)
+        with pytest.raises(BadRequest, match=rf"settle {letter.key}/fb-1 first"):
+            await replay(lite, letter)
+        action = Action(do="settle", key=f"{letter.key}/fb-1", tool="phone", step="pharmacy", happened=True)
+        repair = settling(letter, action)
+        assert (await (await start_repair(lite.client, repair, lite.queue)).result()).ok
+    assert (await lite.stored(handle)).outcome is RunOutcome.COMPLETED
+    assert [entry for entry in world.log if entry.startswith("done")] == []
+
+
+def settling(letter: Letter, action: Action) -> Repair:
+    return Repair(
+        workflow_id=letter.workflow_id,
+        key_base=letter.key_base,
+        agent=letter.agent,
+        by="dr.lee",
+        letter=letter.id,
+        actions=[action],
+    )
