@@ -107,9 +107,10 @@ class Placed:
 
 def advance(book: Book, now: float) -> None:
     """Brings the book to the time: slots that no longer count go, and the bookings whose call did not come."""
-    book.at = max(book.at, now)
-    oldest = int(book.at // SLOT_S) - SPAN
-    book.slots = {slot: counted for slot, counted in book.slots.items() if slot > oldest}
+    before, book.at = book.at, max(book.at, now)
+    if book.at // SLOT_S > before // SLOT_S:
+        oldest = int(book.at // SLOT_S) - SPAN
+        book.slots = {slot: counted for slot, counted in book.slots.items() if slot > oldest}
     for key, (slot, tokens) in list(book.waiting.items()):
         if slot * SLOT_S + LATE_S < book.at:
             del book.waiting[key]
@@ -168,6 +169,10 @@ def _earliest(book: Book, limit: Limit, tokens: int, start: int, *, paced: bool)
     slots, nothing = book.slots, (0, 0)
     most = float("inf") if limit.requests is None else limit.requests
     most_tokens = float("inf") if limit.tokens is None else limit.tokens
+    if not paced:  # most limits are far from full: no need to look at each minute
+        calls, busy = sum(counted[0] for counted in slots.values()), sum(counted[1] for counted in slots.values())
+        if calls + 1 <= most and busy + tokens <= most_tokens:
+            return start
     before = [slots.get(slot, nothing) for slot in range(start - SPAN, start)]
     requests = sum(counted[0] for counted in before)
     used = sum(counted[1] for counted in before)

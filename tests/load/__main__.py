@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 
 from rich.console import Console
@@ -41,7 +42,7 @@ def main() -> int:
     table, wrong = Table(*HEADS), []
     for store in stores:
         for load in loads:
-            with _store(store) as url:
+            with console.status(f"{load.name}, on {store}: {load.seconds:.0f} s"), _store(store) as url:
                 report = asyncio.run(run(load, url))
             table.add_row(store, *_cells(load, report))
             wrong += [f"{store}, {load.name}: {words}" for words in report.failures()]
@@ -56,7 +57,7 @@ def _cells(load: Load, report: Report) -> list[str]:
         load.name,
         f"{report.most[0]} of {load.requests}",
         f"{report.most[1]} of {load.tokens}",
-        f"{report.used:.1%}",
+        "too short" if isnan(report.used) else f"{report.used:.1%}",
         str(report.refused),
         str(report.calls),
         f"{report.least_agent} to {report.most_agent}",

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import httpx2
 
-from holdfast.reliability.limits import Limiter
+from holdfast.reliability.limits import Limiter, Ticket
 from holdfast.reliability.waiting import NotYet
 from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
@@ -52,27 +52,29 @@ async def work(orders: Orders) -> Told:
     limit = Limit("model", orders.requests, orders.tokens)
     told, end = Told([]), time.monotonic() + orders.seconds
 
+    async def ask(key: str, tokens: int) -> Ticket | NotYet:
+        begun = time.monotonic()
+        try:
+            return await limiter.take(limit, key, tokens)
+        except NotYet as wait:
+            return wait
+        finally:
+            told.asked += 1
+            told.in_limiter_s += time.monotonic() - begun
+
     async def agent(name: str) -> None:
         rng, turn = random.Random(name), 0
         while time.monotonic() < end:
             turn += 1
             estimate, since = rng.randint(*orders.estimate), time.monotonic()
-            while True:
-                told.asked += 1
-                begun = time.monotonic()
-                try:
-                    ticket = await limiter.take(limit, f"{name}/{turn}", estimate)
-                    break
-                except NotYet as wait:
-                    if time.monotonic() + wait.delay > end:
-                        return
-                    await asyncio.sleep(wait.delay)
-                finally:
-                    told.in_limiter_s += time.monotonic() - begun
+            while isinstance(answer := await ask(f"{name}/{turn}", estimate), NotYet):
+                if time.monotonic() + answer.delay > end:
+                    return
+                await asyncio.sleep(answer.delay)
             told.waits.append(time.monotonic() - since)
             tokens = round(estimate * rng.uniform(*orders.used))
             await client.post(orders.service, json={"agent": name, "tokens": tokens})
-            limiter.settle(ticket, tokens)
+            limiter.settle(answer, tokens)
 
     async with httpx2.AsyncClient(timeout=30) as client:
         await asyncio.gather(*(agent(f"{orders.process}.{n}") for n in range(orders.agents)))

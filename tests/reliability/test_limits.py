@@ -224,9 +224,12 @@ def test_a_booked_call_is_not_moved_back_by_those_that_come_after_it() -> None:
     advance(book, T0)
     place(book, limit, "first", 60)
     large = place(book, limit, "large", 100)
-    for number in range(200):
-        advance(book, T0 + number * 0.2)
-        place(book, limit, str(number), 1)
+    wanting: set[str] = set()
+    for step in range(SPAN):
+        advance(book, T0 + step * SLOT_S)
+        wanting.add(f"small {step}")
+        due = [key for key in wanting if book.waiting.get(key, (0, 0))[0] * SLOT_S <= book.at]
+        wanting -= {key for key in due if place(book, limit, key, 1).granted}
     advance(book, large.slot * SLOT_S)
     assert place(book, limit, "large", 100).granted
 
