@@ -65,7 +65,7 @@ class Book:
     """What is known of one limit. `slots`: calls and tokens by slot (epoch seconds // SLOT_S), booked ones included."""
 
     at: float = 0.0
-    """The latest time seen; it never goes back."""
+    """The latest time seen; it never goes back. A store whose clock is set back waits until it has caught up."""
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
     waiting: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Booked slot and tokens of each waiting call, by digest of its key."""
@@ -358,7 +358,8 @@ class Limiter:
                     row.timer = None
                 if row.version is None or row.shared:
                     await self._read(name, row)
-                now, since = await self._clock.now(), time.monotonic()
+                since = time.monotonic()
+                now = await self._clock.now()
                 placed = _decide(row.book, now, asks, settled)
                 if await self._write(name, row):
                     break
