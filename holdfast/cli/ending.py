@@ -18,6 +18,10 @@ def end_process(code: int) -> NoReturn:
         from holdfast.telemetry import tracing
 
         tracing.shutdown()
+    if "holdfast.telemetry.metrics" in sys.modules:
+        from holdfast.telemetry import metrics
+
+        metrics.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(BrokenPipeError):  # whoever read us has gone, as in `starter.py list | head -1`
             stream.flush()

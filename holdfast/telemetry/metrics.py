@@ -8,12 +8,15 @@ holdfast.dead_letters      by kind (call, undo, run)
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
 from holdfast.settings import settings
+from holdfast.telemetry.tracing import FLUSH_S
 
 if TYPE_CHECKING:
+    from opentelemetry.metrics import Counter
     from opentelemetry.sdk.metrics import MeterProvider
 
 
@@ -46,7 +49,20 @@ def dead_letter(kind: str) -> None:
     _count("holdfast.dead_letters", kind=kind)
 
 
+def shutdown() -> None:
+    """Sends what was counted since the last export, for a process about to end by `os._exit`. At most `FLUSH_S`."""
+    if _provider.cache_info().currsize and (provider := _provider()) is not None:
+        flushing = threading.Thread(target=provider.shutdown, daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_S)
+
+
 def _count(name: str, **attributes: str) -> None:
+    if (counter := _counter(name)) is not None:
+        counter.add(1, attributes)
+
+
+@cache
+def _counter(name: str) -> Counter | None:
     provider = _provider()
-    if provider is not None:
-        provider.get_meter("holdfast").create_counter(name).add(1, attributes)
+    return None if provider is None else provider.get_meter("holdfast").create_counter(name)

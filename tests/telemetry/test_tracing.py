@@ -25,7 +25,7 @@ KEY = "sk-not-for-traces"
 
 
 class Collector:
-    """A small OTLP/HTTP collector. `spans`: everything that was sent, decoded."""
+    """A small OTLP/HTTP collector. `raw`: everything that was sent; `spans`: the traces of it, decoded."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -36,9 +36,10 @@ class Collector:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 collector.raw.append(body)
-                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    for scope in resource.scope_spans:
-                        collector.spans += scope.spans
+                if self.path == "/v1/traces":
+                    for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                        for scope in resource.scope_spans:
+                            collector.spans += scope.spans
                 self.send_response(200)
                 self.end_headers()
 
