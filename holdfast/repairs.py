@@ -181,9 +181,11 @@ def refusal(action: Action, entries: list[Entry], outcome: RunOutcome | None) ->
         return f"no tool of step {action.step} was ever called, so there is nothing to replay: settle it"
     if outcome is not None and outcome.unwinds:
         return f"its run ended {outcome}, and nothing of that is done again: settle it, or replay the run"
-    if row and row.state is State.COMPENSATED:
+    if row is None:
+        return "the ledger has no row of it, so its arguments are not known: settle it"
+    if row.state is State.COMPENSATED:
         return f"{row.name} was undone"
-    if row and row.effect == Effect.MANUAL and row.state in (State.UNKNOWN, State.RESERVED):
+    if row.effect == Effect.MANUAL and row.state in (State.UNKNOWN, State.RESERVED):
         return f"nobody knows whether {row.name} happened, and it cannot be asked: settle it first"
     if other := next((e for e in doubtful(entries) if e.key.startswith(f"{action.key}/fb-")), None):
         return f"{other.name} stood in for it and may have happened: settle {other.key} first"

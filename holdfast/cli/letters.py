@@ -138,7 +138,8 @@ def headline(letter: Letter) -> str:
 def commands(letter: Letter) -> list[str]:
     """What a person can do about it now."""
     if letter.state == LetterState.REPLAYING and letter.kind == LetterKind.RUN:
-        return [f"uv run starter.py follow {letter.workflow_id}"]
+        replay = f"uv run starter.py dlq replay {letter.id}"
+        return [f"uv run starter.py follow {letter.workflow_id}", f"{replay} (should that run be gone)"]
     if letter.state not in (LetterState.OPEN, LetterState.REPLAYING):
         return []
     details = letter.details

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from temporalio.api.sdk.v1 import WorkflowMetadata
 from temporalio.client import WorkflowHandle
 
 from agents import registry
@@ -20,6 +21,7 @@ from holdfast.tools import Tool, ToolFailed
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, failure, until
 from tests.fixtures.world import World, agent
+from tests.workflows.test_orphans import sweep
 
 ORDER = StepSpec(name="pharmacy", tools=["order"], critical=False, role="pharmacist")
 
@@ -319,3 +321,47 @@ def settling(letter: Letter, action: Action) -> Repair:
         letter=letter.id,
         actions=[action],
     )
+
+
+async def test_a_replay_that_was_terminated_can_be_replayed_once_it_is_undone(lite: Stage) -> None:
+    world = World()
+    spec = agent(world.tool("pay", errors=[ToolFailed("closed")]), world.tool("send", approval=True))
+    lite.model.script = sequence(call(("pay", {})), call(("send", {})), say("done"))
+
+    async def again() -> WorkflowHandle[Any, RunResult]:
+        started = await replay_run(lite.client, lite.runtime.db, await only_letter(lite), "dr.lee", lite.queue)
+        return lite.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
+
+    async with lite.worker():
+        await failure(await lite.start(spec))
+        first = await again()
+        with pytest.raises(BadRequest, match=f"is being replayed as {first.id}"):
+            await again()
+        await until(first, lambda s: bool(s.approvals))
+        await first.terminate("by hand")
+        with pytest.raises(BadRequest, match="orphans --fix"):
+            await again()
+        assert (await sweep(lite))[0].ok
+        letter = await only_letter(lite)
+        assert (letter.state, letter.details["replays"], len(letter.details["tries"])) == ("open", 1, 2)
+        second = await again()
+        await until(second, lambda s: bool(s.approvals))
+        await second.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
+        assert (await second.result()).outcome is RunOutcome.COMPLETED
+    assert second.id.endswith("~2")
+    assert world.log == [
+        *("begin pay#1", "begin pay#1", "done pay#1", "undo pay#1"),
+        *("begin pay#1", "done pay#1", "begin send#2", "done send#2"),
+    ]
+
+
+async def test_a_repair_without_a_cached_workflow_is_the_same_and_its_page_says_what_it_did(lite: Stage) -> None:
+    world = World()
+    async with lite.worker(max_cached_workflows=0):
+        handle = await partial_run(lite, world.tool("order", errors=[ToolFailed("closed")]))
+        repair = await repair_of(await only_letter(lite), lite.runtime.db, "dr.lee")
+        repairing = await start_repair(lite.client, repair, lite.queue)
+        assert (await repairing.result()).ok
+        told = await repairing.query("__temporal_workflow_metadata", result_type=WorkflowMetadata)
+    for part in (handle.id, "✓ replay #1 order", "order replayed by dr.lee"):
+        assert part in told.current_details
