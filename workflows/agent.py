@@ -152,7 +152,8 @@ class AgentWorkflow:
             await unwind(self._state.saga, self._acts.undo, self._changed)
         result = self._result = progress.result(self._given, self._state, ending)
         self._phase(Phase.ENDED)
-        end = RunEnd(tenant=self._given.tenant, result=result)
+        failed = ending.outcome is RunOutcome.FAILED
+        end = RunEnd(tenant=self._given.tenant, result=result, input=self._given.input if failed else None)
         await self._calls.run("record_end", end, type(None), summary=f"record: {ending.outcome}")
         return result
 
@@ -225,7 +226,7 @@ class AgentWorkflow:
         if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
             state.final = final
             self._approvals.hold_for(questions.held(state))
-            if not state.approvals.held:
+            if state.deferred and not state.approvals.held:
                 self._phase(Phase.PARKED)
             await workflow.wait_condition(lambda: not self._aside.open_ends)
             self._approvals.hold_for([])

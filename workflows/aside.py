@@ -37,9 +37,9 @@ class Aside:
         """Goes on with what was open when the run continued as new."""
         for deferred in self._state.deferred:
             self._start(self._try_again(deferred))
-        for approval in list(self._state.approvals.open.values()):
-            if approval.kind == "outcome":
-                self._start(self._settle(approval))
+        asked = [a for a in self._state.approvals.open.values() if a.kind == "outcome"]
+        for approval in asked + questions.answered(self._state):
+            self._start(self._settle(approval))
 
     def put_off(self, item: CallState, wait: Wait) -> Outcome:
         """Tries the call again when its service is back; what the turn hears of it now."""
@@ -60,7 +60,8 @@ class Aside:
     @property
     def open_ends(self) -> bool:
         """Something is put off, or unknown of a critical step: the run cannot end without it."""
-        return bool(self._state.deferred or questions.held(self._state))
+        state = self._state
+        return bool(state.deferred or questions.held(state) or questions.answered(state))
 
     def broken(self) -> BaseException | None:
         """A bug in what goes on here. The run has to raise it, or it would wait for ever."""
@@ -108,5 +109,6 @@ class Aside:
         )
         outcome = await self._calls.run("settle", finding, Outcome, summary=f"{approval.id}: {decision.verdict}")
         self._state.deferred = [each for each in self._state.deferred if each.seq != approval.seq]
+        self._state.settled.append(approval.id)
         questions.settle(self._state, approval, decision, outcome)
         self._approvals.changed()

@@ -78,6 +78,12 @@ def held(state: RunState) -> list[str]:
     return [a.id for a in asked if (step := state.step_of(a.subject)) and step.critical]
 
 
+def answered(state: RunState) -> list[Approval]:
+    """Questions with an answer that the ledger has not taken yet."""
+    decided = (d.approval for d in state.approvals.decided.values())
+    return [a for a in decided if a.kind == "outcome" and a.id not in state.settled]
+
+
 def outdated(state: RunState, tool: str) -> list[str]:
     """Open questions about a tool that has worked meanwhile."""
     end = state.ends.get(tool)

@@ -94,6 +94,8 @@ class RunState(BaseModel):
     models: dict[str, int] = {}
     """Turns by the model that answered."""
     refused_turns: int = 0
+    settled: list[str] = []
+    """Requests of kind `outcome` whose answers the ledger has taken."""
     stood: list[str] = []
     """Keys of the standing effects that have answered a call."""
 

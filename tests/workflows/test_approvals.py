@@ -12,7 +12,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.contracts import Approval, DecisionReply, Json, Phase, RunOutcome, digest
 from tests.fixtures.model import call, say, sequence
-from tests.fixtures.temporal import Stage, cancelled, skip, status, temporal_cli, until
+from tests.fixtures.temporal import Stage, at_rest, cancelled, skip, status, temporal_cli, until
 from tests.fixtures.world import World, agent
 
 YES: Json = {"approval_id": "a1", "verdict": "approve", "approver": "dr.lee"}
@@ -85,6 +85,7 @@ async def test_two_at_once_answered_in_reverse_order(lite: Stage, options: Json)
         await asked(handle, 2)
         await handle.signal("decide", {**YES, "approval_id": "a2"})
         await world.saw("done send#2")
+        await at_rest(handle)  # the later end of the two is the tool's
         assert [a.id for a in (await status(handle)).approvals] == ["a1"]
         await handle.signal("decide", {**YES, "verdict": "reject", "comment": "not this one"})
         result = await handle.result()
@@ -126,7 +127,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "wrong id": ({**YES, "approval_id": "a9"}, "no approval 'a9' is open (open: a1)"),
     "digest of other arguments": ({**YES, "digest": "0123456789abcdef"}, "its digest is not that of a1"),
     "rejection without a reason": ({**YES, "verdict": "reject"}, "needs its reason in `comment`"),
-    "no such verdict": ({**YES, "verdict": "maybe"}, "verdict: Input should be 'approve' or 'reject'"),
+    "no such verdict": (
+        {**YES, "verdict": "maybe"},
+        "verdict: Input should be 'approve', 'reject'",
+    ),
     "nobody": ({**YES, "approver": ""}, "approver: "),
     "no approver": ({"approval_id": "a1", "verdict": "approve"}, "approver: Field required"),
     "a text": ("approve", 'got "approve"'),

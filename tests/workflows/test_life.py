@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from temporalio.exceptions import ApplicationError
 from agents import registry
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Effect, Json, Phase, RunOutcome, RunResult, StepSpec, StepStatus
+from holdfast.services import BreakerRule
 from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.model import Message, call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, status, until
@@ -85,23 +87,62 @@ async def test_an_optional_step_that_failed_for_good_is_left_pending_with_its_ro
     assert result.outcome is RunOutcome.PARTIAL
     assert [(p.step, p.role, p.key) for p in result.pending] == [("pharmacy", "pharmacist", f"{result.key_base}/1")]
     assert "out of stock" in result.pending[0].what
-    assert result.reason == "pending: pharmacy (pharmacist)"
+    assert result.reason == "50 % complete, awaiting pharmacy (pharmacist)"
     assert await ended(handle) is WorkflowExecutionStatus.COMPLETED
     assert (await lite.stored(handle)).outcome is RunOutcome.PARTIAL
 
 
-async def test_an_unknown_outcome_is_never_tried_again_and_left_pending(lite: Stage) -> None:
+@pytest.mark.parametrize("critical", [True, False], ids=["critical", "optional"])
+async def test_an_unknown_outcome_is_never_tried_again_and_goes_to_its_role(lite: Stage, critical: bool) -> None:
+    """A critical step's end is waited for, for as long as it takes; an optional one is left pending."""
     world = World()
     never = asyncio.Event()
     send = world.tool("send", Effect.MANUAL, gate=never, timeout=0.2, undo=None)
-    spec = agent(send, steps=[StepSpec(name="tell", tools=["send"], role="nurse")])
-    lite.model.script = sequence(call(("send", {})), call(("send", {"n": 1})), say("could not be sure"))
+    spec = agent(send, steps=[StepSpec(name="tell", tools=["send"], role="nurse", critical=critical)])
+    lite.model.script = sequence(
+        call(("send", {})), call(("send", {"n": 1})), say("could not be sure"), say("the nurse says that it was sent")
+    )
     async with lite.worker():
-        result = await (await lite.start(spec)).result()
+        handle = await lite.start(spec)
+        if critical:
+            (asked,) = (await until(handle, lambda s: s.phase is Phase.WAITING_HUMAN)).approvals
+            assert (asked.id, asked.kind, asked.role, asked.key[-2:]) == ("o1", "outcome", "nurse", "/1")
+            assert "attempt 1, begun " in asked.evidence
+            await handle.signal("decide", {"approval_id": "o1", "verdict": "happened", "approver": "n.smith"})
+        result = await handle.result()
     assert world.log == ["begin send#1"]
-    assert result.outcome is RunOutcome.PARTIAL
-    assert [(p.step, p.role, p.key) for p in result.pending] == [("tell", "nurse", f"{result.key_base}/1")]
-    assert "#1 of send is unknown" in answers(lite.model.requests[-1][1])[-1]
+    assert "#1 of send is unknown" in next(a for a in answers(lite.model.requests[2][1]) if "refused" in a)
+    if critical:
+        assert result.outcome is RunOutcome.COMPLETED
+        assert result.steps[0].origin == "settled by n.smith"
+        assert "n.smith settled call #1 of send: it happened." in lite.model.requests[-1][1][-1]["content"]
+    else:
+        assert result.outcome is RunOutcome.PARTIAL
+        assert [(p.step, p.role, p.key) for p in result.pending] == [("tell", "nurse", f"{result.key_base}/1")]
+
+
+async def test_what_a_person_says_did_not_happen_may_be_done_again(lite: Stage) -> None:
+    world = World()
+    never = asyncio.Event()
+    send = world.tool("send", Effect.MANUAL, gate=never, timeout=0.2, undo=None)
+    spec = agent(send, steps=[StepSpec(name="tell", tools=["send"])])
+    lite.model.script = sequence(
+        call(("send", {})), say("could not be sure"), call(("send", {})), say("sent, the second time")
+    )
+    async with lite.worker():
+        handle = await lite.start(spec)
+        await until(handle, lambda s: s.phase is Phase.WAITING_HUMAN)
+        never.set()
+        finding = {"approval_id": "o1", "verdict": "did_not", "approver": "n.smith", "comment": "nothing in the outbox"}
+        await handle.signal("decide", finding)
+        result = await handle.result()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert world.log == ["begin send#1", "begin send#2", "done send#2"]
+    (entry,) = [e for e in await lite.runtime.ledger.entries(result.key_base) if e.key.endswith("/1")]
+    assert (entry.state, entry.settled and entry.settled.error) == (
+        "FAILED",
+        "n.smith says that it did not happen: nothing in the outbox",
+    )
 
 
 async def test_a_rejection_ends_the_run_rejected_and_undoes_what_was_done(lite: Stage) -> None:
@@ -296,7 +337,7 @@ async def test_a_model_that_takes_no_key_parks_the_run_which_goes_on_when_it_is_
     assert world.log == ["begin book#1", "done book#1"], "nothing undone, nothing repeated"
 
 
-async def test_a_model_that_is_down_for_long_parks_the_run_and_nothing_is_undone(skipping: Stage) -> None:
+async def test_a_model_that_is_down_for_long_parks_the_run_and_nothing_is_undone(lite: Stage) -> None:
     world = World()
     spec = agent(world.tool("book"))
     answering = sequence(call(("book", {})), say("done"))
@@ -304,18 +345,20 @@ async def test_a_model_that_is_down_for_long_parks_the_run_and_nothing_is_undone
 
     def script(messages: list[Message]) -> Any:
         nonlocal refused
-        if turn(messages) == 2 and refused < 8:
+        if turn(messages) == 2 and refused < 4:
             refused += 1
             return error(503)
         return answering(messages)
 
-    skipping.model.script = script
-    async with skipping.worker():
-        handle = await skipping.start(spec)
+    lite.model.script = script
+    (model,) = lite.runtime.models
+    model.service = replace(model.service, breaker=BreakerRule(probe_after_s=2.5))
+    async with lite.worker():
+        handle = await lite.start(spec)
         result = await handle.result()
         notes = (await status(handle)).notes
-    assert (result.outcome, refused) == (RunOutcome.COMPLETED, 8)
-    assert any("the model is gone" in note for note in notes), notes
+    assert (result.outcome, refused) == (RunOutcome.COMPLETED, 4)
+    assert any("model fake-1" in note for note in notes), notes
     assert world.log == ["begin book#1", "done book#1"]
 
 
