@@ -21,6 +21,7 @@ from holdfast.contracts import (
     StepStatus,
     ToolRequest,
     UndoStatus,
+    Usage,
 )
 from holdfast.models import ModelAnswer
 from holdfast.orphans import find_orphans, is_over
@@ -236,6 +237,7 @@ def _orphans_result(end: RepairEnd, entries: list[Entry]) -> RunResult:
         for e in doubtful(entries)
         if e.seq not in left
     ]
+    asked = sum(e.kind == "model" for e in entries)
     return RunResult(
         outcome=RunOutcome.CANCELLED,
         reason=TERMINATED,
@@ -255,4 +257,5 @@ def _orphans_result(end: RepairEnd, entries: list[Entry]) -> RunResult:
         undone=sorted(undos, key=lambda record: record.seq),
         calls=max((e.seq or 0 for e in entries if e.kind == "tool"), default=0),
         failures=sum(e.failures for e in entries),
+        usage=Usage(calls=asked, unpriced=asked),
     )

@@ -123,11 +123,6 @@ def _call(key: str, entry: Entry | None, entries: list[Entry]) -> Json:
         "seq": entry.seq if entry else None,
         "version": entry.version if entry else "1",
         "arguments": entry.arguments if entry else {},
-        "effect": entry.effect if entry else "",
-        "state": entry.state if entry else "",
-        "attempt": entry.attempt if entry else 0,
-        "worker": entry.worker if entry else "",
-        "reserved_at": entry.reserved_at if entry else None,
         "keys": [each.key for each in related],
         "attempts": [{**line, "key": each.key} for each in related for line in each.log],
     }

@@ -16,7 +16,8 @@ from temporalio.exceptions import ApplicationError
 
 from holdfast.cli.output import Refused, err, out, print_json
 from holdfast.cli.runs import clock, connect, temporal_result
-from holdfast.contracts import Json, RunResult
+from holdfast.contracts import Effect, Json, RunResult
+from holdfast.reliability.ledger import Entry, Ledger, State
 from holdfast.repairing import repair_of, replay_run, start_repair
 from holdfast.repairs import RepairResult, Sweep, Swept
 from holdfast.settings import settings
@@ -92,8 +93,9 @@ async def listing(wanted: Filter, as_json: bool) -> int:
 async def show(id: str, as_json: bool) -> int:
     async with store() as db:
         letter = await find(Letters(db), id)
+        entry = await Ledger(db, "").entry(letter.key) if letter.key else None
     if as_json:
-        print_json({**as_data(letter), "commands": commands(letter)})
+        print_json({**as_data(letter), "commands": commands(letter, entry)})
         return 0
     details = letter.details
     out.print(Text(letter.id, "bold"), Text(letter.state, COLOURS[LetterState(letter.state)]))
@@ -107,9 +109,9 @@ async def show(id: str, as_json: bool) -> int:
             out.print(f"{title}:")
             for name, each in value.items():
                 out.print(f"  {name}: {each}", markup=False)
-    if details.get("reserved_at"):
-        words = f"ledger: {details['state']} after attempt {details['attempt']}, begun {clock(details['reserved_at'])}"
-        out.print(f"{words} by {details['worker']}", markup=False)
+    if entry:
+        begun = f"begun {clock(entry.reserved_at)} by {entry.worker}"
+        out.print(f"the ledger now says {entry.state}: attempt {entry.attempt}, {begun}", markup=False)
     if attempts := details.get("attempts"):
         out.print(f"failed attempts ({len(attempts)}):")
         for each in attempts:
@@ -118,7 +120,7 @@ async def show(id: str, as_json: bool) -> int:
         out.print("ledger keys:")
         for key in keys:
             out.print(f"  {key}", markup=False)
-    for command in commands(letter):
+    for command in commands(letter, entry):
         out.print(f"→ {command}", markup=False)
     return 0
 
@@ -135,8 +137,8 @@ def headline(letter: Letter) -> str:
             return f"A run of agent {letter.subject} failed: {letter.workflow_id}"
 
 
-def commands(letter: Letter) -> list[str]:
-    """What a person can do about it now."""
+def commands(letter: Letter, entry: Entry | None) -> list[str]:
+    """What a person can do about it now. entry: the ledger's row of the call in question."""
     if letter.state == LetterState.REPLAYING and letter.kind == LetterKind.RUN:
         replay = f"uv run starter.py dlq replay {letter.id}"
         return [f"uv run starter.py follow {letter.workflow_id}", f"{replay} (should that run be gone)"]
@@ -151,8 +153,8 @@ def commands(letter: Letter) -> list[str]:
         return replay + drop
     if letter.kind == LetterKind.UNDO:
         return replay + settling[:1] + drop
-    blind = details.get("effect") == "manual" and details.get("state") in ("UNKNOWN", "RESERVED")
-    return ([] if blind or not letter.key else replay) + settling + drop
+    blind = entry is None or (entry.effect == Effect.MANUAL and entry.state in (State.UNKNOWN, State.RESERVED))
+    return ([] if blind else replay) + settling + drop
 
 
 def as_data(letter: Letter) -> Json:

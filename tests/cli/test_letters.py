@@ -94,7 +94,7 @@ def test_an_order_left_pending_is_placed_later_and_once(desk: Desk, without_phar
     assert (letter["subject"], letter["role"], letter["state"]) == ("order_medication", "pharmacist", "open")
 
     shown = desk.cli("dlq", "show", letter["id"]).stdout
-    for part in ("pharmacy", "503", letter["key"], "failed attempts (1)", f"dlq replay {letter['id']}"):
+    for part in ("pharmacy", "503", letter["key"], "failed attempts (1)", "UNKNOWN", f"dlq replay {letter['id']}"):
         assert part in shown
     assert "--yes" in desk.refused("dlq", "replay", "--tool", "order_medication")
 
