@@ -294,10 +294,12 @@ async def _sweep(client: Client, grace_s: float, as_json: bool) -> int:
     """Sweeps now and waits for what it has started."""
     import secrets
 
+    id = f"orphan-sweep-{secrets.token_hex(4)}"
+    err.print(f"[dim]sweeping as workflow {id}; a worker does it[/dim]")
     swept = await client.execute_workflow(
         "OrphanSweep",
         Sweep(grace_s=grace_s),
-        id=f"orphan-sweep-{secrets.token_hex(4)}",
+        id=id,
         task_queue=settings().task_queue,
         result_type=Swept,
     )
