@@ -1,7 +1,7 @@
 """Runs that ended without a word: terminated, timed out, or gone from the server while their effects stand.
 
 A workflow cannot catch its termination, so what it did is found in the ledger and undone by a workflow of its own.
-A store belongs to one namespace: to the sweep, a run that its namespace does not know is gone.
+A run that the server does not know is gone only if it was started in this namespace: the store may serve another too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SUFFIX = len(key_base("", "x" * 36))
 
 # `key_base` is the workflow's id, a slash and twelve characters.
 _CANDIDATES = f"""
-SELECT e.key_base, MAX(e.agent), MAX(r.agent), MAX(r.tenant)
+SELECT e.key_base, MAX(e.agent), MAX(r.agent), MAX(r.tenant), MAX(r.namespace)
 FROM effects e LEFT JOIN runs r ON r.workflow_id = substr(e.key_base, 1, length(e.key_base) - {_SUFFIX})
 WHERE e.kind = 'tool' AND e.effect <> 'read' AND r.ended_at IS NULL
     AND (e.state IN ('RESERVED', 'UNKNOWN', 'DONE') OR (e.state = 'FAILED' AND e.result IS NULL))
@@ -51,28 +51,34 @@ async def find_orphans(db: Database, client: Client, grace_s: float) -> list[Rep
     grace_s: a run whose newest effect is younger is left alone; its last activity may still be at work.
     """
     candidates = [
-        Repair(workflow_id=base[:-_SUFFIX], key_base=base, agent=run_agent or agent or "", tenant=tenant or "default")
-        for base, agent, run_agent, tenant in await db.all(_CANDIDATES, await db.time() - grace_s)
-        if base[-_SUFFIX : -_SUFFIX + 1] == "/"
+        (
+            Repair(workflow_id=base[:-_SUFFIX], key_base=base, agent=told or agent or "", tenant=tenant or "default"),
+            namespace is not None,
+        )
+        for base, agent, told, tenant, namespace in await db.all(_CANDIDATES, await db.time() - grace_s)
+        if base[-_SUFFIX : -_SUFFIX + 1] == "/" and namespace in (None, client.namespace)
     ]
     found: list[Repair] = []
     # Every run that waits for a person is among them, so the server is asked about several at a time.
     for start in range(0, len(candidates), AT_A_TIME):
         chunk = candidates[start : start + AT_A_TIME]
-        over = await asyncio.gather(*(is_over(client, each.workflow_id, each.key_base) for each in chunk))
-        found += [each for each, is_one in zip(chunk, over, strict=True) if is_one]
+        over = await asyncio.gather(*(is_over(client, each.workflow_id, each.key_base, ours) for each, ours in chunk))
+        found += [each for (each, _), is_one in zip(chunk, over, strict=True) if is_one]
         if len(found) >= MAX_FOUND:
             break
     return found[:MAX_FOUND]
 
 
-async def is_over(client: Client, workflow_id: str, base: str) -> bool:
-    """Whether the run of this key base was terminated, has timed out or is gone. A run of another base is another."""
+async def is_over(client: Client, workflow_id: str, base: str, ours: bool = True) -> bool:
+    """Whether the run of this key base was terminated, has timed out or is gone. A run of another base is another.
+
+    ours: it was started in the client's namespace, so one that is not there is gone.
+    """
     try:
         execution = await client.get_workflow_handle(workflow_id).describe()
     except RPCError as error:
         if error.status is RPCStatusCode.NOT_FOUND:
-            return True
+            return ours
         raise
     first = execution.raw_description.workflow_execution_info.first_run_id
     return key_base(workflow_id, first) != base or execution.status in _OVER

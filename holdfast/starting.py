@@ -75,7 +75,14 @@ async def start_run(
     with tracing.span("start run", **{"holdfast.agent": agent, "holdfast.workflow_id": workflow_id}):
         trace_id = tracing.trace_id()
         row = await runs.claim(
-            key, workflow_id, agent, digest(value), tenant=tenant, requested_by=requested_by, trace_id=trace_id
+            key,
+            workflow_id,
+            agent,
+            digest(value),
+            tenant=tenant,
+            requested_by=requested_by,
+            trace_id=trace_id,
+            namespace=client.namespace,
         )
         if row.started_at is not None:
             return Started(row.workflow_id, key, new=False, trace_id=row.trace_id)

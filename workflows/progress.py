@@ -94,7 +94,7 @@ def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve",
 
 def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -> str:
     """The Markdown that the Web UI shows as the run's current details."""
-    parts = [f"**{_plain(headline(agent, state, ending, workflow.now()))}**"]
+    parts = [f"**{plain(headline(agent, state, ending, workflow.now()))}**"]
     if steps := state.steps():
         parts.append(
             "\n".join(
@@ -106,17 +106,17 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
     if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone]:
         parts.append("### Undo\n" + "\n".join(rows))
     if state.notes:
-        parts.append("### Notes\n" + "\n".join(f"- {_plain(note)}" for note in state.notes[-10:]))
+        parts.append("### Notes\n" + "\n".join(f"- {plain(note)}" for note in state.notes[-10:]))
     if state.usage.calls:
         parts.append(f"Model {state.model}: {cost(state.usage)}")
     return "\n\n".join(parts)
 
 
 def _question(workflow_id: str, approval: Approval) -> str:
-    arguments = "\n".join(f"- {name}: {_plain(value)}" for name, value in approval.arguments.items())
+    arguments = "\n".join(f"- {name}: {plain(value)}" for name, value in approval.arguments.items())
     match approval.kind:
         case "outcome":
-            head = f"### For {_plain(approval.role or 'a person')}: how did `{approval.subject}` end? (`{approval.id}`)"
+            head = f"### For {plain(approval.role or 'a person')}: how did `{approval.subject}` end? (`{approval.id}`)"
             answers = {"It happened": ("happened", "RESULT"), "It did not": ("did_not", "WHY")}
         case "refusal":
             head = f"### Waiting for a human: the model refuses (`{approval.id}`)"
@@ -127,7 +127,7 @@ def _question(workflow_id: str, approval: Approval) -> str:
     commands = "\n".join(
         f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, *answer)}\n```" for what, answer in answers.items()
     )
-    parts = [f"{head}\n{_plain(approval.why)}", arguments, f"So far: {_plain(approval.evidence)}", commands]
+    parts = [f"{head}\n{plain(approval.why)}", arguments, f"So far: {plain(approval.evidence)}", commands]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -204,9 +204,9 @@ def _done(steps: list[StepState]) -> int:
 
 
 def _aside(text: str) -> str:
-    return f" ({_plain(text)})" if text else ""
+    return f" ({plain(text)})" if text else ""
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
     """Text of a model or a service, so that it cannot pose as markup of this page."""
     return re.sub(r"([\\`*_\[\]<>#|!])", r"\\\1", " ".join(str(value).split()))

@@ -14,7 +14,7 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.reliability.errors import ErrorType
     from holdfast.repairs import Action, ActionEnd, Repair, RepairEnd, RepairResult, Survey
     from workflows.calls import UNDO_DEADLINE_S, Calls, why
-    from workflows.progress import _plain as plain
+    from workflows.progress import plain as plain
 
 ASK_DEADLINE_S = 900.0
 WORDS = {"call": "replay", "undo": "undo", "settle": "settle", "ask": "ask about"}

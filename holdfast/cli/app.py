@@ -120,12 +120,13 @@ def result(run: Run, json: Json = False) -> None:
 @app.command()
 def approvals(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="one run; without it, all")] = None,
+    role: Annotated[str, typer.Option("--role", help="only what is addressed to it, e.g. pharmacist")] = "",
     json: Json = False,
 ) -> None:
     """List what waits for a human, with the command that answers it."""
     from holdfast.cli import runs
 
-    _go(runs.approvals(run, json))
+    _go(runs.approvals(run, role, json))
 
 
 @app.command()

@@ -206,7 +206,8 @@ class Demo:
 
         def asked() -> list[Approval]:
             waits = self._status is not None and self._status.phase is Phase.WAITING_HUMAN
-            return [a for a in self._status.approvals if a.id not in self._told] if waits and self._status else []
+            open_ones = self._status.approvals if waits and self._status else []
+            return [a for a in open_ones if a.kind == "tool" and a.id not in self._told]
 
         await self._until(lambda: watching.done() or bool(asked()), "the physician to be asked")
         return [] if watching.done() else asked()
@@ -291,7 +292,8 @@ class Demo:
             self._status = status
             for step in status.steps:
                 if step.status is StepStatus.PENDING:
-                    self._say_once(step.name, "…", "yellow", f"{step.name} is left pending, for the {step.role}")
+                    words = f"{step.title} is left to the {step.role}, who is asked; the run goes on without it"
+                    self._say_once(step.name, "…", "yellow", words)
             asked = status.phase is Phase.WAITING_HUMAN
             if out.is_terminal and not asked:
                 picture = view.status_view(handle.id, status, ask=False)

@@ -423,8 +423,8 @@ def clock(epoch: float) -> str:
 # ------------------------------------------------------------------ acting
 
 
-async def approvals(workflow_id: str | None, as_json: bool) -> int:
-    """Open approvals of one run, or of all that run."""
+async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
+    """What waits for a human in one run, or in all that run. role: only what is addressed to it."""
     client = await connect()
     if workflow_id is not None:
         ids = [(await find_running(client, workflow_id)).workflow_id]
@@ -438,11 +438,11 @@ async def approvals(workflow_id: str | None, as_json: bool) -> int:
         except NoAnswer as error:
             err.print(f"[yellow]note: {each}: {error}[/yellow]")
             continue
-        found += [(each, approval) for approval in opened]
+        found += [(each, approval) for approval in opened if role in ("", approval.role)]
     if as_json:
         print_json([{"workflow_id": each, "approval": approval} for each, approval in found])
     elif not found:
-        out.print("nothing waits for an approval")
+        out.print(f"nothing waits for the {role}" if role else "nothing waits for a human", markup=False)
     else:
         for each, approval in found:
             out.print(Text(each, "bold"))
@@ -463,7 +463,10 @@ async def decide(
             opened: list[Approval] = await ask(handle, "approvals", list[Approval])
         except NoAnswer as error:
             raise Refused(f"{error} Without one, name the approval's id to have the answer kept for later.") from None
-        wanted = [(approval.id, approval.digest) for approval in opened]
+        wanted = [(approval.id, approval.digest) for approval in opened if approval.kind != "outcome"]
+        if not wanted and opened:
+            hint = view.answer_commands(workflow_id, opened[0])[0]
+            raise Refused(f"{workflow_id} asks how a call ended, not whether it may run: uv run starter.py {hint}")
         if not wanted:
             raise Refused(f"{workflow_id} waits for no approval: see `uv run starter.py status {workflow_id}`")
     code = 0

@@ -80,7 +80,8 @@ def steps_view(steps: list[StepState]) -> RenderableType:
         )
         if step.status is StepStatus.PENDING and step.role:
             word += f" ({step.role})"
-        table.add_row(Text(mark, style), Text(step.name, style), Text(word, style), Text(shortened(step.detail), "dim"))
+        words = shortened(step.detail or step.origin)
+        table.add_row(Text(mark, style), Text(step.name, style), Text(word, style), Text(words, "dim"))
     return table
 
 
@@ -95,7 +96,11 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     grid.add_column(width=3)
     grid.add_column(style="yellow", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("", Text(f"approval {approval.id}", "bold yellow"), Text(approval.subject, "bold"))
+    head = {"tool": "approval", "outcome": "question", "refusal": "refusal"}[approval.kind]
+    grid.add_row("", Text(f"{head} {approval.id}", "bold yellow"), Text(approval.subject, "bold"))
+    if approval.role:
+        due = f", as a rule by {approval.eta:%H:%M} UTC" if approval.eta else ""
+        grid.add_row("", "for", f"{approval.role}{due}")
     if approval.why:
         grid.add_row("", "why", approval.why)
     for name, value in approval.arguments.items():
@@ -103,10 +108,20 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
         grid.add_row("", Text(name), Text(words))
     if approval.evidence:
         grid.add_row("", "so far", approval.evidence)
+    if approval.key:
+        grid.add_row("", "key", approval.key)
     if hint:
-        grid.add_row("", "answer", f"uv run starter.py approve {workflow_id} {approval.id}")
-        grid.add_row("", "", f"uv run starter.py reject {workflow_id} {approval.id} --reason '…'")
+        for label, command in zip(("answer", ""), answer_commands(workflow_id, approval), strict=True):
+            grid.add_row("", label, f"uv run starter.py {command}")
     return grid
+
+
+def answer_commands(workflow_id: str, approval: Approval) -> tuple[str, str]:
+    """The commands that answer yes and no."""
+    if approval.kind == "outcome":
+        settle = f"settle {workflow_id} {approval.id}"
+        return f"{settle} --happened --comment '…'", f"{settle} --did-not --comment '…'"
+    return f"approve {workflow_id} {approval.id}", f"reject {workflow_id} {approval.id} --reason '…'"
 
 
 def undone_view(undone: list[UndoRecord]) -> RenderableType:

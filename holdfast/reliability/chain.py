@@ -29,6 +29,7 @@ from holdfast.reliability.limits import Limiter, Ticket
 from holdfast.reliability.waiting import NotYet
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
+from holdfast.telemetry import metrics
 
 Act = Callable[[int], Awaitable[Any]]
 """Does the call. Gets the attempt's number, returns JSON data."""
@@ -88,16 +89,17 @@ class _Entry:
         """Tells the limits and the breaker; what a reader of the run should know."""
         for ticket in self.tickets:
             self.guards.limiter.settle(ticket, tokens)
-        return _words(await self.guards.breaker.succeeded(self.passed))
+        return _told(await self.guards.breaker.succeeded(self.passed))
 
     async def failed(self, failure: Failure) -> tuple[str, ...]:
         breaker = self.guards.breaker
         if failure.type is ErrorType.RATE_LIMITED and failure.retry_after and self.passed.target:
             await breaker.pause(self.passed.target, failure.retry_after)
-        return _words(await breaker.failed(self.passed, failure))
+        return _told(await breaker.failed(self.passed, failure))
 
     async def left(self) -> None:
-        """The call did not go out after all, or what it asked of its service is not known."""
+        """The call did not go out after all."""
+        _give_back(self.guards, self.tickets)
         await self.guards.breaker.released(self.passed)
 
 
@@ -272,24 +274,38 @@ async def _give_up(ledger: Ledger, call: Call, grant: Grant, state: State, failu
 
 async def _take(guards: Guards, call: Call) -> tuple[Ticket, ...]:
     """The rate limits' leave to call now. Raises NotYet."""
-    tickets = [await guards.limiter.take(limit, call.key, call.tokens) for limit in call.limits]
-    if tickets:
-        faults.reached(Point.LIMITED, call.name)
-    return tuple(tickets)
+    if not call.limits:
+        return ()
+    tickets = await guards.limiter.take_all(call.limits, call.key, call.tokens)
+    faults.reached(Point.LIMITED, call.name)
+    return tickets
 
 
 async def _let_in(guards: Guards, call: Call, tickets: tuple[Ticket, ...], shut: bool, breaker_failures: int) -> _Entry:
     """The breaker's leave to call now: it is closed, or this call is the probe. Raises NotYet."""
     passed = Pass(call.target, call.rule, failures=breaker_failures)
     if shut:
-        passed = await guards.breaker.admit(call.target, call.rule, call.key, 2 * call.timeout_s + _LEASE_GRACE_S)
+        try:
+            passed = await guards.breaker.admit(call.target, call.rule, call.key, 2 * call.timeout_s + _LEASE_GRACE_S)
+        except NotYet:
+            _give_back(guards, tickets)
+            raise
         if passed.version:
             faults.reached(Point.PROBING, call.target)
     return _Entry(guards, call, tickets, passed)
 
 
-def _words(change: Change | None) -> tuple[str, ...]:
-    return (change.words,) if change else ()
+def _give_back(guards: Guards, tickets: tuple[Ticket, ...]) -> None:
+    for ticket in tickets:
+        guards.limiter.release(ticket)
+
+
+def _told(change: Change | None) -> tuple[str, ...]:
+    """Counts a breaker's change; the words for the run."""
+    if change is None:
+        return ()
+    metrics.breaker_changed(change.target, change.kind)
+    return (change.words,)
 
 
 class NoAnswer(Exception):

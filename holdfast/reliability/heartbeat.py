@@ -14,7 +14,6 @@ from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, 
 
 from holdfast.reliability import lease
 
-
 _position: ContextVar[list[Any] | None] = ContextVar("position", default=None)
 """What the beats of this activity carry: nothing, or one position."""
 

@@ -189,7 +189,7 @@ WHERE key = ? AND state IN ('RESERVED', 'UNKNOWN', 'FAILED')"""
 
 _REOPEN = """
 UPDATE effects SET result = NULL, failures = 0, attempt = attempt + 1
-WHERE key = ? AND state IN ('FAILED', 'UNKNOWN') AND result IS NOT NULL"""
+WHERE key = ? AND state IN ('FAILED', 'UNKNOWN')"""
 
 _COLUMNS = (
     "key, key_base, seq, kind, name, version, service, effect, agent, arguments, state, attempt, failures,"

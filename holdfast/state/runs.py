@@ -25,6 +25,8 @@ class Run(NamedTuple):
     outcome: str | None
     result: str | None
     ended_at: float | None
+    namespace: str | None
+    """Temporal's, in which it was started; None for a run from before this was kept."""
 
 
 class KeyReused(Exception):
@@ -49,6 +51,7 @@ class Runs:
         tenant: str = "default",
         requested_by: str = "",
         trace_id: str = "",
+        namespace: str | None = None,
     ) -> Run:
         """The run of this request, made by the first of any number of concurrent callers. The same row for all of them.
 
@@ -67,6 +70,7 @@ class Runs:
             outcome=None,
             result=None,
             ended_at=None,
+            namespace=namespace,
         )
         if await self._db.run(INSERT, *mine):
             return mine
@@ -110,7 +114,7 @@ class Runs:
             return
         # The id may be taken as a key by a request for another run: a prefix that no one types keeps the row apart.
         for key in (workflow_id, f"workflow:{workflow_id}"):
-            row = Run(key, workflow_id, agent, tenant, "", "", trace_id, now, now, outcome, result, now)
+            row = Run(key, workflow_id, agent, tenant, "", "", trace_id, now, now, outcome, result, now, None)
             if await self._db.run(INSERT, *row) or await self._end(workflow_id, outcome, result, now):
                 return
 

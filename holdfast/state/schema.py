@@ -46,6 +46,7 @@ runs = Table(
     Column("outcome", Text),
     Column("result", Text),
     Column("ended_at", Double),
+    Column("namespace", Text),
     UniqueConstraint("workflow_id", name="runs_workflow_id_key"),
 )
 """One row a request, kept for good: Temporal forgets a run after its retention."""

@@ -10,7 +10,27 @@ from holdfast.simulation.hospital import EffectRow
 
 
 def entry(state: State = State.DONE, failures: int = 0, effect: str = "idempotent", settled_at: float = 9.5) -> Entry:
-    return Entry("k", "tool", "t", "pharmacy", effect, state, 1, failures, "w", None, "", 0.0, settled_at)
+    return Entry(
+        key="k",
+        key_base="wf/run",
+        seq=1,
+        kind="tool",
+        name="t",
+        version="1",
+        service="pharmacy",
+        effect=effect,
+        agent="a",
+        arguments=None,
+        state=state,
+        attempt=1,
+        failures=failures,
+        worker="w",
+        settled=None,
+        error="",
+        log=[],
+        reserved_at=0.0,
+        settled_at=settled_at,
+    )
 
 
 def sent(*times: float) -> list[Sent]:

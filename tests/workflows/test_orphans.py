@@ -141,22 +141,27 @@ async def test_a_young_effect_is_left_alone(lite: Stage) -> None:
     assert world.log[-1] == "done book#1"
 
 
-async def test_a_run_that_vanished_from_the_server_is_undone(stage: Stage) -> None:
-    """As when the server lost its data, or deleted the workflow: only the ledger knows of it."""
+@pytest.mark.parametrize("namespace", ["default", "another", None])
+async def test_a_run_that_vanished_is_undone_if_it_was_started_in_this_namespace(
+    stage: Stage, namespace: str | None
+) -> None:
+    """As when the server lost its data. What another namespace of the same store runs is none of ours."""
     world = World()
-    book = world.tool("book")
-    spec = agent(book)
+    spec = agent(world.tool("book"))
     base = f"{spec.name}-gone/0123456789ab"
-    ledger = stage.runtime.ledger
+    await Runs(stage.runtime.db).claim("k", f"{spec.name}-gone", spec.name, "d", namespace=namespace)
     reserved = tool_call(f"{base}/1", base, "book", Effect.IDEMPOTENT, {"n": 0}, seq=1, agent=spec.name)
-    await ledger.reserve(reserved)
+    await stage.runtime.ledger.reserve(reserved)
     async with stage.worker():
-        (ended,) = await sweep(stage)
-    assert ended.ok
-    assert world.log == ["undo book#1"]
+        swept = await sweep(stage)
     row = await Runs(stage.runtime.db).by_workflow(f"{spec.name}-gone")
     assert row is not None
-    assert (row.outcome, row.agent) == ("cancelled", spec.name)
+    if namespace == stage.client.namespace:
+        assert [each.ok for each in swept] == [True]
+        assert world.log == ["undo book#1"]
+        assert (row.outcome, row.agent) == ("cancelled", spec.name)
+    else:
+        assert (swept, world.log, row.outcome) == ([], [], None)
 
 
 async def test_another_run_of_the_same_id_is_not_taken_for_it(lite: Stage) -> None:

@@ -8,6 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
+    op.add_column("runs", sa.Column("namespace", sa.Text))
     op.add_column("effects", sa.Column("agent", sa.Text))
     op.add_column("effects", sa.Column("log", sa.Text))
     op.create_table(
