@@ -102,6 +102,7 @@ class Tools:
         with boundary():
             note = f"{finding.by} says that it did not happen" + (f": {finding.comment}" if finding.comment else "")
             await self._runtime.ledger.settle(finding.key, finding.happened, finding.result, note)
+            faults.reached(Point.FINDING_RECORDED, "outcome")
             settled = await self._runtime.ledger.known(finding.key)
             if settled is None:
                 return Outcome(status=OutcomeStatus.FAILED, content=note)

@@ -37,6 +37,8 @@ class Point(StrEnum):
     """Recorded, not yet reported to the workflow."""
     WAITING = "waiting"
     """A human is asked and nothing is in flight. Raised from outside: workflow code does no I/O."""
+    FINDING_RECORDED = "finding-recorded"
+    """What a person says of a call's end is in the ledger, not yet reported to the workflow."""
     UNDO_STARTED = "undo-started"
     UNDO_RESERVED = "undo-reserved"
     UNDO_DONE = "undo-done"

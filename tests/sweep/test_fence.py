@@ -8,7 +8,7 @@ import pytest
 
 from holdfast.contracts import Effect
 from holdfast.reliability import chain, lease
-from holdfast.reliability.chain import protected
+from holdfast.reliability.chain import Guards, protected
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State, tool_call
 from holdfast.state.database import Database
 
@@ -20,8 +20,8 @@ class FrozenInReserve(Ledger):
         super().__init__(db, "frozen")
         self._other, self._seconds = other, seconds
 
-    async def reserve(self, call: Call) -> Grant | Settled:
-        held = await super().reserve(call)
+    async def reserve(self, call: Call, *, now: float = 0.0, admitted: bool = True) -> Grant | Settled | None:
+        held = await super().reserve(call, now=now, admitted=admitted)
         await self._other.reserve(call)
         time.sleep(self._seconds)  # noqa: ASYNC251 - the whole process stands still
         return held
@@ -39,9 +39,11 @@ async def test_frozen_between_reservation_and_its_answer_does_not_act(
         return "done"
 
     other = Ledger(db, "other")
+    guards = Guards(db, "frozen")
+    guards.ledger = FrozenInReserve(db, other, 0.1)
     call = tool_call("k/1", "k", "send", effect, {"to": "ada"})
     with pytest.raises(Fenced):
-        await protected(FrozenInReserve(db, other, 0.1), call, act, act)
+        await protected(guards, call, act, act)
     assert acted == []
     (entry,) = await other.entries("k")
     assert (entry.state, entry.attempt, entry.worker) == (State.RESERVED, 2, "other")
@@ -50,7 +52,7 @@ async def test_frozen_between_reservation_and_its_answer_does_not_act(
 async def test_frozen_read_counts_no_failure_on_waking(db: Database) -> None:
     now = [0.0]
     lease.current.set(lease.Lease(3.0, clock=lambda: now[0]))
-    ledger = Ledger(db, "frozen")
+    guards = Guards(db, "frozen")
     call = tool_call("k/1", "k", "read_record", Effect.READ, {"patient_id": "pat-1"})
 
     async def act(attempt: int) -> str:
@@ -58,19 +60,19 @@ async def test_frozen_read_counts_no_failure_on_waking(db: Database) -> None:
         raise TimeoutError
 
     with pytest.raises(Fenced):
-        await protected(ledger, call, act)
-    assert await ledger.entries("k") == []
+        await protected(guards, call, act)
+    assert await guards.ledger.entries("k") == []
 
 
 async def test_read_whose_inner_call_was_taken_over_counts_no_failure(db: Database) -> None:
-    ledger = Ledger(db, "frozen")
+    guards = Guards(db, "frozen")
 
     async def act(attempt: int) -> str:
         raise Fenced("another attempt has taken over k/1/summary")
 
     with pytest.raises(Fenced):
-        await protected(ledger, tool_call("k/1", "k", "write_summary", Effect.READ, {}), act)
-    assert await ledger.entries("k") == []
+        await protected(guards, tool_call("k/1", "k", "write_summary", Effect.READ, {}), act)
+    assert await guards.ledger.entries("k") == []
 
 
 @pytest.mark.parametrize("left", [None, State.FAILED, State.UNKNOWN])
