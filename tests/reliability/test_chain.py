@@ -12,9 +12,9 @@ import pytest
 
 from holdfast.contracts import Effect
 from holdfast.reliability import chain
-from holdfast.reliability.chain import RetryLater, protected
+from holdfast.reliability.chain import Guards, RetryLater, protected
 from holdfast.reliability.errors import ErrorType
-from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State, tool_call
+from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Settled, State, tool_call
 from holdfast.state.database import Database
 from tests.reliability.wire import Step, Then, answer, free_port, wire
 
@@ -22,8 +22,10 @@ NEW = Effect.IDEMPOTENT
 
 
 @pytest.fixture
-def ledger(db: Database) -> Ledger:
-    return Ledger(db, worker="w1")
+async def guards(db: Database) -> AsyncIterator[Guards]:
+    made = Guards(db, worker="w1")
+    yield made
+    await made.close()
 
 
 @pytest.fixture
@@ -57,29 +59,29 @@ class Tool:
         self.probes += 1
         return self.finds
 
-    async def run(self, ledger: Ledger, call: Call) -> Settled:
-        return await protected(ledger, call, self.act, self.probe)
+    async def run(self, guards: Guards, call: Call) -> Settled:
+        return await protected(guards, call, self.act, self.probe)
 
 
-async def state(ledger: Ledger) -> tuple[State, int] | None:
+async def state(guards: Guards) -> tuple[State, int] | None:
     """State and counted failures of the one row, or None."""
-    rows = await ledger.entries("run")
+    rows = await guards.ledger.entries("run")
     return (rows[0].state, rows[0].failures) if rows else None
 
 
-async def test_a_result_is_recorded_once_and_answers_every_repeat(ledger: Ledger) -> None:
+async def test_a_result_is_recorded_once_and_answers_every_repeat(guards: Guards) -> None:
     tool = Tool()
-    assert await tool.run(ledger, order()) == Settled(State.DONE, "ordered")
-    assert await tool.run(ledger, order()) == Settled(State.DONE, "ordered")
+    assert await tool.run(guards, order()) == Settled(State.DONE, "ordered")
+    assert await tool.run(guards, order()) == Settled(State.DONE, "ordered")
     assert tool.acts == 1
 
 
-async def test_a_read_is_repeated_and_leaves_no_row(ledger: Ledger) -> None:
+async def test_a_read_is_repeated_and_leaves_no_row(guards: Guards) -> None:
     tool = Tool()
     for _ in range(2):
-        assert await tool.run(ledger, order(Effect.READ)) == Settled(State.DONE, "ordered")
+        assert await tool.run(guards, order(Effect.READ)) == Settled(State.DONE, "ordered")
     assert tool.acts == 2
-    assert await state(ledger) is None
+    assert await state(guards) is None
 
 
 # ------------------------------------------------------------ failures of the service
@@ -116,7 +118,7 @@ FAILURES: dict[str, tuple[list[Step] | None, dict[Effect, Expected]]] = {
 
 @pytest.mark.parametrize("effect", Effect)
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_what_a_failure_means(ledger: Ledger, http: httpx2.AsyncClient, effect: Effect, failure: str) -> None:
+async def test_what_a_failure_means(guards: Guards, http: httpx2.AsyncClient, effect: Effect, failure: str) -> None:
     """The first attempt fails over the wire, the second meets a healthy tool whose probe finds nothing."""
     steps, expected = FAILURES[failure]
     ends, failed_as, acts, probes = expected[effect]
@@ -130,16 +132,16 @@ async def test_what_a_failure_means(ledger: Ledger, http: httpx2.AsyncClient, ef
         url = service.url if steps else f"http://127.0.0.1:{free_port()}"
         if ends == "retried":
             with pytest.raises(RetryLater) as later:
-                await protected(ledger, call, over_the_wire, Tool().probe)
+                await protected(guards, call, over_the_wire, Tool().probe)
             assert 0.4 <= later.value.delay <= 0.6
         else:
-            settled = await protected(ledger, call, over_the_wire, Tool().probe)
+            settled = await protected(guards, call, over_the_wire, Tool().probe)
             assert (settled.state, settled.result) == (failed_as, None)
-    assert await state(ledger) == (failed_as, 1)
+    assert await state(guards) == (failed_as, 1)
     if effect is Effect.READ and ends == "given up":
         return  # nothing is settled for a read: asking again is free
     tool = Tool()
-    again = await tool.run(ledger, call)
+    again = await tool.run(guards, call)
     assert (tool.acts, tool.probes) == (acts, probes)
     assert again.state is (State.DONE if ends == "retried" else failed_as)
     assert again.failures == 1
@@ -156,111 +158,141 @@ async def test_what_a_failure_means(ledger: Ledger, http: httpx2.AsyncClient, ef
     ],
 )
 async def test_after_a_crash_between_the_effect_and_its_record(
-    ledger: Ledger, effect: Effect, finds: Any, ends: tuple[State, Any, int, int]
+    guards: Guards, effect: Effect, finds: Any, ends: tuple[State, Any, int, int]
 ) -> None:
     crashed = Tool(error=asyncio.CancelledError())
     with pytest.raises(asyncio.CancelledError):
-        await crashed.run(ledger, order(effect))
+        await crashed.run(guards, order(effect))
     tool = Tool(finds=finds)
-    settled = await tool.run(ledger, order(effect))
+    settled = await tool.run(guards, order(effect))
     assert (settled.state, settled.result, tool.acts, tool.probes) == ends
     assert settled.failures == 0, "a crash is no failure"
-    assert await tool.run(ledger, order(effect)) == settled
+    assert await tool.run(guards, order(effect)) == settled
 
 
-async def test_ten_crashes_use_up_no_retry(ledger: Ledger) -> None:
+async def test_ten_crashes_use_up_no_retry(guards: Guards) -> None:
     for _ in range(10):
         with pytest.raises(asyncio.CancelledError):
-            await Tool(error=asyncio.CancelledError()).run(ledger, order(retries=1))
+            await Tool(error=asyncio.CancelledError()).run(guards, order(retries=1))
     with pytest.raises(RetryLater):
-        await Tool(error=ConnectionResetError("gone")).run(ledger, order(retries=1))
+        await Tool(error=ConnectionResetError("gone")).run(guards, order(retries=1))
     tool = Tool()
-    assert (await tool.run(ledger, order(retries=1))).state is State.DONE
+    assert (await tool.run(guards, order(retries=1))).state is State.DONE
     assert tool.attempts == [12]
 
 
 @pytest.mark.parametrize("effect", [Effect.READ, Effect.IDEMPOTENT, Effect.PROBE])
-async def test_real_failures_are_counted_up_to_the_limit_with_growing_delays(ledger: Ledger, effect: Effect) -> None:
+async def test_real_failures_are_counted_up_to_the_limit_with_growing_delays(guards: Guards, effect: Effect) -> None:
     tool, delays = Tool(error=ConnectionRefusedError("no")), []
     for _ in range(3):
         with pytest.raises(RetryLater) as later:
-            await tool.run(ledger, order(effect, retries=3))
+            await tool.run(guards, order(effect, retries=3))
         delays.append(later.value.delay)
-    settled = await tool.run(ledger, order(effect, retries=3))
+    settled = await tool.run(guards, order(effect, retries=3))
     assert (settled.state, settled.failures, settled.error_type) == (State.FAILED, 4, ErrorType.UNREACHABLE)
     assert [0.8 * d <= delay <= 1.2 * d for d, delay in zip([0.5, 1, 2], delays, strict=True)] == [True] * 3
 
 
-async def test_one_doubt_among_certain_failures_stays_a_doubt(ledger: Ledger) -> None:
+async def test_one_doubt_among_certain_failures_stays_a_doubt(guards: Guards) -> None:
     call = order(retries=1)
     with pytest.raises(RetryLater):
-        await Tool(error=ConnectionResetError("in the middle")).run(ledger, call)
-    settled = await Tool(error=ConnectionRefusedError("down")).run(ledger, call)
+        await Tool(error=ConnectionResetError("in the middle")).run(guards, call)
+    settled = await Tool(error=ConnectionRefusedError("down")).run(guards, call)
     assert settled.state is State.UNKNOWN, "the first try may have done it"
 
 
-async def test_a_probe_that_finds_nothing_ends_the_doubt(ledger: Ledger) -> None:
+async def test_a_probe_that_finds_nothing_ends_the_doubt(guards: Guards) -> None:
     call = order(Effect.PROBE, retries=1)
     with pytest.raises(RetryLater):
-        await Tool(error=ConnectionResetError("in the middle")).run(ledger, call)
-    settled = await Tool(error=ConnectionRefusedError("down")).run(ledger, call)
+        await Tool(error=ConnectionResetError("in the middle")).run(guards, call)
+    settled = await Tool(error=ConnectionRefusedError("down")).run(guards, call)
     assert settled.state is State.FAILED
 
 
 # ------------------------------------------------------------ an attempt that was frozen
 
 
-async def test_an_attempt_that_was_overtaken_while_it_acted_records_nothing(ledger: Ledger) -> None:
+async def test_an_attempt_that_was_overtaken_while_it_acted_records_nothing(guards: Guards) -> None:
     call, other = order(), Tool()
 
     async def overtaken(attempt: int) -> str:
-        assert (await other.run(ledger, call)).result == "ordered"
+        assert (await other.run(guards, call)).result == "ordered"
         return "ordered by the one that was frozen"
 
     with pytest.raises(Fenced):
-        await protected(ledger, call, overtaken)
-    assert (await other.run(ledger, call)).result == "ordered"
+        await protected(guards, call, overtaken)
+    assert (await other.run(guards, call)).result == "ordered"
 
 
 async def test_an_attempt_that_was_frozen_before_it_acted_does_not_act(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    guards: Guards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frozen between reservation and call: the clock jumps, and another attempt has the key by then."""
     call, frozen, other = order(), Tool(), Tool()
-    reserve = ledger.reserve
+    reserve = guards.ledger.reserve
+    monkeypatch.setattr(chain, "_STALE_S", 0.05)
 
-    async def then_sleep_long(of: Call) -> Grant | Settled:
-        held = await reserve(of)
-        await asyncio.sleep(chain._STALE_S + 0.05)
-        monkeypatch.setattr(ledger, "reserve", reserve)
-        await other.run(ledger, call)
+    async def then_sleep_long(of: Call, **asked: Any) -> Grant | Settled | None:
+        held = await reserve(of, **asked)
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr(guards.ledger, "reserve", reserve)
+        await other.run(guards, call)
         return held
 
-    monkeypatch.setattr(ledger, "reserve", then_sleep_long)
+    monkeypatch.setattr(guards.ledger, "reserve", then_sleep_long)
     with pytest.raises(Fenced):
-        await frozen.run(ledger, call)
+        await frozen.run(guards, call)
     assert (frozen.acts, other.acts) == (0, 1)
 
 
 # ------------------------------------------------------------ model calls
 
 
-async def test_a_model_call_that_is_given_up_begins_anew_next_time(ledger: Ledger) -> None:
-    call = replace(order(retries=0), kind="model")
+def question(key: str = "run/turn-1", **more: Any) -> Call:
+    """A model call: it changes nothing outside, and its answer is kept."""
+    call = Call(key, "run", "model", "turn-1", Effect.READ, None, "asked", service="model")
+    return replace(call, **more)
+
+
+async def test_a_models_answer_is_kept_for_its_key_and_paid_once(guards: Guards) -> None:
+    model = Tool()
+    assert await model.run(guards, question()) == Settled(State.DONE, "ordered")
+    assert await model.run(guards, question()) == Settled(State.DONE, "ordered")
+    assert model.acts == 1
+    with pytest.raises(KeyConflict):
+        await model.run(guards, question(digest="asked otherwise"))
+
+
+async def test_of_two_answers_to_one_question_the_first_one_kept_is_everybodys(guards: Guards) -> None:
+    """An attempt that was given up and still waited for its model must go on like the one that took over."""
+    second = Tool()
+
+    async def slower(attempt: int) -> str:
+        await second.run(guards, question())
+        return "another answer"
+
+    assert (await protected(guards, question(), slower)).result == "ordered"
+    assert (await Tool().run(guards, question())).result == "ordered"
+
+
+async def test_a_model_call_that_is_given_up_begins_anew_next_time(guards: Guards) -> None:
+    call = question(retries=1)
     for _ in range(2):
-        settled = await Tool(error=ConnectionResetError("gone")).run(ledger, call)
-        assert (settled.state, settled.failures) == (State.FAILED, 1)
-    assert (await Tool().run(ledger, call)).state is State.DONE
+        with pytest.raises(RetryLater):
+            await Tool(error=ConnectionResetError("gone")).run(guards, call)
+        settled = await Tool(error=ConnectionResetError("gone")).run(guards, call)
+        assert (settled.state, settled.failures) == (State.FAILED, 2)
+    assert (await Tool().run(guards, call)).state is State.DONE
 
 
-async def test_a_failure_inside_is_not_counted_twice(ledger: Ledger) -> None:
+async def test_a_failure_inside_is_not_counted_twice(guards: Guards) -> None:
     """A tool asks a model: the failure is counted on the model's row. Whether the tool has acted is not known."""
-    inner, outer = order(), replace(order(), key="run/1/outer")
+    inner, outer = question("run/1/summary"), order()
 
     async def asks(attempt: int) -> Any:
-        return (await Tool(error=ConnectionResetError("gone")).run(ledger, inner)).result
+        return (await Tool(error=ConnectionResetError("gone")).run(guards, inner)).result
 
     with pytest.raises(RetryLater):
-        await protected(ledger, outer, asks)
-    rows = {e.key: (e.state, e.failures) for e in await ledger.entries("run")}
-    assert rows == {"run/1": (State.UNKNOWN, 1), "run/1/outer": (State.UNKNOWN, 0)}
+        await protected(guards, outer, asks)
+    rows = {e.key: (e.state, e.failures) for e in await guards.ledger.entries("run")}
+    assert rows == {"run/1/summary": (State.FAILED, 1), "run/1": (State.UNKNOWN, 0)}

@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.contracts import Effect
 from holdfast.reliability.errors import ErrorType, Failure
-from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Ledger, Settled, State, tool_call
+from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Ledger, Look, Settled, State, tool_call
 from holdfast.state.database import Database
 
 DONE = Settled(State.DONE, {"order": 7})
@@ -130,17 +130,120 @@ async def test_what_never_happened_is_not_marked_as_undone(ledger: Ledger) -> No
     assert [e.state for e in await ledger.entries("run")] == [State.FAILED]
 
 
-# ------------------------------------------------------------ reads, and the rows
+# ------------------------------------------------------------ reads and model calls: no reservation
 
 
-async def test_a_read_leaves_a_row_only_when_it_fails(ledger: Ledger) -> None:
-    read = replace(book(), effect=Effect.READ)
-    assert await ledger.read_recovered(read) == 0
-    assert await ledger.entries("run") == []
-    assert [await ledger.count_read_failure(read, GONE) for _ in range(3)] == [1, 2, 3]
-    assert await ledger.read_recovered(read) == 3
+READ = replace(book(), effect=Effect.READ)
+QUESTION = Call("run/turn-1", "run", "model", "turn-1", Effect.READ, None, "asked")
+
+
+async def test_failures_of_a_read_are_counted_and_marked_as_done_once_it_recovers(ledger: Ledger) -> None:
+    assert await ledger.look(READ, 0.0) == Look(settled=None, failures=0, shut=False, breaker_failures=0)
+    assert await ledger.entries("run") == [], "a look leaves no row"
+    assert [await ledger.count_failure(READ, GONE) for _ in range(3)] == [1, 2, 3]
+    assert (await ledger.look(READ, 0.0)).failures == 3
+    await ledger.recovered(READ)
     (row,) = await ledger.entries("run")
     assert (row.state, row.failures, row.error) == (State.DONE, 3, "unavailable: gone")
+
+
+async def test_the_first_answer_that_is_kept_is_everybodys(ledger: Ledger) -> None:
+    await ledger.count_failure(QUESTION, GONE)
+    first = await ledger.keep(QUESTION, "yes")
+    assert (first.state, first.result, first.failures) == (State.DONE, "yes", 1)
+    assert await ledger.keep(QUESTION, "no") == first
+    assert (await ledger.look(QUESTION, 0.0)).settled == await ledger.settled(QUESTION) == first
+    await ledger.count_failure(QUESTION, GONE)
+    assert await ledger.settled(QUESTION) == first, "an attempt that fails late changes nothing"
+
+
+async def test_an_answer_to_another_question_is_neither_kept_nor_found(ledger: Ledger) -> None:
+    await ledger.keep(QUESTION, "yes")
+    other = replace(QUESTION, digest="asked otherwise")
+    with pytest.raises(KeyConflict):
+        await ledger.look(other, 0.0)
+    with pytest.raises(KeyConflict):
+        await ledger.keep(other, "no")
+
+
+async def test_forgotten_failures_leave_the_next_try_all_its_retries(ledger: Ledger) -> None:
+    for _ in range(3):
+        await ledger.count_failure(QUESTION, GONE)
+    await ledger.forget_failures(QUESTION)
+    assert await ledger.count_failure(QUESTION, GONE) == 1
+
+
+# ------------------------------------------------------------ what a person says, and standing in
+
+
+async def test_a_key_that_certainly_did_nothing_gives_way_for_good(ledger: Ledger) -> None:
+    assert await ledger.give_way(book(), "its service is down")
+    assert await ledger.give_way(book(), "a crash came between")
+    late = await ledger.reserve(book())
+    assert isinstance(late, Settled)
+    assert (late.state, late.error) == (State.FAILED, "its service is down")
+
+
+@pytest.mark.parametrize("state", [State.RESERVED, State.UNKNOWN, State.DONE])
+async def test_a_key_that_may_have_acted_gives_way_to_nobody(ledger: Ledger, state: State) -> None:
+    grant = await granted(ledger, book())
+    if state is not State.RESERVED:
+        await ledger.record(book(), grant.attempt, state, 0, DONE if state is State.DONE else None, None)
+    assert not await ledger.give_way(book(), "its service is down")
+
+
+@pytest.mark.parametrize("left", [State.RESERVED, State.UNKNOWN, State.FAILED])
+@pytest.mark.parametrize("happened", [True, False])
+async def test_what_a_person_says_settles_a_call_and_stops_every_attempt(
+    ledger: Ledger, left: State, happened: bool
+) -> None:
+    grant = await granted(ledger, book())
+    if left is not State.RESERVED:
+        await ledger.record(book(), grant.attempt, left, 1, None, GONE)
+    assert await ledger.settle("run/1", happened, {"order": 7} if happened else None, "says ada")
+    with pytest.raises(Fenced):
+        await ledger.record(book(), grant.attempt, State.DONE, 0, Settled(State.DONE, "late"), None)
+    settled = await ledger.reserve(book())
+    assert isinstance(settled, Settled)
+    assert (settled.state, settled.result) == ((State.DONE, {"order": 7}) if happened else (State.FAILED, None))
+
+
+async def test_what_is_done_needs_no_person(ledger: Ledger) -> None:
+    assert not await ledger.settle("run/1", True, None, "nobody called it")
+    grant = await granted(ledger, book())
+    await ledger.record(book(), grant.attempt, State.DONE, 0, DONE, None)
+    assert not await ledger.settle("run/1", False, None, "says ada")
+    assert await ledger.reserve(book()) == DONE
+
+
+async def test_a_reopened_call_has_all_its_retries_and_keeps_its_doubt(ledger: Ledger) -> None:
+    for state, doubtful in ((State.FAILED, False), (State.UNKNOWN, True)):
+        call = book(f"run/{state}")
+        grant = await granted(ledger, call)
+        await ledger.record(call, grant.attempt, state, 6, Settled(state, error="gone"), GONE)
+        assert await ledger.reopen(call.key)
+        again = await granted(ledger, call)
+        assert (again.failures, again.doubtful) == (0, doubtful)
+
+
+async def test_what_is_done_is_not_reopened(ledger: Ledger) -> None:
+    grant = await granted(ledger, book())
+    await ledger.record(book(), grant.attempt, State.DONE, 0, DONE, None)
+    assert not await ledger.reopen("run/1")
+    assert not await ledger.reopen("run/never")
+
+
+async def test_what_is_known_of_a_key_is_nothing_a_doubt_or_its_result(ledger: Ledger) -> None:
+    assert await ledger.known("run/1") is None
+    grant = await granted(ledger, book())
+    open_ = await ledger.known("run/1")
+    assert open_ is not None
+    assert open_.state is State.UNKNOWN
+    await ledger.record(book(), grant.attempt, State.DONE, 0, DONE, None)
+    assert await ledger.known("run/1") == DONE
+
+
+# ------------------------------------------------------------ the rows
 
 
 async def test_the_rows_tell_what_happened_in_order(db: Database) -> None:
@@ -155,5 +258,8 @@ async def test_the_rows_tell_what_happened_in_order(db: Database) -> None:
     a, b = await one.entries("run")
     assert (a.key, a.name, a.state, a.attempt, a.worker, a.settled) == ("run/1", "book", State.DONE, 2, "w2", DONE)
     assert (b.key, b.state, b.failures, b.settled, b.error) == ("run/2", State.UNKNOWN, 1, None, "unavailable: gone")
+    assert (a.seq, a.arguments, a.effect, a.log) == (1, {}, Effect.IDEMPOTENT, [])
+    assert [(line["worker"], line["error"]) for line in b.log] == [("w1", "unavailable: gone")]
+    assert await one.entry("run/2") == b
     assert a.settled_at is not None
     assert a.reserved_at <= a.settled_at
