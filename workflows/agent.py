@@ -328,7 +328,7 @@ class AgentWorkflow:
 
     def _continues_idle(self) -> bool:
         """Nothing is open but a human's answer or a park, and the history is long."""
-        idle = self._approvals.blocking or self._state.phase is Phase.PARKED
+        idle = self._state.approvals.blocking or self._state.phase is Phase.PARKED
         return bool(idle) and self._calls.open == 0 and self._is_long()
 
     # ------------------------------------------------------------ what the world says and sees
@@ -372,5 +372,5 @@ class AgentWorkflow:
     def _changed(self) -> None:
         state = self._state
         if state.phase in (Phase.RUNNING, Phase.WAITING_HUMAN):
-            state.phase = Phase.WAITING_HUMAN if self._approvals.blocking else Phase.RUNNING
+            state.phase = Phase.WAITING_HUMAN if self._state.approvals.blocking else Phase.RUNNING
         self._display.show(state, self._ending)

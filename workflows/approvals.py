@@ -40,6 +40,11 @@ class ApprovalsState(BaseModel):
     held: list[str] = []
     """Requests of kind `outcome` that the run cannot end without."""
 
+    @property
+    def blocking(self) -> list[Approval]:
+        """The open requests that somebody's work waits for."""
+        return [a for a in self.open.values() if a.kind != "outcome" or a.id in self.held]
+
 
 class Approvals:
     """The approvals of one run. `note` records what was ignored, `changed` tells that the state is another."""
@@ -81,11 +86,6 @@ class Approvals:
             self.state.held = approval_ids
             self._keep_time()
             self.changed()
-
-    @property
-    def blocking(self) -> list[Approval]:
-        """The open requests that somebody's work waits for."""
-        return [a for a in self.state.open.values() if a.kind != "outcome" or a.id in self.state.held]
 
     def asked(self, approval_id: str) -> bool:
         return approval_id in self.state.open or approval_id in self.state.decided
@@ -137,7 +137,7 @@ class Approvals:
     def _keep_time(self) -> None:
         """Starts or stops the count of the time in which the run waits for people."""
         state, now = self.state, workflow.now()
-        if self.blocking:
+        if state.blocking:
             state.asked_since = state.asked_since or now
         elif state.asked_since:
             state.waited_s += (now - state.asked_since).total_seconds()

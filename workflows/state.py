@@ -175,7 +175,10 @@ class RunState(BaseModel):
         """What the run is doing, in words."""
         match self.phase:
             case Phase.WAITING_HUMAN:
-                return "Waiting for a human: " + ", ".join(a.subject for a in self.approvals.open.values())
+                return "Waiting for a human: " + ", ".join(a.subject for a in self.approvals.blocking)
+            case Phase.PARKED if self.final is not None:
+                again = (f"{each.call.tool} at {each.until:%H:%M:%S} UTC" for each in self.deferred)
+                return f"Trying again: {', '.join(again)}"
             case Phase.PARKED:
                 return f"Parked: {self.notes[-1]}" if self.notes else "Parked"
             case Phase.COMPENSATING:
