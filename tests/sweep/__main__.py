@@ -1,4 +1,4 @@
-"""`uv run poe sweep`: kills and freezes a worker at every crash point at every step of the discharge run.
+"""`uv run poe sweep`: kills and freezes a worker at every crash point at every step of discharge runs.
 
 Exit status: 0 when everything held, 1 for a violation or a point that no run reaches, 2 for wrong use.
 """
@@ -33,7 +33,17 @@ from tests.sweep.sweep import RECOVERY_S, SIGNAL_S, Report, traces, try_case
 STORES = ("sqlite", "postgresql")
 PAGE = Path("docs/kill-sweep.md")
 BEGIN, END = "<!-- table: written by `uv run poe sweep --write-docs` -->", "<!-- end of table -->"
-HEADS = ("point", "where", "killed", "frozen", "right", "UNKNOWN left", "paid twice", "slowest kill", "slowest freeze")
+HEADS = (
+    "point",
+    "where",
+    "killed",
+    "frozen",
+    "right",
+    "settled by a person",
+    "paid twice",
+    "slowest kill",
+    "slowest freeze",
+)
 
 console = Console()
 
@@ -69,7 +79,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="poe sweep", description="Kills and freezes workers at every crash point.")
     parser.add_argument("--store", choices=[*STORES, "both"], default="both")
     parser.add_argument("--mode", choices=[*Mode, "both"], default="both")
-    parser.add_argument("--only", metavar="POINT", help="a point, or POINT@WHERE, or the beginning of one")
+    parser.add_argument("--only", metavar="POINT", help="a flow, a point, POINT@WHERE, or the beginning of one")
     parser.add_argument("--lanes", type=int, default=3, help="cases at a time (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every case there")
     parser.add_argument("--write-docs", action="store_true", help=f"write the table into {PAGE}")
@@ -110,7 +120,7 @@ async def _sweep(
             todo: asyncio.Queue[tuple[str, Case]] = asyncio.Queue()
             for mode in modes:
                 for case in cases(passed, mode):
-                    if f"{case.point}@{case.where}".startswith(only or ""):
+                    if only == case.flow or f"{case.point}@{case.where}".startswith(only or ""):
                         for store in urls:
                             todo.put_nowait((store, case))
             task = bar.add_task("sweep", total=todo.qsize())
@@ -147,7 +157,7 @@ def _rows(reports: Sequence[Report]) -> Iterator[tuple[str, ...]]:
             str(len(kills)),
             str(len(freezes)),
             f"{sum(not r.violations for r in of)} of {len(of)}",
-            str(sum(len(r.unknown) for r in of)),
+            str(sum(r.settled for r in of)),
             str(sum(r.repeats for r in of)),
             _slowest(kills),
             _slowest(freezes),
@@ -155,7 +165,7 @@ def _rows(reports: Sequence[Report]) -> Iterator[tuple[str, ...]]:
 
 
 def _places(reports: Sequence[Report]) -> list[str]:
-    return list(dict.fromkeys(r.case.where for r in sorted(reports, key=lambda r: r.case.where)))
+    return list(dict.fromkeys(sorted(r.case.place for r in reports)))
 
 
 def _slowest(reports: Sequence[Report]) -> str:

@@ -1,7 +1,7 @@
 """What the kill sweep tries and what it demands: pure functions over traces and over what is on record about a run.
 
-A case is a crash point at a place (a tool, a turn) of the discharge run, and a way to be hit there. Nothing is listed
-by hand: the cases are what undisturbed runs pass.
+A case is a crash point at a place (a tool, a turn) of a discharge run, and a way to be hit there. Nothing is listed by
+hand: the cases are what undisturbed runs pass.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from holdfast.contracts import RunOutcome, RunResult, StepStatus
+from holdfast.contracts import Json, RunOutcome, RunResult, StepStatus
+from holdfast.reliability.breaker import Row
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Entry, State
+from holdfast.services import Service
 from holdfast.simulation.hospital import EffectRow, RequestRow
 from holdfast.simulation.scripted_model import CallRow
+from holdfast.state.letters import Letter
 
-ASKED = f"{Point.WAITING}@approvals"
-"""The trace's line for a run that waits for a human; written by the tracer, as workflow code does no I/O."""
 READS = ("records", "insurance")
+MESSAGES = ("notify_providers", "notify_patient")
+"""In this order the physician approves them when something is to go wrong with one of them."""
+
+
+def waiting(kind: str) -> str:
+    """The trace's line for a run that waits for a human; written by the tracer, as workflow code does no I/O."""
+    return f"{Point.WAITING}@{kind}"
 
 
 class Mode(StrEnum):
@@ -30,11 +38,73 @@ class Mode(StrEnum):
 
 
 class Flow(StrEnum):
-    """How the run would end undisturbed."""
+    """What befalls the run apart from the crash."""
 
     APPROVED = "approved"
+    """Nothing: it ends completed."""
     FAILED = "failed"
     """The message to the patient is refused for good after approval, so all that was done is undone."""
+    SETTLED = "settled"
+    """The message to the patient is answered by 503: a person says that it was not sent, and it is sent anew."""
+    ASKED = "asked"
+    """The line drops after the message to the providers was sent: the service is asked, and has it."""
+    PUT_OFF = "put off"
+    """The appointments fail until their breaker opens: the booking is put off, and its next try is the probe."""
+    PARTIAL = "partial"
+    """The pharmacy never answers: its step is left to the pharmacist."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What goes wrong in a flow, and what that must come to. `fault` is ordered from the hospital's `service`."""
+
+    tool: str
+    service: str
+    fault: Json
+    failures: int
+    """Of `tool`, counted by the ledger."""
+    outcome: RunOutcome = RunOutcome.COMPLETED
+    letters: tuple[tuple[str, str], ...] = ()
+    """Kind and subject of the dead letters that the run leaves."""
+    places: frozenset[str] = frozenset()
+    """Where this flow is another than those before it, besides `tool`."""
+
+
+RUN = frozenset({"run"})
+PLOTS = {
+    Flow.FAILED: Plot(
+        "notify_patient",
+        "messages",
+        {"mode": "fail", "times": 1, "status": 403, "method": "POST"},
+        failures=1,
+        outcome=RunOutcome.FAILED,
+        letters=(("run", "discharge"),),
+        places=RUN,
+    ),
+    Flow.SETTLED: Plot(
+        "notify_patient",
+        "messages",
+        {"mode": "fail", "times": 1, "status": 503, "method": "POST"},
+        failures=1,
+        places=frozenset({"outcome"}),
+    ),
+    Flow.ASKED: Plot("notify_providers", "messages", {"mode": "drop", "times": 1, "method": "POST"}, failures=1),
+    Flow.PUT_OFF: Plot(
+        "book_appointment",
+        "appointments",
+        {"mode": "fail", "times": 3, "status": 503, "method": "POST"},
+        failures=3,
+    ),
+    Flow.PARTIAL: Plot(
+        "order_medication",
+        "pharmacy",
+        {"mode": "hang", "method": "POST"},
+        failures=1,
+        outcome=RunOutcome.PARTIAL,
+        letters=(("call", "order_medication"),),
+        places=RUN,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -44,23 +114,33 @@ class Case:
     point: Point
     where: str
 
+    def fault(self, tenant: str) -> str:
+        """The value of HOLDFAST_FAULT for a run of this tenant, which has breakers of its own."""
+        where = Service(self.where).target(tenant) if self.point is Point.PROBING else self.where
+        return f"{self.mode}:{self.point}@{where}"
+
     @property
-    def fault(self) -> str:
-        """The value of HOLDFAST_FAULT."""
-        return f"{self.mode}:{self.point}@{self.where}"
+    def place(self) -> str:
+        return self.where + ("" if self.flow is Flow.APPROVED else f" ({self.flow})")
 
     def __str__(self) -> str:
-        return self.fault + (" (failing run)" if self.flow is Flow.FAILED else "")
+        return f"{self.mode}:{self.point}@{self.place}"
 
 
 def cases(traces: Mapping[Flow, Sequence[str]], mode: Mode) -> list[Case]:
-    """Every point at every place that the traces pass, once; the end of a run once for each flow."""
-    found: dict[str, Case] = {}
+    """Every point at every place that the approved run passes, once; of each other run the points that none before it
+    passed, and all points at the places where it is another run than those before.
+    """
+    found: dict[tuple[str, str], Case] = {}
+    passed: set[str] = set()
     for flow in Flow:
-        for line in traces[flow]:
-            point, _, where = line.partition("@")
-            name = f"{line} {flow}" if point == Point.END_RECORDED else line
-            found.setdefault(name, Case(mode, flow, Point(point), where))
+        plot = PLOTS.get(flow)
+        own = plot.places | {plot.tool} if plot else frozenset()
+        lines = [line.partition("@") for line in traces[flow]]
+        for point, _, where in lines:
+            if where in own or point not in passed:
+                found.setdefault((f"{point}@{where}", flow), Case(mode, flow, Point(point), where))
+        passed |= {point for point, _, _ in lines}
     return list(found.values())
 
 
@@ -85,6 +165,9 @@ class Evidence:
     """The `runs` table's word."""
     result: RunResult | None
     ledger: list[Entry]
+    letters: list[Letter]
+    breakers: list[Row]
+    """Of the run's tenant, which is its own."""
     effects: list[EffectRow]
     """Of the hospital."""
     requests: list[RequestRow]
@@ -111,12 +194,14 @@ EFFECTS = {
 
 def violations(case: Case, found: Evidence) -> list[str]:
     """What is wrong with the run, in words; nothing when all that Holdfast promises was kept."""
-    return _ending(case, found) + _effects(case, found) + _model_calls(case, found) + _ledger(case, found)
+    checks = (_ending, _effects, _settlements, _model_calls, _ledger, _letters, _breakers)
+    return [wrong for check in checks for wrong in check(case, found)]
 
 
-def unknown(found: Evidence) -> list[str]:
-    """The tools whose outcome was left to a person."""
-    return [entry.name for entry in found.ledger if entry.state is State.UNKNOWN]
+def settled(found: Evidence) -> list[str]:
+    """The tools whose outcome a person had to settle, once for each call."""
+    decisions = found.result.decisions if found.result else []
+    return [each.approval.subject for each in decisions if each.approval.kind == "outcome"]
 
 
 def repeats(found: Evidence) -> int:
@@ -128,21 +213,21 @@ def _ending(case: Case, found: Evidence) -> list[str]:
     result = found.result
     if result is None:
         return [f"the run did not end: Temporal says {found.status}"]
-    wanted = RunOutcome.FAILED if case.flow is Flow.FAILED else RunOutcome.COMPLETED
-    if case.flow is Flow.APPROVED and unknown(found):
-        wanted = RunOutcome.PARTIAL
-        notify = next((step for step in result.steps if step.name == "notify"), None)
-        if notify is None or notify.status is not StepStatus.PENDING or not result.pending:
-            return ["an UNKNOWN in the ledger, but its step is not pending"]
+    wanted = PLOTS[case.flow].outcome if case.flow in PLOTS else RunOutcome.COMPLETED
     temporal = "FAILED" if wanted is RunOutcome.FAILED else "COMPLETED"
     wrong = []
     if (found.status, found.outcome, result.outcome) != (temporal, wanted, wanted):
         ends = f"Temporal {found.status}, store {found.outcome}, result {result.outcome}: {result.reason}"
         wrong.append(f"ended wrong: expected {wanted}, found {ends}")
-    if case.flow is Flow.FAILED:
+    if wanted is RunOutcome.FAILED:
         wrong += [f"undo of {u.tool}: {u.status}: {u.note}" for u in result.undone if u.status != "undone"]
         if (undone := [u.tool for u in reversed(result.undone)])[:1] != ["notify_providers"] or len(undone) != 3:
             wrong.append(f"undone, in this order: {', '.join(undone) or 'nothing'}")
+        return wrong
+    left = ["pharmacy"] if wanted is RunOutcome.PARTIAL else []
+    open_steps = [step.name for step in result.steps if step.status is not StepStatus.DONE]
+    if (open_steps, [pending.step for pending in result.pending]) != (left, left):
+        wrong.append(f"steps not done: {open_steps}, pending: {result.pending}")
     return wrong
 
 
@@ -150,47 +235,59 @@ def _effects(case: Case, found: Evidence) -> list[str]:
     """Each effect once, as the hospital counts; what the ledger says has to be what the hospital says."""
     wrong = []
     counted = Counter((effect.kind, effect.key) for effect in found.effects)
-    entries = {entry.name: entry for entry in found.ledger if entry.kind == "tool"}
     for tool, expected in EFFECTS.items():
-        entry = entries.get(tool)
-        if entry is None:
-            wrong.append(f"{tool}: not in the ledger")
-            continue
-        done = counted.pop((expected.effect, entry.key), 0)
-        undone = counted.pop((expected.undo, entry.key + expected.undo_suffix), 0)
-        right = {
-            State.DONE: done == 1 and undone == 0,
-            State.COMPENSATED: done == 1 and undone == 1,
-            State.FAILED: done == 0 and undone == 0,
-            State.UNKNOWN: done <= 1 and undone == 0 and _may_be_unknown(case, tool),
-            State.RESERVED: False,
-        }
-        if not right[entry.state]:
-            wrong.append(f"{tool}: the hospital did it {done} times and undid it {undone} times, ledger {entry.state}")
+        entries = [entry for entry in found.ledger if (entry.kind, entry.name) == ("tool", tool)]
+        times = 0
+        for entry in entries:
+            done = counted.pop((expected.effect, entry.key), 0)
+            undone = counted.pop((expected.undo, entry.key + expected.undo_suffix), 0)
+            right = {
+                State.DONE: done == 1 and undone == 0,
+                State.COMPENSATED: done == 1 and undone == 1,
+                State.FAILED: done == 0 and undone == 0,
+                # Of a pharmacy that hangs nobody knows; a message is settled in the end.
+                State.UNKNOWN: done == 0 and (case.flow, tool) == (Flow.PARTIAL, "order_medication"),
+                State.RESERVED: False,
+            }
+            if not right[entry.state]:
+                wrong.append(
+                    f"{entry.key} ({tool}): the hospital did it {done} times and undid it {undone} times,"
+                    f" ledger {entry.state}"
+                )
+            times += done
+        never = case.flow in (Flow.FAILED, Flow.PARTIAL) and PLOTS[case.flow].tool == tool
+        if times != (0 if never else 1) or not entries:
+            wrong.append(f"{tool}: done {times} times under {len(entries)} keys")
     wrong += [f"{times} × {kind} under {key}, which nobody asked for" for (kind, key), times in counted.items()]
-    if _must_be_unknown(case) and "notify_patient" not in unknown(found):
-        wrong.append("notify_patient: nobody can know how it ended, and the ledger does not say so")
     return wrong
 
 
-def _must_be_unknown(case: Case) -> bool:
-    return case.where == "notify_patient" and case.point in (Point.RESERVED, Point.EFFECT_DONE)
-
-
-def _may_be_unknown(case: Case, tool: str) -> bool:
+def _settlements(case: Case, found: Evidence) -> list[str]:
+    """A person is asked when nobody else can know how the message to the patient ended, and only then."""
+    asked = settled(found)
+    least = 1 if case.flow is Flow.SETTLED else 0
+    if case.where == "notify_patient" and case.point in (Point.RESERVED, Point.EFFECT_DONE):
+        least += 1
     # The two messages go out in parallel: a worker hit in one of them was perhaps in the middle of the other.
-    return tool == "notify_patient" and (_must_be_unknown(case) or case.where == "notify_providers")
+    most = least + (1 if case.where == "notify_providers" else 0)
+    if set(asked) - {"notify_patient"} or not least <= len(asked) <= most:
+        return [f"asked a person how these calls ended: {asked}; expected {least} to {most} of notify_patient"]
+    return []
 
 
 def _model_calls(case: Case, found: Evidence) -> list[str]:
     recorded = {entry.key: entry for entry in found.ledger if entry.kind == "model"}
     wrong = []
-    # A run that failed has no last turn, in which the others say how it went.
-    turns = 4 if case.flow is Flow.FAILED else 5
-    if {entry.name for entry in recorded.values()} != {
-        *(f"turn-{n + 1}" for n in range(turns)),
-        "write_summary/summary",
-    }:
+    turns = found.result.turns if found.result else 0
+    # A run that failed has no last turn, in which the others say how it went. What was settled or put off is heard of
+    # in a turn that says so again, or that calls the tool once more.
+    least = 4 if case.flow is Flow.FAILED else 5
+    most = least + 2 * len(settled(found)) + (1 if case.flow is Flow.PUT_OFF else 0)
+    if not least <= turns <= most:
+        wrong.append(f"{turns} turns, expected {least} to {most}")
+    if sorted(entry.name for entry in recorded.values()) != [f"turn-{n + 1}" for n in range(turns)] + [
+        "write_summary/summary"
+    ]:
         wrong.append(f"model calls on record: {', '.join(sorted(e.name for e in recorded.values()))}")
     for call in found.calls:
         entry = recorded.get(call.key)
@@ -205,11 +302,39 @@ def _model_calls(case: Case, found: Evidence) -> list[str]:
 
 
 def _ledger(case: Case, found: Evidence) -> list[str]:
+    """No row is left open, and no crash is counted as a failure."""
     wrong = [f"{e.key} ({e.name}) is still RESERVED" for e in found.ledger if e.state is State.RESERVED]
-    real = {"notify_patient"} if case.flow is Flow.FAILED else set()
+    counted = Counter[str]()
     for entry in found.ledger:
-        if entry.failures != (1 if entry.name in real and entry.kind == "tool" else 0):
-            wrong.append(f"{entry.name}: {entry.failures} failures counted, a crash is none: {entry.error}")
+        counted[f"{entry.kind} {entry.name}"] += entry.failures
+    plot = PLOTS.get(case.flow)
+    if +counted != Counter({f"tool {plot.tool}": plot.failures} if plot else {}):
+        errors = "; ".join(f"{entry.key}: {entry.error}" for entry in found.ledger if entry.error)
+        wrong.append(f"failures counted, a crash is none: {dict(+counted)}: {errors}")
+    return wrong
+
+
+def _letters(case: Case, found: Evidence) -> list[str]:
+    wanted = list(PLOTS[case.flow].letters) if case.flow in PLOTS else []
+    got = [(letter.kind, letter.subject) for letter in found.letters]
+    return [] if got == wanted else [f"dead letters: {got}, expected {wanted}"]
+
+
+def _breakers(case: Case, found: Evidence) -> list[str]:
+    """All closed again; of a service that was down no more was asked than the rule lets through."""
+    wrong = [
+        f"breaker of {row.target} left {row.state} with {row.failures} failures, prober {row.prober or 'none'}"
+        for row in found.breakers
+        if row.state != "closed"
+    ]
+    if case.flow is Flow.PUT_OFF:
+        asked = [r.status for r in found.requests if (r.service, r.method) == ("appointments", "POST")]
+        # A prober that dies after the effect repeats it under its key; nobody else may probe meanwhile.
+        probes = 2 if (case.point, case.where) == (Point.EFFECT_DONE, "book_appointment") else 1
+        if asked != [503] * 3 + [201] * probes:
+            wrong.append(f"the appointments were asked: {asked}, expected three failures and {probes} × 201")
+        if not any(row.since for row in found.breakers if row.target.startswith("appointments")):
+            wrong.append("the breaker of the appointments never opened")
     return wrong
 
 
@@ -220,6 +345,8 @@ def awakened(before: Evidence, after: Evidence) -> list[str]:
         ("history", before.history, after.history),
         ("result", (before.outcome, before.result), (after.outcome, after.result)),
         ("ledger", before.ledger, after.ledger),
+        ("dead letters", before.letters, after.letters),
+        ("breakers", before.breakers, after.breakers),
         ("hospital's effects", before.effects, after.effects),
         # A read may be repeated by anybody at any time.
         ("hospital's requests", _no_reads(before.requests), _no_reads(after.requests)),

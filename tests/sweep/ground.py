@@ -16,18 +16,24 @@ import httpx2
 import psutil
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 
-from holdfast.contracts import RunResult, key_base
+from holdfast.contracts import Json, RunResult, key_base
+from holdfast.reliability.breaker import Breaker
 from holdfast.reliability.ledger import Ledger
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.simulation.scripted_model import ModelRecord
 from holdfast.stack import Child, Stack, without_ours
 from holdfast.starting import start_run
+from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, open_database
+from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER
 from tests.sweep.cases import Evidence
 from tests.sweep.nursery import Nursery
+
+MODEL_RPM = "6000"
+"""More than a sweep asks for: what is tried is a crash under a limit, not the wait for it."""
 
 
 async def until(holds: Callable[[], object], seconds: float, what: str) -> None:
@@ -46,15 +52,8 @@ class Lane:
     url: str
     record: HospitalRecord
 
-    async def fail_once(self) -> None:
-        """Refuses the next message for good."""
-        fault = {"mode": "fail", "times": 1, "status": 403, "method": "POST"}
-        async with httpx2.AsyncClient() as http:
-            (await http.put(f"{self.url}/faults/messages", json=fault)).raise_for_status()
-
-    async def hang_once(self, service: str) -> None:
-        """The next request that would change something is never answered."""
-        fault = {"mode": "hang", "times": 1, "method": "POST"}
+    async def order(self, service: str, fault: Json) -> None:
+        """Orders a fault (`holdfast.simulation.faults.Fault`) from one of the hospital's services."""
         async with httpx2.AsyncClient() as http:
             (await http.put(f"{self.url}/faults/{service}", json=fault)).raise_for_status()
 
@@ -65,7 +64,7 @@ class Lane:
 
 @dataclass
 class Run:
-    """One run on a task queue of its own, and its workers."""
+    """One run on a task queue of its own, and its workers. Its tenant, named like the queue, has no other run."""
 
     ground: Ground
     store: str
@@ -82,6 +81,7 @@ class Run:
             DATABASE_URL=self.ground.urls[self.store],
             HOLDFAST_HOSPITAL_URL=self.lane.url,
             HOLDFAST_DRAIN_S="10",
+            HOLDFAST_MODEL_RPM=MODEL_RPM,
             **environment,
         )
         self.workers.append(child)
@@ -91,6 +91,7 @@ class Run:
         """Reads all the records."""
         database, prefix = self.ground.databases[self.store], f"{self.key_base}/"
         row = await Runs(database).by_workflow(self.handle.id)
+        breaker = Breaker(database, StoreClock(database))
         described = await self.handle.describe()
         assert described.status is not None
         return Evidence(
@@ -99,6 +100,8 @@ class Run:
             outcome=row.outcome if row else None,
             result=RunResult.model_validate_json(row.result) if row and row.result else None,
             ledger=await Ledger(database, "sweep").entries(self.key_base),
+            letters=await Letters(database).of_workflow(self.handle.id),
+            breakers=[row for row in await breaker.rows() if row.target.endswith(f"@{self.queue}")],
             effects=self.lane.record.effects(prefix),
             requests=self.lane.record.requests(prefix),
             calls=self.ground.model.calls(prefix),
@@ -171,7 +174,13 @@ class Ground:
         queue = f"sweep-{self._runs}"
         runs = Runs(self.databases[store])
         started = await start_run(
-            self.client, runs, "discharge", {"patient_id": "pat-1"}, task_queue=queue, request_key=f"{store}-{queue}"
+            self.client,
+            runs,
+            "discharge",
+            {"patient_id": "pat-1"},
+            task_queue=queue,
+            request_key=f"{store}-{queue}",
+            tenant=queue,
         )
         handle = self.client.get_workflow_handle(started.workflow_id)
         described = await handle.describe()

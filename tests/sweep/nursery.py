@@ -17,12 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 
+from agents import registry
 from holdfast.reliability import faults
+from holdfast.services import BreakerRule, Service
 from holdfast.stack import ROOT, Child, _die_with_parent
 from holdfast.state.sqlite import Sqlite
 
@@ -54,8 +57,16 @@ def _become(order: dict[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(order["environment"])
     sys.argv = ["worker.py"]
+    _probe_soon()
     _freeze_between_writes()
     worker.end_process(worker.main())
+
+
+def _probe_soon() -> None:
+    """The appointments are probed after seconds, where production waits half a minute. Long enough to be put off."""
+    spec = registry.agent("discharge")
+    soon = Service("appointments", breaker=BreakerRule(probe_after_s=4.0))
+    registry.add(replace(spec, services=(*spec.services, soon)))
 
 
 def _freeze_between_writes() -> None:

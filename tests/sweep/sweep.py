@@ -17,7 +17,19 @@ from holdfast.contracts import Approval, Phase
 from holdfast.reliability.faults import Point
 from holdfast.stack import Child, StackFailed
 from holdfast.temporal import STATUS
-from tests.sweep.cases import ASKED, Case, Evidence, Flow, Mode, awakened, repeats, unknown, violations
+from tests.sweep.cases import (
+    MESSAGES,
+    PLOTS,
+    Case,
+    Evidence,
+    Flow,
+    Mode,
+    awakened,
+    repeats,
+    settled,
+    violations,
+    waiting,
+)
 from tests.sweep.ground import Ground, Lane, Run, frozen, strike, until
 
 CASE_S = 150.0
@@ -41,7 +53,8 @@ class Report:
     violations: list[str] = field(default_factory=list)
     outcome: str = ""
     effects: int = 0
-    unknown: list[str] = field(default_factory=list)
+    settled: int = 0
+    """Outcomes that a person had to settle."""
     repeats: int = 0
     recovery_s: float | None = None
     ready_s: float | None = None
@@ -52,36 +65,72 @@ class Report:
 
 
 async def traces(ground: Ground, lane: Lane, store: str) -> dict[Flow, list[str]]:
-    """The crash points that the two undisturbed runs pass, as `POINT@where`, in order."""
+    """The crash points that the undisturbed runs pass, as `POINT@where`, in order."""
     found: dict[Flow, list[str]] = {}
     for flow in Flow:
         path = ground.home / f"trace-{flow}"
         async with asyncio.timeout(CASE_S), ground.run(lane, store) as run:
             await run.worker(HOLDFAST_FAULT_TRACE=str(path))
-            asked = await attend(run, flow)
-        found[flow] = path.read_text().splitlines() + ([ASKED] if asked else [])
+            people = await People.of(run, flow)
+            await people.attend()
+        lines = path.read_text().replace(f"@{run.queue}\n", "\n").splitlines()  # a breaker's target names its tenant
+        found[flow] = lines + [waiting(kind) for kind in people.asked]
     return found
 
 
-async def attend(run: Run, flow: Flow) -> int:
-    """Plays the physician until the run has ended; how many approvals were asked for.
+class People:
+    """The physician who approves, and whoever looks into the hospital's record when an outcome is unknown.
 
-    Needs no worker to go on: Temporal itself says whether a human is asked, only the request is read by a query.
+    Needs no worker to go on: Temporal itself says whether a human is asked, only the requests are read by a query.
     """
-    answered: set[str] = set()
-    while (described := await run.handle.describe()).status is WorkflowExecutionStatus.RUNNING:
-        if described.typed_search_attributes.get(STATUS) == Phase.WAITING_HUMAN:
-            # The providers first: in a failing run their message is out when the patient's is refused.
-            for approval in sorted(await asked(run), key=lambda a: a.subject, reverse=True):
-                if approval.id in answered:
-                    continue
-                if flow is Flow.FAILED and approval.subject == "notify_patient":
-                    await until(lambda: sent(run), 20, "message to the providers")
-                    await run.lane.fail_once()
-                await approve(run, approval)
-                answered.add(approval.id)
-        await asyncio.sleep(0.05)
-    return len(answered)
+
+    def __init__(self, run: Run, flow: Flow) -> None:
+        self._run = run
+        self._plot = PLOTS.get(flow)
+        self._ordered = False
+        self._answered: set[str] = set()
+        self.asked: list[str] = []
+        """Kinds of the requests that the run has waited for, once each."""
+
+    @classmethod
+    async def of(cls, run: Run, flow: Flow) -> People:
+        """Orders what is to go wrong from the start."""
+        people = cls(run, flow)
+        if people._plot and people._plot.tool not in MESSAGES:
+            await run.lane.order(people._plot.service, people._plot.fault)
+        return people
+
+    async def attend(self, leave: str = "") -> list[Approval]:
+        """Answers until the run has ended, or waits for a request of the kind `leave`: returns those left open."""
+        while (described := await self._run.handle.describe()).status is WorkflowExecutionStatus.RUNNING:
+            if described.typed_search_attributes.get(STATUS) == Phase.WAITING_HUMAN:
+                # What is put off, or left to the pharmacist, does not hold up the run and gets no answer.
+                found = [each for each in await asked(self._run) if each.subject in MESSAGES]
+                found = sorted(
+                    (each for each in found if each.id not in self._answered), key=lambda a: MESSAGES.index(a.subject)
+                )
+                self.asked = list(dict.fromkeys([*self.asked, *(each.kind for each in found)]))
+                if leave and any(each.kind == leave for each in found):
+                    return found
+                for each in found:
+                    await self.answer(each)
+            await asyncio.sleep(0.05)
+        return []
+
+    async def answer(self, approval: Approval) -> None:
+        self._answered.add(approval.id)
+        if approval.kind == "outcome":
+            await settle(self._run, approval)
+            return
+        plot = self._plot
+        if plot and plot.tool in MESSAGES:
+            # One after the other, so that the fault meets the right one.
+            if approval.subject == MESSAGES[1]:
+                await until(lambda: sent(self._run), 20, "message to the providers")
+            if approval.subject == plot.tool and not self._ordered:
+                self._ordered = True
+                await self._run.lane.order(plot.service, plot.fault)
+        await approve(self._run, approval)
 
 
 async def asked(run: Run) -> list[Approval]:
@@ -94,6 +143,18 @@ async def asked(run: Run) -> list[Approval]:
 
 async def approve(run: Run, approval: Approval) -> None:
     decision = {"approval_id": approval.id, "verdict": "approve", "approver": "dr.lee", "digest": approval.digest}
+    await run.handle.signal("decide", decision)
+
+
+async def settle(run: Run, approval: Approval) -> None:
+    """Answers by the hospital's own record whether the message of this call was sent."""
+    happened = any(e.kind == "message" and e.key == approval.key for e in run.lane.record.effects(approval.key))
+    decision = {
+        "approval_id": approval.id,
+        "verdict": "happened" if happened else "did_not",
+        "approver": "dr.lee",
+        "comment": "it is in the record of messages" if happened else "it is not in the record of messages",
+    }
     await run.handle.signal("decide", decision)
 
 
@@ -127,17 +188,18 @@ async def try_case(ground: Ground, lane: Lane, store: str, case: Case) -> Report
 def _count(report: Report, found: Evidence) -> None:
     report.outcome = found.outcome or found.status
     report.effects = len(found.effects)
-    report.unknown = unknown(found)
+    report.settled = len(settled(found))
     report.repeats = repeats(found)
 
 
 async def _hit_armed(run: Run, case: Case, report: Report) -> Child:
     """The fault is in the worker: it dies or stops by itself at the point."""
-    life = asyncio.create_task(attend(run, case.flow))
+    people = await People.of(run, case.flow)
+    life = asyncio.create_task(people.attend())
     try:
-        worker = await run.worker(HOLDFAST_FAULT=case.fault)
+        worker = await run.worker(HOLDFAST_FAULT=case.fault(run.queue))
         down = (lambda: not worker.alive) if case.mode is Mode.KILL else (lambda: frozen(worker))
-        await until(lambda: down() or life.done(), 60, f"worker hit at {case.fault}")
+        await until(lambda: down() or life.done(), 60, f"worker hit at {case}")
         at = time.time()
         if life.done():
             report.violations.append("the point was not reached: the run ended without it")
@@ -154,17 +216,17 @@ async def _hit_armed(run: Run, case: Case, report: Report) -> Child:
 
 async def _hit_waiting(run: Run, case: Case, report: Report) -> Child:
     """Workflow code does no I/O, so the worker that has the waiting run in its cache is hit from outside."""
+    people = await People.of(run, case.flow)
     await asyncio.gather(run.worker(), run.worker())
-    while not (approvals := await asked(run)):
-        await asyncio.sleep(0.05)
+    left = await people.attend(leave=case.where)
     _, pid = max(await run.starts())
     (worker,) = [w for w in run.workers if w.pid == pid]
     (other,) = [w for w in run.workers if w.pid != pid]
     await strike(run, worker, signal.SIGKILL if case.mode is Mode.KILL else signal.SIGSTOP)
     at = time.time()
-    for approval in approvals:
-        await approve(run, approval)
-    await attend(run, case.flow)
+    for approval in left:
+        await people.answer(approval)
+    await people.attend()
     report.recovery_s = await run.started_on(other, at)
     if case.mode is Mode.KILL:
         _within(report, SIGNAL_S)

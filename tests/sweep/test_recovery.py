@@ -13,9 +13,13 @@ from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Entry, Ledger, State
 from tests.sweep.cases import Flow
 from tests.sweep.ground import Ground, Lane, Run, strike, until
-from tests.sweep.sweep import RECOVERY_S, SIGNAL_S, approve, asked, attend
+from tests.sweep.sweep import RECOVERY_S, SIGNAL_S, People, approve, asked
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def attend(run: Run) -> None:
+    await (await People.of(run, Flow.APPROVED)).attend()
 
 
 async def entry(run: Run, tool: str) -> Entry | None:
@@ -25,9 +29,9 @@ async def entry(run: Run, tool: str) -> Entry | None:
 
 async def test_work_in_flight_runs_on_another_worker_within_seconds(ground: Ground, lane: Lane) -> None:
     async with asyncio.timeout(60), ground.run(lane, "sqlite") as run:
-        await lane.hang_once("appointments")
+        await lane.order("appointments", {"mode": "hang", "times": 1, "method": "POST"})
         await asyncio.gather(run.worker(), run.worker())
-        life = asyncio.create_task(attend(run, Flow.APPROVED))
+        life = asyncio.create_task(attend(run))
         await until(lambda: booking_requests(run) == 1, 20, "the booking is in flight")
         held = await entry(run, "book_appointment")
         assert held is not None
@@ -52,7 +56,7 @@ async def test_parked_run_answers_a_signal_after_its_worker_was_killed(ground: G
         await strike(run, cached, signal.SIGKILL)
         at = time.time()
         await approve(run, approvals[0])
-        await attend(run, Flow.APPROVED)
+        await attend(run)
         answered = await run.started_on(other, at)
         assert answered is not None and answered <= SIGNAL_S
         assert (await run.evidence()).outcome == RunOutcome.COMPLETED
@@ -65,7 +69,7 @@ async def test_ten_kills_at_one_step_use_up_none_of_its_retries(ground: Ground, 
             worker = await run.worker(HOLDFAST_FAULT=f"kill:{Point.RESERVED}@book_appointment")
             await until(lambda worker=worker: not worker.alive, 30, "the worker is killed at the booking")
         await run.worker()
-        await attend(run, Flow.APPROVED)
+        await attend(run)
         booked = await entry(run, "book_appointment")
         assert booked is not None and (booked.state, booked.failures, booked.attempt) == (State.DONE, 0, 11)
         assert (await run.evidence()).outcome == RunOutcome.COMPLETED
