@@ -1,7 +1,8 @@
 """What durability costs: a bare Temporal loop and a Holdfast agent do the same work, in one run, taking turns.
 
 Both ask the same model endpoint, which has no think time, through the same client, with the same worker settings, on
-one Temporal server in memory. Ours has every guarantee on: effect ledger, checkpoint after every node, heartbeats.
+one Temporal server in memory. Ours stands twice: the spine (effect ledger, checkpoint after every node, heartbeats,
+circuit breakers), and with rate limits on model, service and tool besides.
 Other work on the machine blurs the figures; the ratios suffer least. Prints a Markdown table with the targets.
 """
 
@@ -26,6 +27,8 @@ from bench.services import SERVER_FLAGS, Services, SideFailed, SideProcess, serv
 from holdfast.stack import StackFailed
 
 BARE = "bare"
+ALL_ON = ", all on"
+"""Ends the name of a side that keeps dual rate limits of the model, the service and the tool as well."""
 LONG = (5, 50, 100, 200)
 """Turns of the long run at which the history's growth is looked at."""
 WINDOW = 5
@@ -78,7 +81,9 @@ async def running(plan: Plan, stores: Sequence[str]) -> AsyncIterator[tuple[Serv
         async with services(Path(home)) as around:
             sides = [around.side(BARE, "bare")]
             try:
-                sides += [around.side(store, "agent", around.store(store)) for store in stores]
+                for store in stores:
+                    sides.append(around.side(store, "agent", around.store(store)))
+                    sides.append(around.side(store + ALL_ON, "agent", around.store(store), limits=True))
                 for side in sides:
                     side.answer()  # ready
                     side.ask("run", agents=1, turns=plan.turns)
@@ -150,14 +155,14 @@ def summary(plan: Plan, one: Figures) -> dict[str, float]:
     }
 
 
-def targets(plan: Plan, bare: Figures, ours: Figures) -> list[Target]:
+def targets(plan: Plan, bare: Figures, ours: Figures, all_on: bool = False) -> list[Target]:
     """What was promised, and what came out."""
     theirs, mine = summary(plan, bare), summary(plan, ours)
     first = per_turn(ours.long, plan.long[0])
     growth = max(*(per_turn(ours.long, turn) for turn in plan.long), mine[f"bytes/turn over {plan.long[-1]} turns"])
     return [
-        Target("alone, × bare", mine["alone, ms"] / theirs["alone, ms"], 1.25),
-        Target("load, × bare", mine["load, turns/s"] / theirs["load, turns/s"], 0.8, at_least=True),
+        Target("alone, × bare", mine["alone, ms"] / theirs["alone, ms"], 1.35 if all_on else 1.25),
+        Target("load, × bare", mine["load, turns/s"] / theirs["load, turns/s"], 0.75 if all_on else 0.8, at_least=True),
         Target("history bytes/turn, × bare", mine["history, bytes/turn"] / theirs["history, bytes/turn"], 0.45),
         Target(f"history growth, turn {plan.long[0]} to {plan.long[-1]}, ×", growth / first, 1.1),
         Target("signal to next activity, p50 ms", mine["signal to next activity, p50 ms"], 50),
@@ -179,13 +184,9 @@ def report(plan: Plan, found: dict[str, Figures]) -> str:
     measures = list(dict.fromkeys(measure for one in sums.values() for measure in one))
     rows = [[m, *(_figure(one[m]) if m in one else "–" for one in sums.values())] for m in measures]
     ours = [name for name in found if name != BARE]
-    goals = {name: targets(plan, found[BARE], found[name]) for name in ours}
+    goals = {name: targets(plan, found[BARE], found[name], name.endswith(ALL_ON)) for name in ours}
     verdicts = [
-        [
-            row[0].what,
-            f"{'≥' if row[0].at_least else '≤'} {row[0].limit:g}",
-            *(f"{goal.measured:.2f} {'met' if goal.met else 'MISSED'}" for goal in row),
-        ]
+        [row[0].what, *(f"{_bound(goal)}: {goal.measured:.2f} {'met' if goal.met else 'MISSED'}" for goal in row)]
         for row in zip(*goals.values(), strict=True)
     ]
     flags = ", ".join(f"{flag}={value}" for flag, value in SERVER_FLAGS.items())
@@ -194,8 +195,21 @@ def report(plan: Plan, found: dict[str, Figures]) -> str:
         f" at once, one worker process ({plan.loads} rounds). Medians. Python {platform.python_version()},"
         f" Temporal dev server in memory with {flags}.",
         table([head, *rows]),
-        table([["target", "limit", *ours], *verdicts]),
+        table([["target", *ours], *verdicts]),
+        *(_cost(plan, name, found[name.removesuffix(ALL_ON)], found[name]) for name in ours if name.endswith(ALL_ON)),
     ])  # fmt: skip
+
+
+def _bound(goal: Target) -> str:
+    return f"{'≥' if goal.at_least else '≤'} {goal.limit:g}"
+
+
+def _cost(plan: Plan, name: str, spine: Figures, ours: Figures) -> str:
+    """What the limits add to a call, paired round by round against the same store without them."""
+    added = median(on - off for on, off in zip(ours.alone, spine.alone, strict=True))
+    calls = 2 * plan.turns - 1  # the last turn makes no tool call
+    share = median(ours.alone) / median(spine.alone)
+    return f"{name}: {added / calls * 1e3:+.2f} ms a call of model or tool against the spine alone (× {share:.2f})."
 
 
 def _figure(value: float) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from pydantic import BaseModel
 
 from agents import registry
 from bench import task
-from holdfast.agent import AgentSpec
+from holdfast.agent import AgentSpec, Service
 from holdfast.contracts import Effect
 from holdfast.tools import ToolContext, tool
 
@@ -17,7 +19,10 @@ class Work(BaseModel):
     gate: bool = False
 
 
-@tool(effect=Effect.IDEMPOTENT, service="rows")
+LIMIT = int(os.environ["BENCH_PER_MINUTE"]) if "BENCH_PER_MINUTE" in os.environ else None
+
+
+@tool(effect=Effect.IDEMPOTENT, service="rows", per_minute=LIMIT)
 async def record(ctx: ToolContext, row: str) -> str:
     """Record one row."""
     return task.record(row)
@@ -38,5 +43,6 @@ SPEC = registry.add(
         prompt=lambda work: task.prompt(work.name, work.turns, work.gate),
         tools=(record, release),
         max_turns=10_000,
+        services=(Service("rows", requests_per_minute=LIMIT),),
     )
 )

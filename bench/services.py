@@ -75,6 +75,9 @@ class SideProcess:
         self._process.wait()
 
 
+FAR = "10000000"
+
+
 class Services:
     """What runs, and `cpu` to account for it. `temporal` and `model` are addresses."""
 
@@ -83,21 +86,26 @@ class Services:
         self._temporal = temporal
         self._model = model
         self._pids = pids
+        self._stores = 0
         self.at_end = ExitStack()
 
     def store(self, kind: str) -> str:
         """Address of a new store, migrated: `sqlite`, or `postgres` with its defaults (fsync on)."""
-        url = f"sqlite:///{self._home / 'store.db'}"
+        self._stores += 1
+        url = f"sqlite:///{self._home / f'store-{self._stores}.db'}"
         if kind == "postgres":
             server = get_server(self._home / "pg", cleanup_mode="stop")
-            self.at_end.callback(server.cleanup)
+            if "postgres" not in self._pids:
+                self.at_end.callback(server.cleanup)
             self._pids["postgres"] = server.get_pid() or 0
-            url = server.get_uri()
+            database = f"store_{self._stores}"
+            server.psql(f"CREATE DATABASE {database}")
+            url = server.get_uri(database=database)
         migrate(url)
         return url
 
-    def side(self, name: str, kind: str, store: str = "") -> SideProcess:
-        """Starts a side. `store`: address of an empty store, for our side."""
+    def side(self, name: str, kind: str, store: str = "", limits: bool = False) -> SideProcess:
+        """Starts a side. store: address of an empty store, for our side. limits: with rate limits on every call."""
         environment = without_ours(os.environ) | {
             "TEMPORAL_ADDRESS": self._temporal,
             "TEMPORAL_CONFIG_FILE": os.devnull,
@@ -107,6 +115,9 @@ class Services:
             "HOLDFAST_HOME": str(self._home),
             "OTEL_EXPORTER_OTLP_ENDPOINT": "",
         }
+        if limits:
+            # Never reached: what is measured is what it costs to keep the books.
+            environment |= {"HOLDFAST_MODEL_RPM": FAR, "HOLDFAST_MODEL_TPM": FAR, "BENCH_PER_MINUTE": FAR}
         return SideProcess(name, kind, environment, self._home / f"{name}.log")
 
     def cpu(self) -> dict[str, float]:
