@@ -180,10 +180,12 @@ async def _once(guards: Guards, call: Call, act: Act, probe: Act | None, tokens:
     if call.limits and (known := await ledger.settled(call)):
         return known
     tickets = await _take(guards, call)
+    _still_mine(call)
     held = await ledger.reserve(call, now=await guards.clock.now(), admitted=not call.target)
     entry = await _let_in(guards, call, tickets, held is None, held.breaker_failures if isinstance(held, Grant) else 0)
     if held is None:
         since = time.monotonic()
+        _still_mine(call)
         held = await ledger.reserve(call)
         assert held is not None, "the breaker was asked"
     if isinstance(held, Settled):

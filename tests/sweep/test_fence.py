@@ -7,9 +7,13 @@ import time
 import pytest
 
 from holdfast.contracts import Effect
-from holdfast.reliability import chain, lease
+from holdfast.reliability import chain, faults, lease
+from holdfast.reliability.breaker import Pass
 from holdfast.reliability.chain import Guards, protected
+from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State, tool_call
+from holdfast.services import BreakerRule, Limit
 from holdfast.state.database import Database
 
 
@@ -47,6 +51,32 @@ async def test_frozen_between_reservation_and_its_answer_does_not_act(
     assert acted == []
     (entry,) = await other.entries("k")
     assert (entry.state, entry.attempt, entry.worker) == (State.RESERVED, 2, "other")
+
+
+@pytest.mark.parametrize("point", [Point.LIMITED, Point.PROBING])
+async def test_frozen_before_its_reservation_leaves_the_attempt_alone_that_took_over(
+    db: Database, monkeypatch: pytest.MonkeyPatch, point: Point
+) -> None:
+    """That one's request may be on its way: asked about now, it would seem not to have happened, and be sent again."""
+    rule = BreakerRule(failures=1, probe_after_s=1e-9)
+    call = tool_call("k/1", "k", "mail", Effect.PROBE, {}, target="mail", rule=rule, limits=(Limit("mail", 60),))
+    guards, other, now = Guards(db, "frozen"), Ledger(db, "other"), [0.0]
+    if point is Point.PROBING:
+        await guards.breaker.failed(Pass("mail", rule), Failure(ErrorType.UNAVAILABLE, "503"))
+    lease.current.set(lease.Lease(3.0, clock=lambda: now[0]))
+    monkeypatch.setattr(faults, "strike", lambda pid, number: now.append(now.pop() + 20))
+    monkeypatch.setattr(faults, "_armed", ("freeze", point, "mail"))
+    asked: list[int] = []
+
+    async def ask(attempt: int) -> None:
+        asked.append(attempt)
+
+    await other.reserve(call)
+    with pytest.raises(Fenced):
+        await protected(guards, call, ask, ask)
+    assert (asked, now) == ([], [20.0])
+    (entry,) = await other.entries("k")
+    assert (entry.state, entry.attempt, entry.worker) == (State.RESERVED, 1, "other")
 
 
 async def test_frozen_read_counts_no_failure_on_waking(db: Database) -> None:
