@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 from temporalio import activity
@@ -25,7 +26,8 @@ def boundary() -> Iterator[None]:
     try:
         yield
     except RetryLater as later:
-        raise application_error(later.failure, later.delay) from None
+        # Also after an error that says stop: a `probe` tool is to be asked whether it happened.
+        raise application_error(replace(later.failure, retry=True), later.delay) from None
     except Fenced as fenced:
         # The server no longer listens to this attempt. Should it after all (the clocks may disagree), it tries again.
         raise ApplicationError(str(fenced), type=ErrorType.FENCED) from None
