@@ -109,7 +109,8 @@ class ModelClient:
             base_url=self._url,
             max_retries=0,
             timeout=timeout,
-            http_client=openai.DefaultAsyncHttpxClient(limits=LIMITS, timeout=timeout),
+            # A redirect would carry the conversation to a host that nobody has named.
+            http_client=openai.DefaultAsyncHttpxClient(limits=LIMITS, timeout=timeout, follow_redirects=False),
         )
 
     async def complete(self, messages: list[Json], tools: list[Json], *, key: str) -> ModelAnswer:
