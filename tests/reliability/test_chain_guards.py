@@ -12,14 +12,13 @@ import pytest
 
 from holdfast.contracts import Effect
 from holdfast.reliability import chain, limits
-from holdfast.reliability.breaker import LONG_PAUSE_S, Breaker, Row
+from holdfast.reliability.breaker import LONG_PAUSE_S, Row
 from holdfast.reliability.chain import Guards, RetryLater, protected
 from holdfast.reliability.ledger import Call, Fenced, Settled, State, tool_call
-from holdfast.reliability.limits import Limiter
 from holdfast.reliability.waiting import NotYet
 from holdfast.services import BreakerRule, Limit
-from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
+from tests.fixtures.clock import Ahead
 from tests.reliability.wire import answer, wire
 
 T = "pharmacy"
@@ -27,15 +26,6 @@ RULE = BreakerRule()
 ONE_A_MINUTE = Limit(T, requests=1)
 KINDS = [*Effect, "model"]
 """Of call: a tool of each effect class, and a model call."""
-
-
-class Ahead(StoreClock):
-    """The store's clock, which a test can put forward."""
-
-    seconds = 0.0
-
-    async def now(self) -> float:
-        return await super().now() + self.seconds
 
 
 @dataclass
@@ -75,11 +65,8 @@ class Ground:
 
 @pytest.fixture
 async def ground(db: Database) -> AsyncIterator[Ground]:
-    clock = Ahead(db)
     both = Guards(db, "w1"), Guards(db, "w2")
-    for each in both:
-        each.clock, each.breaker, each.limiter = clock, Breaker(db, clock), Limiter(db, clock)
-    yield Ground(*both, clock, db)
+    yield Ground(*both, Ahead(db, *both), db)
     for each in both:
         await each.close()
 
