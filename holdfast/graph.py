@@ -15,6 +15,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
+from langgraph.types import Command
 from pydantic import ValidationError
 
 from holdfast.agent import AgentSpec
@@ -98,17 +99,17 @@ async def _model(state: TurnState, runtime: Runtime[TurnContext]) -> Json:
     }
 
 
-async def _check(state: TurnState, runtime: Runtime[TurnContext]) -> Json:
+async def _check(state: TurnState, runtime: Runtime[TurnContext]) -> Command[Any]:
     faults.reached(Point.NODE_DONE, runtime.context.where)
     message = state["messages"][-1]
     decision, problems = parse(message, runtime.context.spec)
     if decision is not None:
-        return {"decision": decision.model_dump(mode="json", exclude_defaults=True)}
+        return Command(goto=END, update={"decision": decision.model_dump(mode="json", exclude_defaults=True)})
     if state["asks"] > MAX_REASKS:
         raise MalformedOutput(
             f"the model's output was invalid {state['asks']} times in a row; the last error: {problems[-1]['content']}"
         )
-    return {"inbox": problems}
+    return Command(goto="model", update={"inbox": problems})
 
 
 def parse(message: Json, spec: AgentSpec) -> tuple[Decision | None, list[Json]]:
@@ -145,16 +146,11 @@ def _parse_call(call: Json, spec: AgentSpec) -> tuple[ToolCall | None, str]:
     return ToolCall(tool=name, arguments=valid, version=tool.version), ""
 
 
-def _route(state: TurnState) -> str:
-    return END if state["decision"] is not None else "model"
-
-
 def build() -> StateGraph[TurnState, TurnContext]:
     """The graph of a turn, not yet compiled: each call brings its own checkpointer."""
     graph = StateGraph(TurnState, context_schema=TurnContext)
     graph.add_node("model", _model)
-    graph.add_node("check", _check)
+    graph.add_node("check", _check, destinations=("model", END))
     graph.add_edge(START, "model")
     graph.add_edge("model", "check")
-    graph.add_conditional_edges("check", _route, ["model", END])
     return graph
