@@ -12,17 +12,24 @@ from tests.sweep.sweep import traces, try_case
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 KILL, FREEZE, APPROVED, FAILED = Mode.KILL, Mode.FREEZE, Flow.APPROVED, Flow.FAILED
+BOOK, PATIENT, PROVIDERS = "book_appointment", "notify_patient", "notify_providers"
 SLICE = [
+    (Case(KILL, APPROVED, Point.LIMITED, "turn-1"), "postgresql"),
     (Case(KILL, APPROVED, Point.MODEL_ANSWERED, "turn-2"), "sqlite"),
     (Case(KILL, APPROVED, Point.NODE_DONE, "turn-3"), "postgresql"),
-    (Case(KILL, APPROVED, Point.RESERVED, "book_appointment"), "sqlite"),
+    (Case(KILL, APPROVED, Point.RESERVED, BOOK), "sqlite"),
     (Case(KILL, APPROVED, Point.EFFECT_DONE, "order_medication"), "postgresql"),
-    (Case(KILL, APPROVED, Point.EFFECT_DONE, "notify_patient"), "sqlite"),
-    (Case(KILL, APPROVED, Point.EFFECT_DONE, "notify_providers"), "postgresql"),
-    (Case(KILL, APPROVED, Point.WAITING, "approvals"), "sqlite"),
-    (Case(KILL, FAILED, Point.UNDO_DONE, "notify_providers"), "postgresql"),
+    (Case(KILL, APPROVED, Point.EFFECT_DONE, PATIENT), "sqlite"),
+    (Case(KILL, APPROVED, Point.EFFECT_DONE, PROVIDERS), "postgresql"),
+    (Case(KILL, APPROVED, Point.WAITING, "tool"), "sqlite"),
+    (Case(KILL, FAILED, Point.UNDO_DONE, PROVIDERS), "postgresql"),
+    (Case(KILL, FAILED, Point.LETTERS_WRITTEN, "run"), "sqlite"),
     (Case(KILL, FAILED, Point.END_RECORDED, "run"), "sqlite"),
-    (Case(FREEZE, APPROVED, Point.RESERVED, "notify_providers"), "postgresql"),
+    (Case(KILL, Flow.SETTLED, Point.RESERVED, PATIENT), "postgresql"),
+    (Case(KILL, Flow.SETTLED, Point.FINDING_RECORDED, "outcome"), "sqlite"),
+    (Case(KILL, Flow.ASKED, Point.PROBED, PROVIDERS), "postgresql"),
+    (Case(KILL, Flow.PUT_OFF, Point.PROBING, "appointments"), "sqlite"),
+    (Case(FREEZE, APPROVED, Point.RESERVED, PROVIDERS), "postgresql"),
 ]
 
 
