@@ -17,7 +17,8 @@ from typing import Any
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.testing import WorkflowEnvironment
 
-from holdfast.contracts import Effect, StepSpec
+from holdfast.contracts import Effect, Phase, StepSpec
+from holdfast.services import BreakerRule, Service
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER, SEARCH_ATTRIBUTES
 from holdfast.tools import ToolFailed
@@ -119,6 +120,27 @@ async def continued(stage: Stage, world: World) -> Handle:
     return handle
 
 
+async def settled(stage: Stage, world: World) -> Handle:
+    """Two outcomes that a person settles while the run waits to end: the first did not happen, the second did."""
+    send = world.tool("send", Effect.MANUAL, errors=[TimeoutError("no answer"), TimeoutError("no answer")], undo=None)
+    stage.model.script = sequence(call(SEND), say("sent, perhaps"), call(SEND), say("sent, perhaps"), say("done"))
+    handle = await stage.start(agent(send))
+    for approval, verdict in (("o1", "did_not"), ("o2", "happened")):
+        await until(handle, lambda s, it=approval: s.phase is Phase.WAITING_HUMAN and s.approvals[0].id == it)
+        await decide(handle, approval, verdict=verdict, comment="looked into the outbox")
+    return handle
+
+
+async def put_off(stage: Stage, world: World) -> Handle:
+    """A call whose service's breaker opens: put off, and tried again while the run waits to end."""
+    rule = BreakerRule(failures=1, probe_after_s=2.0)
+    spec = agent(
+        world.tool("book", errors=[ConnectionRefusedError("down")]), services=(Service("world", breaker=rule),)
+    )
+    stage.model.script = sequence(call(BOOK), say("all but the booking"), say("done"))
+    return await stage.start(spec)
+
+
 SCENARIOS: list[Scenario] = [
     completed,
     partial,
@@ -129,6 +151,8 @@ SCENARIOS: list[Scenario] = [
     parked,
     waiting,
     continued,
+    settled,
+    put_off,
 ]
 
 

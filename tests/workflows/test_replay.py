@@ -34,6 +34,8 @@ async def test_a_committed_history_replays(name: str) -> None:
     [
         ("completed", "WORKFLOW_EXECUTION_COMPLETED"),
         ("partial", "WORKFLOW_EXECUTION_COMPLETED"),
+        ("settled", "WORKFLOW_EXECUTION_COMPLETED"),
+        ("put_off", "WORKFLOW_EXECUTION_COMPLETED"),
         ("rejected", "WORKFLOW_EXECUTION_COMPLETED"),
         ("failed", "WORKFLOW_EXECUTION_FAILED"),
         ("cancelled", "WORKFLOW_EXECUTION_CANCELED"),
