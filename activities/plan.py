@@ -8,7 +8,6 @@ checkpoint that its caller names, and finds its own work by its tag (`holdfast.s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 
 from pydantic import ValidationError
 from temporalio import activity
@@ -19,7 +18,7 @@ from activities.model import ask_model
 from agents import registry
 from holdfast import graph
 from holdfast.agent import AgentSpec
-from holdfast.contracts import Decision, Json, PlanRequest, PlanResult, Usage, Wait, absolute, digest
+from holdfast.contracts import Decision, Json, PlanRequest, PlanResult, Usage, absolute, digest
 from holdfast.models import ModelAnswer, ModelUnavailable
 from holdfast.reliability import faults
 from holdfast.reliability.errors import ErrorType
@@ -61,7 +60,7 @@ class Plan:
                 return await self._turn(request.model_copy(update={"key_base": base}))
             except NotYet as wait:
                 metrics.waited("breaker" if wait.service else "rate limit")
-                return PlanResult(wait=wait.wait())
+                return PlanResult(wait=wait.wait(await self._runtime.guards.clock.now()))
             except ModelUnavailable as gone:
                 failure = gone.failure
                 if failure.type is ErrorType.CONTENT_POLICY:
@@ -70,8 +69,8 @@ class Plan:
                     raise ApplicationError(
                         f"the model refuses: {failure.message}", type=failure.type, non_retryable=True
                     ) from None
-                until = datetime.now(UTC) + timedelta(seconds=self._runtime.settings.park_s)
-                return PlanResult(wait=Wait(until=until, why=f"the model is gone: {failure.message}"))
+                park = NotYet(self._runtime.settings.park_s, f"the model is gone: {failure.message}")
+                return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()))
             except graph.MalformedOutput as error:
                 raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None
 

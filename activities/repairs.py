@@ -121,7 +121,7 @@ class Repairs:
             try:
                 found = await self._ask(request, tool, arguments)
             except NotYet as wait:
-                return Outcome(wait=wait.wait())
+                return Outcome(wait=wait.wait(await self._runtime.guards.clock.now()))
             if found.state is not State.DONE:
                 return Outcome(status=OutcomeStatus.UNKNOWN, content=f"asked about {tool.name}: {found.error}")
             happened = found.result is not None

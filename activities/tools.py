@@ -129,7 +129,7 @@ class Tools:
                 if stand_in:
                     return stand_in
             metrics.waited("breaker" if wait.service else "rate limit")
-            return Outcome(wait=wait.wait())
+            return Outcome(wait=wait.wait(await self._runtime.guards.clock.now()))
         except KeyConflict as conflict:
             return Outcome(
                 status=OutcomeStatus.UNKNOWN,
@@ -213,7 +213,7 @@ class Tools:
         try:
             settled = await protected(self._runtime.guards, undo_call, act)
         except NotYet as wait:
-            return UndoOutcome(status=UndoStatus.REGISTERED, wait=wait.wait())
+            return UndoOutcome(status=UndoStatus.REGISTERED, wait=wait.wait(await self._runtime.guards.clock.now()))
         if settled.state is not State.DONE:
             return UndoOutcome(status=UndoStatus.FAILED, note=settled.error, failures=settled.failures)
         if settled.result is None:

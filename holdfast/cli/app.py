@@ -163,6 +163,14 @@ def _decide(run: str, approval_id: str, verdict: str, by: str, comment: str, jso
 
 
 @app.command()
+def limits(json: Json = False) -> None:
+    """List the rate limits: what the last minute has used of them, and who waits."""
+    from holdfast.cli import limits as rate_limits
+
+    _go(rate_limits.listing(json))
+
+
+@app.command()
 def cancel(run: Run, json: Json = False) -> None:
     """Ask a run to stop; it undoes what it did."""
     from holdfast.cli import runs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from holdfast.contracts import Wait
 
@@ -17,7 +17,6 @@ class NotYet(Exception):
         self.why = why
         self.service = service
 
-    def wait(self) -> Wait:
-        """As a result of an activity."""
-        until = datetime.now(UTC) + timedelta(seconds=max(self.delay, 0.0))
-        return Wait(until=until, why=self.why, service=self.service)
+    def wait(self, now: float) -> Wait:
+        """As a result of an activity. now: epoch seconds by the store's clock, for this process's own may be wrong."""
+        return Wait(until=datetime.fromtimestamp(now + max(self.delay, 0.0), UTC), why=self.why, service=self.service)

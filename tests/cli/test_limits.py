@@ -1,0 +1,28 @@
+"""`limits` shows what the last minute has used of each rate limit, and who waits."""
+
+import json
+import os
+
+import pytest
+
+from holdfast.reliability.limits import Limiter
+from holdfast.reliability.waiting import NotYet
+from holdfast.services import Limit
+from holdfast.stack import without_ours
+from holdfast.state.clock import StoreClock
+from holdfast.state.database import Database
+from tests.fixtures.stack import Cli
+
+
+async def test_used_and_waiting_calls_are_listed(db: Database, store_url: str) -> None:
+    cli = Cli({**without_ours(os.environ), "DATABASE_URL": store_url})
+    assert "no call has been under a rate limit yet" in cli("limits").stdout
+    limiter, limit = Limiter(db, StoreClock(db)), Limit("tool notify", requests=2)
+    for key in ("k1", "k2"):
+        await limiter.take(limit, key)
+    with pytest.raises(NotYet):
+        await limiter.take(limit, "k3")
+    await limiter.close()
+    (row,) = json.loads(cli("limits", "--json").stdout)
+    assert (row["name"], row["requests"], row["waiting"]) == ("tool notify", 2, 1)
+    assert "tool notify" in cli("limits").stdout
