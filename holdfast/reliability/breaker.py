@@ -139,6 +139,10 @@ _GIVE_BACK = """
 UPDATE breakers SET version = version + 1, prober = NULL, lease_until = 0, probe_at = ?
 WHERE target = ? AND version = ?"""
 
+_ABANDON = """
+UPDATE breakers SET version = version + 1, prober = NULL, lease_until = 0, probe_at = ?
+WHERE target = ? AND prober = ?"""
+
 _REOPEN = """
 UPDATE breakers SET version = version + 1, failures = failures + 1, prober = NULL, lease_until = 0, probe_at = ?,
     reason = ?
@@ -275,6 +279,11 @@ class Breaker:
         """The call did not go out after all, or says nothing about its service: the next one may be the probe."""
         if passed.version:
             await self._db.run(_GIVE_BACK, await self._clock.now(), passed.target, passed.version)
+
+    async def abandoned(self, target: str, holder: str) -> None:
+        """The call is settled, so it probes no more: one that died after it had recorded its result holds the probe."""
+        if target:
+            await self._db.run(_ABANDON, await self._clock.now(), target, holder)
 
     async def pause(self, target: str, seconds: float) -> None:
         """The service asked to be left alone for so long; of two such wishes the longer one holds. Not a trip."""

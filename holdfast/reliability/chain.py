@@ -178,6 +178,7 @@ async def _once(guards: Guards, call: Call, act: Act, probe: Act | None, tokens:
     since = time.monotonic()
     # Without a limit the reservation itself looks up; a call that is settled must not use up what others wait for.
     if call.limits and (known := await ledger.settled(call)):
+        await guards.breaker.abandoned(call.target, call.key)
         return known
     tickets = await _take(guards, call)
     _still_mine(call)
@@ -190,6 +191,7 @@ async def _once(guards: Guards, call: Call, act: Act, probe: Act | None, tokens:
         assert held is not None, "the breaker was asked"
     if isinstance(held, Settled):
         await entry.left()
+        await guards.breaker.abandoned(call.target, call.key)
         return held
     faults.reached(reserved, call.name)
     return await _act(entry, held, since, act, probe, tokens, answered)

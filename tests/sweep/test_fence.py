@@ -79,6 +79,32 @@ async def test_frozen_before_its_reservation_leaves_the_attempt_alone_that_took_
     assert (entry.state, entry.attempt, entry.worker) == (State.RESERVED, 1, "other")
 
 
+@pytest.mark.parametrize("limits", [(), (Limit("mail", 60),)], ids=["free", "limited"])
+async def test_probe_of_a_worker_that_died_after_recording_its_result_is_given_back(
+    db: Database, monkeypatch: pytest.MonkeyPatch, limits: tuple[Limit, ...]
+) -> None:
+    rule = BreakerRule(failures=1, probe_after_s=1e-9)
+    call = tool_call("k/1", "k", "mail", Effect.MANUAL, {}, target="mail", rule=rule, limits=limits)
+    dying, other = Guards(db, "dying"), Guards(db, "other")
+    await dying.breaker.failed(Pass("mail", rule), Failure(ErrorType.UNAVAILABLE, "503"))
+
+    class Died(BaseException):
+        pass
+
+    async def die(passed: Pass) -> None:
+        raise Died
+
+    async def act(attempt: int) -> str:
+        return "sent"
+
+    monkeypatch.setattr(dying.breaker, "succeeded", die)
+    with pytest.raises(Died):
+        await protected(dying, call, act)
+    assert (await protected(other, call, act)).result == "sent"
+    probe = await other.breaker.admit("mail", rule, "k/2", 10.0)
+    assert probe.version, "and not only when the lease of the dead one is over"
+
+
 async def test_frozen_read_counts_no_failure_on_waking(db: Database) -> None:
     now = [0.0]
     lease.current.set(lease.Lease(3.0, clock=lambda: now[0]))
