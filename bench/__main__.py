@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from bench.profiling import profiled
-from bench.services import SERVER_FLAGS, Services, SideFailed, SideProcess, services
+from bench.services import LIMITS, SERVER_FLAGS, Services, SideFailed, SideProcess, services
 from holdfast.stack import StackFailed
 
 BARE = "bare"
@@ -83,7 +83,7 @@ async def running(plan: Plan, stores: Sequence[str]) -> AsyncIterator[tuple[Serv
             try:
                 for store in stores:
                     sides.append(around.side(store, "agent", around.store(store)))
-                    sides.append(around.side(store + ALL_ON, "agent", around.store(store), limits=True))
+                    sides.append(around.side(store + ALL_ON, "agent", around.store(store), LIMITS))
                 for side in sides:
                     side.answer()  # ready
                     side.ask("run", agents=1, turns=plan.turns)

@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -53,7 +54,12 @@ def _stream(deltas: list[dict[str, Any]], finish: str) -> bytes:
     return _HEAD + b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events) + b"0\r\n\r\n"
 
 
-class _Http(asyncio.Protocol):
+class Http(asyncio.Protocol):
+    """Hands each request's body to `answer` and sends what it returns."""
+
+    def __init__(self, answer: Callable[[bytes], bytes] = answer) -> None:
+        self._answer = answer
+
     def connection_made(self, transport: Any) -> None:
         self._transport, self._buffer = transport, b""
 
@@ -65,12 +71,12 @@ class _Http(asyncio.Protocol):
             stop = end + 4 + int(length[1])
             if len(self._buffer) < stop:
                 return
-            self._transport.write(answer(self._buffer[end + 4 : stop]))
+            self._transport.write(self._answer(self._buffer[end + 4 : stop]))
             self._buffer = self._buffer[stop:]
 
 
 async def _serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(_Http, "127.0.0.1", port)
+    server = await asyncio.get_running_loop().create_server(Http, "127.0.0.1", port)
     print("listening", flush=True)
     await server.serve_forever()
 

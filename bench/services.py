@@ -76,6 +76,8 @@ class SideProcess:
 
 
 FAR = "10000000"
+LIMITS = {"HOLDFAST_MODEL_RPM": FAR, "HOLDFAST_MODEL_TPM": FAR, "BENCH_PER_MINUTE": FAR}
+"""Rate limits on every call that are never reached: what is measured is what it costs to keep the books."""
 
 
 class Services:
@@ -104,8 +106,8 @@ class Services:
         migrate(url)
         return url
 
-    def side(self, name: str, kind: str, store: str = "", limits: bool = False) -> SideProcess:
-        """Starts a side. store: address of an empty store, for our side. limits: with rate limits on every call."""
+    def side(self, name: str, kind: str, store: str = "", more: Mapping[str, str] | None = None) -> SideProcess:
+        """Starts a side. store: address of an empty store, for our side. more: of its environment."""
         environment = without_ours(os.environ) | {
             "TEMPORAL_ADDRESS": self._temporal,
             "TEMPORAL_CONFIG_FILE": os.devnull,
@@ -115,10 +117,7 @@ class Services:
             "HOLDFAST_HOME": str(self._home),
             "OTEL_EXPORTER_OTLP_ENDPOINT": "",
         }
-        if limits:
-            # Never reached: what is measured is what it costs to keep the books.
-            environment |= {"HOLDFAST_MODEL_RPM": FAR, "HOLDFAST_MODEL_TPM": FAR, "BENCH_PER_MINUTE": FAR}
-        return SideProcess(name, kind, environment, self._home / f"{name}.log")
+        return SideProcess(name, kind, {**environment, **(more or {})}, self._home / f"{name}.log")
 
     def cpu(self) -> dict[str, float]:
         """CPU seconds so far of each service, with its children."""

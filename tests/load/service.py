@@ -34,18 +34,24 @@ class Service:
 
     async def call(self, request: Request) -> JSONResponse:
         body = await request.json()
-        now, tokens = time.monotonic(), body["tokens"]
+        if not self.arrive(body["agent"], body["tokens"]):
+            return JSONResponse({"error": "rate limit"}, 429, {"retry-after": "1"})
+        return JSONResponse({"tokens": body["tokens"]})
+
+    def arrive(self, agent: str, tokens: int) -> bool:
+        """Counts a call. False when it is refused."""
+        now = time.monotonic()
         self.arrivals.append((now, tokens))
         while self._minute and self._minute[0][0] <= now - 60:
             self._tokens -= self._minute.popleft()[1]
         over = self.limit.requests is not None and len(self._minute) >= self.limit.requests
         if over or (self.limit.tokens is not None and self._tokens + tokens > self.limit.tokens):
             self.refused += 1
-            return JSONResponse({"error": "rate limit"}, 429, {"retry-after": "1"})
+            return False
         self._minute.append((now, tokens))
         self._tokens += tokens
-        self.calls[body["agent"]] += 1
-        return JSONResponse({"tokens": tokens})
+        self.calls[agent] += 1
+        return True
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
