@@ -223,17 +223,17 @@ class AgentWorkflow:
     async def _finish(self, final: str) -> Ending | None:
         """The model has said its final words: the end, unless something is open that the run cannot end without."""
         state = self._state
+        state.final = final
         if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
-            state.final = final
             self._approvals.hold_for(questions.held(state))
             if state.deferred and not state.approvals.held:
                 self._phase(Phase.PARKED)
             await workflow.wait_condition(lambda: not self._aside.open_ends)
             self._approvals.hold_for([])
             self._phase(Phase.RUNNING)
-            state.final = None
-            if state.notices:  # the model hears how they ended, and finishes anew
-                return None
+        state.final = None
+        if state.notices:  # something has ended that the model does not know of: it finishes anew
+            return None
         verdict = judge_final(state, final)
         if isinstance(verdict, Ending):
             return verdict
