@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from typer import Typer
 
 from holdfast.cli.app import app
 from holdfast.contracts import RunOutcome
@@ -13,7 +14,8 @@ from holdfast.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+GUARANTEES = sorted((ROOT / "docs/guarantees").glob("*.md"))
 LINK = re.compile(r"!?\[([^\]]+)\]\(([^)\s]+)\)")
 
 
@@ -52,6 +54,8 @@ def test_the_table_of_settings_is_the_code():
     def written(value: object) -> str:
         if isinstance(value, SecretStr):
             return value.get_secret_value()
+        if value in (None, ()):
+            return ""
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     told = {name.strip("`"): default.strip("`") for name, default, _ in rows(README.read_text(), "### Settings")}
@@ -60,16 +64,37 @@ def test_the_table_of_settings_is_the_code():
 
 
 def test_the_table_of_outcomes_is_the_code():
-    table = rows(README.read_text(), "## Run it")
+    table = rows(README.read_text(), "\n| outcome ")
     told = {outcome: (undoes == "yes", int(code)) for outcome, _, _, undoes, code in table}
     assert told == {outcome.value: (outcome.unwinds, outcome.exit_code) for outcome in RunOutcome}
 
 
 def test_every_command_that_is_told_exists():
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    groups = {group.name: names(group.typer_instance) for group in app.registered_groups if group.typer_instance}
+    known = names(app) | set(groups)
     for page in PAGES:
         for name in re.findall(r"starter\.py (\w+)", page.read_text()):
             assert name in known, f"{page.name}: starter.py {name}"
+        for group, name in re.findall(
+            rf"(?:starter\.py |`)({'|'.join(filter(None, groups))}) ([a-z]+)", page.read_text()
+        ):
+            assert name in groups[group], f"{page.name}: {group} {name}"
+
+
+def names(commands: Typer) -> set[str]:
+    return {each.name or each.callback.__name__ for each in commands.registered_commands if each.callback}
+
+
+@pytest.mark.parametrize("page", GUARANTEES, ids=lambda page: page.stem)
+def test_a_guarantee_says_what_it_promises_how_its_limits_and_what_shows_it(page: Path):
+    if page.name == "README.md":
+        listed = {target for _, target in LINK.findall(page.read_text())}
+        assert {each.name for each in GUARANTEES} - {page.name} <= listed
+        return
+    heads = re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE)
+    assert heads == ["Promise", "Mechanism", "Limits", "Shown by"]
+    shown = page.read_text().partition("## Shown by")[2]
+    assert any(text.startswith("test_") for text, _ in LINK.findall(shown))
 
 
 def test_every_task_that_is_told_exists():
