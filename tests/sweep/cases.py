@@ -18,7 +18,7 @@ from holdfast.reliability.ledger import Entry, State
 from holdfast.services import Service
 from holdfast.simulation.hospital import EffectRow, RequestRow
 from holdfast.simulation.scripted_model import CallRow
-from holdfast.state.letters import Letter
+from holdfast.state.letters import Letter, LetterState
 
 READS = ("records", "insurance")
 MESSAGES = ("notify_providers", "notify_patient")
@@ -316,8 +316,9 @@ def _ledger(case: Case, found: Evidence) -> list[str]:
 
 def _letters(case: Case, found: Evidence) -> list[str]:
     wanted = list(PLOTS[case.flow].letters) if case.flow in PLOTS else []
-    got = [(letter.kind, letter.subject) for letter in found.letters]
-    return [] if got == wanted else [f"dead letters: {got}, expected {wanted}"]
+    got = [(letter.kind, letter.subject, letter.state) for letter in found.letters]
+    right = [(kind, subject, LetterState.OPEN) for kind, subject in wanted]
+    return [] if got == right else [f"dead letters: {got}, expected {right}"]
 
 
 def _breakers(case: Case, found: Evidence) -> list[str]:

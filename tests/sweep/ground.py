@@ -100,7 +100,7 @@ class Run:
             outcome=row.outcome if row else None,
             result=RunResult.model_validate_json(row.result) if row and row.result else None,
             ledger=await Ledger(database, "sweep").entries(self.key_base),
-            letters=await Letters(database).of_workflow(self.handle.id),
+            letters=[each for each in await Letters(database).find() if each.workflow_id == self.handle.id],
             breakers=[row for row in await breaker.rows() if row.target.endswith(f"@{self.queue}")],
             effects=self.lane.record.effects(prefix),
             requests=self.lane.record.requests(prefix),

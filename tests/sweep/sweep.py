@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -210,7 +211,10 @@ async def _hit_armed(run: Run, case: Case, report: Report) -> Child:
         life.cancel()
     report.recovery_s = await run.started_on(other, at)
     if case.mode is Mode.KILL:
-        _within(report, max(RECOVERY_S, report.ready_s + BEGIN_S))
+        limit = max(RECOVERY_S, report.ready_s + BEGIN_S)
+        _within(report, limit)
+        if case.point is Point.PROBING and (booked := _booked(run) - at) > limit + BEGIN_S:
+            report.violations.append(f"the dead prober blocked the booking for {booked:.1f} s")
     return worker
 
 
@@ -231,6 +235,12 @@ async def _hit_waiting(run: Run, case: Case, report: Report) -> Child:
     if case.mode is Mode.KILL:
         _within(report, SIGNAL_S)
     return worker
+
+
+def _booked(run: Run) -> float:
+    """When the hospital booked the appointment (epoch); never, if it did not."""
+    effects = run.lane.record.effects(f"{run.key_base}/")
+    return next((effect.at for effect in effects if effect.kind == "book"), math.inf)
 
 
 def _within(report: Report, limit: float) -> None:
