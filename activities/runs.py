@@ -16,6 +16,7 @@ from holdfast.repairs import doubtful
 from holdfast.runtime import Runtime
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState, dump, letter_id
 from holdfast.state.runs import Runs
+from holdfast.telemetry import metrics
 
 
 class RunRecords:
@@ -39,6 +40,8 @@ class RunRecords:
         request_key = run.request_key if run else workflow_id
         written = letters_of(end, workflow_id, entries, request_key, held)
         await self._letters.write(written)
+        for letter in written:
+            metrics.dead_letter(letter.kind)
         await self._answer(held, {letter.id for letter in written}, workflow_id, end)
         faults.reached(Point.LETTERS_WRITTEN, "run")
         await self._runs.finish(

@@ -401,6 +401,18 @@ class Pending(BaseModel):
     """The ledger key of the call in question."""
 
 
+def percent(steps: list[StepState]) -> int:
+    """Share of the steps that are done, 0…100; 0 for an agent without steps."""
+    return 100 * sum(step.status is StepStatus.DONE for step in steps) // len(steps) if steps else 0
+
+
+def awaiting(steps: list[StepState], pending: list[Pending]) -> str:
+    """Why a run is partial: '83 % complete, awaiting Pharmacy coordination (pharmacist)'."""
+    titles = {step.name: step.title for step in steps}
+    left = ((titles.get(each.step) or each.step) + (f" ({each.role})" if each.role else "") for each in pending)
+    return f"{percent(steps)} % complete, awaiting {', '.join(left)}"
+
+
 class RunResult(BaseModel):
     """The result of a run: the Temporal result, the details of a failed run, and the `result` column of the store."""
 
@@ -434,7 +446,7 @@ class Phase(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     PARKED = "parked"
-    """The model is gone; a timer tries again."""
+    """A timer tries again: the model is gone, a service is down, or a rate limit says when."""
     WAITING_HUMAN = "waiting-human"
     COMPENSATING = "compensating"
     ENDED = "ended"

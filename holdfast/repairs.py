@@ -20,7 +20,9 @@ from holdfast.contracts import (
     ToolRequest,
     UndoRecord,
     UndoStatus,
+    awaiting,
     clip,
+    percent,
 )
 from holdfast.reliability.ledger import Entry, State
 
@@ -206,11 +208,9 @@ def amended(result: RunResult, ends: list[ActionEnd]) -> RunResult:
         if end.words not in result.notes:
             result.notes.append(end.words)
     if result.outcome is RunOutcome.PARTIAL:
-        left = ", ".join(f"{p.step} ({p.role})" if p.role else p.step for p in result.pending)
-        result.outcome = RunOutcome.PARTIAL if left else RunOutcome.COMPLETED
-        result.reason = f"pending: {left}" if left else ""
-    if result.steps:
-        result.percent = 100 * sum(s.status is StepStatus.DONE for s in result.steps) // len(result.steps)
+        result.outcome = RunOutcome.PARTIAL if result.pending else RunOutcome.COMPLETED
+        result.reason = awaiting(result.steps, result.pending) if result.pending else ""
+    result.percent = percent(result.steps)
     return result
 
 

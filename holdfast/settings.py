@@ -37,7 +37,9 @@ class Settings(BaseSettings):
     """Everything that may differ between two machines. Field names are the environment variables."""
 
     # The prefix concerns fields' own names, which code uses: without it `HOME` would be taken for `home`.
-    model_config = SettingsConfigDict(extra="ignore", populate_by_name=True, env_prefix="HOLDFAST_FIELD_")
+    model_config = SettingsConfigDict(
+        extra="ignore", populate_by_name=True, env_prefix="HOLDFAST_FIELD_", env_ignore_empty=True
+    )
 
     home: Annotated[Path, Field(alias="HOLDFAST_HOME")] = Path(".holdfast")
     """State of the embedded stack."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.contracts import OutcomeStatus, RunOutcome, StepState, StepStatus, digest
-from workflows import progress
+from holdfast.contracts import OutcomeStatus, RunOutcome, StepState, StepStatus, awaiting, digest
 from workflows.state import Ending, RunState
 
 MAX_REPEATS = 3
@@ -34,9 +33,7 @@ def judge_final(state: RunState, final: str) -> Ending | str:
             return Ending(RunOutcome.FAILED, f"critical step gone: {missing} never got an outcome", final)
         return f"Finishing is refused: these critical steps have no outcome yet: {missing}. Do them, then finish."
     if pending := state.pending():
-        names = {s.name: s.title or s.name for s in steps}
-        left = ", ".join(names.get(p.step, p.step) + (f" ({p.role})" if p.role else "") for p in pending)
-        return Ending(RunOutcome.PARTIAL, f"{progress.percent(steps)} % complete, awaiting {left}", final)
+        return Ending(RunOutcome.PARTIAL, awaiting(steps, pending), final)
     return Ending(RunOutcome.COMPLETED, "", final)
 
 

@@ -10,7 +10,17 @@ from math import ceil
 
 from temporalio import workflow
 
-from holdfast.contracts import AgentInput, Approval, RunResult, RunStatus, StepState, StepStatus, UndoStatus, Usage
+from holdfast.contracts import (
+    AgentInput,
+    Approval,
+    RunResult,
+    RunStatus,
+    StepState,
+    StepStatus,
+    UndoStatus,
+    Usage,
+    percent,
+)
 from holdfast.temporal import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
 from workflows.state import Ending, RunState
 
@@ -24,11 +34,6 @@ TICKS = {
     StepStatus.REJECTED: "✗",
     StepStatus.UNDONE: "↩",
 }
-
-
-def percent(steps: list[StepState]) -> int:
-    """Share of the steps that are done, 0…100; 0 for an agent without steps."""
-    return 100 * _done(steps) // len(steps) if steps else 0
 
 
 def line(agent: str, steps: list[StepState], doing: str, now: datetime) -> str:

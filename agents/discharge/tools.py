@@ -13,6 +13,8 @@ from holdfast.contracts import Effect, Json
 from holdfast.tools import ToolContext, ToolRefused, Undo, tool
 
 PatientId = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$", description="the patient's id in the records")]
+PATIENCE = 600.0
+"""Seconds after which a step that holds up nothing is left to its desk, however long its service stays down."""
 Line = Annotated[str, Field(min_length=1, max_length=500)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
 
@@ -55,7 +57,7 @@ async def read_orders(ctx: ToolContext, patient_id: PatientId) -> Json:
     return await _of_patient(ctx, patient_id, "GET", f"/records/patients/{patient_id}/orders")
 
 
-@tool(effect=Effect.READ, service="insurance", retries=5)
+@tool(effect=Effect.READ, service="insurance", retries=5, deadline=PATIENCE)
 async def verify_insurance(ctx: ToolContext, patient_id: PatientId) -> Json:
     """Verify the patient's insurance coverage."""
     return await _of_patient(ctx, patient_id, "POST", "/insurance/verify", json={"patient_id": patient_id})
@@ -64,7 +66,7 @@ async def verify_insurance(ctx: ToolContext, patient_id: PatientId) -> Json:
 # ------------------------------------------------------------------ pharmacy, appointments: both honour keys
 
 
-@tool(effect=Effect.IDEMPOTENT, service="pharmacy", timeout=10, retries=0)
+@tool(effect=Effect.IDEMPOTENT, service="pharmacy", timeout=10, retries=0, deadline=PATIENCE)
 async def order_medication(
     ctx: ToolContext, patient_id: PatientId, items: Annotated[list[Medication], Field(min_length=1)]
 ) -> Json:
@@ -78,7 +80,7 @@ async def cancel_order(ctx: ToolContext, undo: Undo) -> str | None:
     return await _cancel(ctx, "/pharmacy/orders", undo, "pharmacy order")
 
 
-@tool(effect=Effect.IDEMPOTENT, service="appointments")
+@tool(effect=Effect.IDEMPOTENT, service="appointments", deadline=PATIENCE)
 async def book_appointment(
     ctx: ToolContext,
     patient_id: PatientId,

@@ -353,6 +353,7 @@ def mendable(error: Exception) -> str | None:
     if isinstance(error, Refused):
         return str(error)
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
     from temporalio.service import RPCError
 
     from agents.registry import UnknownAgent
@@ -372,6 +373,8 @@ def mendable(error: Exception) -> str | None:
         return (
             f"the Temporal server answered {error.status.name.lower()}: {error.message}; see `uv run starter.py doctor`"
         )
+    if isinstance(error, SettingsError):
+        return f"an environment variable does not fit: {error}"
     if isinstance(error, ValidationError) and error.title == "Settings":
         return f"an environment variable does not fit: {explain(error)}"
     return None

@@ -9,7 +9,7 @@ from agents.registry import agents as all_agents
 from holdfast.agent import AgentSpec
 from holdfast.cli.output import out, print_json
 from holdfast.contracts import Json
-from holdfast.tools import Tool
+from holdfast.tools import LastGood, Tool
 
 
 def show_agents(as_json: bool) -> None:
@@ -55,11 +55,18 @@ def show_tools(agent: str | None, as_json: bool) -> None:
         out.print(f"[bold]{spec.name}[/bold]")
         for tool in spec.tools:
             marks = [str(tool.effect), tool.service, f"{tool.timeout_s:g} s", f"{tool.retries} retries"]
-            marks += ["needs approval"] * tool.approval + ["can be undone"] * (tool.undo_function is not None)
+            marks += ["needs approval"] * tool.approval + ["can be undone"] * tool.policy.undo
+            marks += [f"{tool.per_minute} a minute"] * (tool.per_minute is not None) + _fallbacks(tool)
             out.print(Text.assemble("  ", (tool.name, "cyan"), f"  version {tool.version} · {' · '.join(marks)}"))
             out.print(Text(f"      {tool.description.splitlines()[0]}", "dim"))
             arguments = ", ".join(f"{name}: {_type(field)}" for name, field in tool.schema["properties"].items())
             out.print(Text(f"      {arguments}", "dim"))
+
+
+def _fallbacks(tool: Tool) -> list[str]:
+    names = ["last good result" if isinstance(each, LastGood) else each.name for each in tool.fallback]
+    names += ["template"] * (tool.template_function is not None)
+    return [f"else {', '.join(names)}"] if names else []
 
 
 def _tool(tool: Tool) -> Json:
@@ -73,7 +80,9 @@ def _tool(tool: Tool) -> Json:
         "deadline_s": tool.deadline_s,
         "retries": tool.retries,
         "approval": tool.approval,
-        "undo": tool.undo_function is not None,
+        "undo": tool.policy.undo,
+        "per_minute": tool.per_minute,
+        "fallback": _fallbacks(tool),
         "arguments": tool.schema,
         "result": tool.result_schema,
     }

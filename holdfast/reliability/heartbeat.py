@@ -25,11 +25,16 @@ def position() -> Any:
 
 
 def advance(position: Any) -> None:
-    """Tells how far the activity has come: JSON data. The server hears of it at once, or within a beat."""
+    """Tells how far the activity has come: JSON data. The server hears at once; from a thread, with the next beat."""
     told = _position.get()
-    if told is not None:
-        told[:] = [position]
-        activity.heartbeat(position)
+    if told is None:
+        return
+    told[:] = [position]
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return  # a sync tool's thread, where Temporal cannot be told
+    activity.heartbeat(position)
 
 
 class HeartbeatInterceptor(Interceptor):

@@ -1,24 +1,15 @@
 """Rate limits that all workers share: calls and tokens per sliding minute, booked ahead in one row of the store.
 
-The book of a limit counts calls and tokens per half-second slot, past and booked. A call gets the earliest slot in
-which no minute exceeds a limit. If that slot is now, the call goes out. If not, the slot is booked under the call's key
-and `NotYet` says when to come back: nobody waits in a worker, and those that wait come one by one, not as a herd.
+What a row holds and who may go out when is the `book`'s. A call that has to wait learns from `NotYet` when to come
+back: nobody waits in a worker, and those that wait come one by one, not as a herd.
 
-Promises, as long as no call uses more tokens than were estimated:
-- In no sliding minute do more calls or tokens go out than allowed. Saturated, at least 95 % of the rate is used, less
-  the fragment into which the next call's tokens do not fit.
-- Nobody starves: a booked slot never moves back, so a call waits only for those that were booked before it. Calls
-  of equal size are served in their order, except where room comes free later: whoever asks next may have it.
-- A call that comes back more than `LATE_S` after its slot has lost it and is booked anew.
-
-An estimate counts until it is settled. When the process dies before, it counts until its minute is over.
-A call whose estimate is above the whole token limit counts as the whole limit: it goes out alone, in an empty minute.
+Far from its limit a call costs next to nothing: most go out on a spare place, without a statement, and what they have
+used is written with the next statement that is due anyway.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 import time
@@ -26,8 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
-from itertools import count
 
+from holdfast.reliability.book import (
+    AIM_S,
+    LATE_S,
+    SLOT_S,
+    Book,
+    Placed,
+    Spares,
+    advance,
+    book_spares,
+    change,
+    place,
+    settle,
+)
 from holdfast.reliability.waiting import NotYet
 from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
@@ -35,173 +38,10 @@ from holdfast.state.database import Database
 
 _log = logging.getLogger(__name__)
 
-SLOT_S = 0.5
-LATE_S = 2.0
-"""Seconds after the begin of its slot within which a call has to be let out."""
-SPAN = 125
-"""Slots that are held to the limit: those of 62.5 s.
-
-A call counted in a slot is let out within LATE_S of the slot's begin and reaches the service at most 0.5 s later (the
-workers' clocks may differ by a part of that). So two calls whose slots are SPAN or more apart arrive at least
-62.5 - 2.5 = 60 s apart, never in one minute. The price: of a saturated limit 60 / 62.5 = 96 % is used.
-"""
-PEAK = 2
-"""While calls wait, they go out at up to this multiple of the mean rate, so that a burst does not come back as one."""
-AIM_S = 0.05
-"""A waiting call is told to come so long after its slot began: a timer that rings early would cost another round."""
-FLUSH_S = 0.2
+FLUSH_S = 1.0
 """Seconds after which what was settled is written, when no other statement on the limit takes it along."""
-EARLY_S = 5.0
-"""A look before its slot has to be so much earlier to be worth a call's while."""
-MEMORY = 0.98
-"""Of what was learned about estimates, the part that is kept at each settling."""
-
-
-# ------------------------------------------------------------------ the book: pure
-
-
-@dataclass
-class Book:
-    """What is known of one limit. `slots`: calls and tokens by slot (epoch seconds // SLOT_S), booked ones included."""
-
-    at: float = 0.0
-    """The latest time seen; it never goes back. A store whose clock is set back waits until it has caught up."""
-    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
-    waiting: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Booked slot and tokens of each waiting call, by digest of its key."""
-    estimated: float = 0.0
-    used: float = 0.0
-    """Tokens of the calls settled of late: estimated and real."""
-
-    @classmethod
-    def load(cls, text: str) -> Book:
-        data = json.loads(text)
-        return cls(
-            data["at"],
-            {slot: (requests, tokens) for slot, requests, tokens in data["slots"]},
-            {key: (slot, tokens) for key, (slot, tokens) in data["waiting"].items()},
-            *data["learned"],
-        )
-
-    def dump(self) -> str:
-        data = {
-            "at": round(self.at, 3),
-            "slots": [[slot, *counted] for slot, counted in self.slots.items()],
-            "waiting": self.waiting,
-            "learned": [round(self.estimated), round(self.used)],
-        }
-        return json.dumps(data, separators=(",", ":"))
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Where a call stands: let out now (`granted`), or booked."""
-
-    slot: int
-    tokens: int
-    """As counted in the slot."""
-    granted: bool
-    look_at: float
-    """When to come back, epoch seconds."""
-
-
-def advance(book: Book, now: float) -> None:
-    """Brings the book to the time: slots that no longer count go, and the bookings whose call did not come."""
-    before, book.at = book.at, max(book.at, now)
-    if book.at // SLOT_S > before // SLOT_S:
-        oldest = int(book.at // SLOT_S) - SPAN
-        book.slots = {slot: counted for slot, counted in book.slots.items() if slot > oldest}
-    for key, (slot, tokens) in list(book.waiting.items()):
-        if slot * SLOT_S + LATE_S < book.at:
-            del book.waiting[key]
-            change(book, slot, -1, -tokens)
-
-
-def change(book: Book, slot: int, requests: int, tokens: int) -> None:
-    """Counts more, or less, in a slot. One that has left the book is left alone."""
-    if slot <= int(book.at // SLOT_S) - SPAN:
-        return
-    before = book.slots.get(slot, (0, 0))
-    after = (max(before[0] + requests, 0), max(before[1] + tokens, 0))
-    if after == (0, 0):
-        book.slots.pop(slot, None)
-    else:
-        book.slots[slot] = after
-
-
-def settle(book: Book, slot: int, estimated: int, used: int) -> None:
-    """Counts what a call has really used, and learns how far estimates are off."""
-    change(book, slot, 0, used - estimated)
-    book.estimated = book.estimated * MEMORY + estimated
-    book.used = book.used * MEMORY + used
-
-
-def place(book: Book, limit: Limit, key: str, tokens: int, not_before: int = 0) -> Placed:
-    """Lets the call of this key out now, if the book (advanced to now) has room, or books it.
-
-    A key that was booked has its slot, or an earlier one that has come free.
-    not_before: a slot before which it is not to go out.
-    """
-    tokens = 0 if limit.tokens is None else min(tokens, limit.tokens)
-    this = int(book.at // SLOT_S)
-    start = max(this, not_before)
-    held = book.waiting.pop(key, None)
-    if held is not None:
-        change(book, held[0], -1, -held[1])
-    if held and held[0] <= this == start and _earliest(book, limit, tokens, held[0], paced=False) == held[0]:
-        slot = held[0]
-    else:
-        slot = _earliest(book, limit, tokens, start, paced=bool(book.waiting))
-        if held and this < held[0] >= start:
-            slot = min(slot, held[0])  # it never moves back, not even when others use more than they said
-    change(book, slot, 1, tokens)
-    granted = slot <= this
-    if not granted:
-        book.waiting[key] = (slot, tokens)
-    return Placed(slot, tokens, granted, _look_at(book, slot))
-
-
-def _earliest(book: Book, limit: Limit, tokens: int, start: int, *, paced: bool) -> int:
-    """The first slot from `start` on in which a call of so many tokens breaks no limit, also of those booked after it.
-
-    paced: and in which not too many go out at once.
-    """
-    slots, nothing = book.slots, (0, 0)
-    most = float("inf") if limit.requests is None else limit.requests
-    most_tokens = float("inf") if limit.tokens is None else limit.tokens
-    if not paced:  # most limits are far from full: no need to look at each minute
-        calls, busy = sum(counted[0] for counted in slots.values()), sum(counted[1] for counted in slots.values())
-        if calls + 1 <= most and busy + tokens <= most_tokens:
-            return start
-    before = [slots.get(slot, nothing) for slot in range(start - SPAN, start)]
-    requests = sum(counted[0] for counted in before)
-    used = sum(counted[1] for counted in before)
-    found = start
-    for end in count(start):  # the span that ends with this slot
-        entering, leaving = slots.get(end, nothing), slots.get(end - SPAN, nothing)
-        requests += entering[0] - leaving[0]
-        used += entering[1] - leaving[1]
-        if requests + 1 > most or used + tokens > most_tokens:
-            found = end + 1
-        elif end >= found + SPAN - 1:  # every span that has `found` in it was looked at
-            calls, busy = slots.get(found, nothing)
-            crowded = (calls + 1) * SPAN > PEAK * most or (busy + tokens) * SPAN > PEAK * most_tokens
-            if not (paced and calls and crowded):
-                return found
-            found += 1
-    raise AssertionError("unreachable: the book ends, and after it there is room")
-
-
-def _look_at(book: Book, slot: int) -> float:
-    """When the call should come back.
-
-    Where estimates turn out too high, room comes free before the slot: without a look before it, that room is lost. At
-    half the way at the earliest, so that a call looks a few times, not often.
-    """
-    begin = slot * SLOT_S
-    ratio = max(0.5, min(1.0, book.used / book.estimated)) if book.estimated else 1.0
-    early = (begin - book.at) * (1 - ratio)
-    return begin - early if early >= EARLY_S else begin + AIM_S
+HASTE_S = 0.2
+"""The same while calls wait: they want the room that is left over."""
 
 
 # ------------------------------------------------------------------ the row in the store
@@ -209,11 +49,12 @@ def _look_at(book: Book, slot: int) -> float:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A call that was let out. `tokens`: the estimate as it is counted."""
+    """A call that was let out, or several. `tokens`: the estimate as it is counted."""
 
     limit: Limit
     slot: int
     tokens: int
+    requests: int = 1
 
 
 @dataclass
@@ -232,19 +73,28 @@ class _Row:
 
     version: int | None = None
     book: Book = field(default_factory=Book)
+    spares: Spares = field(default_factory=Spares)
     shared: bool = False
     """Other processes write to it as well: to read it first is cheaper than to try."""
     asks: list[_Ask] = field(default_factory=list)
     settled: list[tuple[Ticket, int | None]] = field(default_factory=list)
     """With the tokens used; None: the call did not go out."""
     due: bool = False
-    """What is settled has waited for `FLUSH_S`."""
+    """What is settled, or spare, has waited long enough."""
     timer: asyncio.TimerHandle | None = None
     task: asyncio.Task[None] | None = None
 
 
+    def give_back(self) -> None:
+        """Notes the spare places as not used."""
+        spares = self.spares
+        if spares.limit and (spares.requests or spares.tokens):
+            self.settled.append((Ticket(spares.limit, spares.slot, spares.tokens, spares.requests), None))
+            spares.requests = spares.tokens = 0
+
+
 class Limiter:
-    """The rate limits, for all calls of a process: one statement on the store for all that ask at the same time."""
+    """The rate limits, for all calls of a process: a spare place, or one statement for all that ask at the same time."""
 
     def __init__(self, db: Database, clock: StoreClock) -> None:
         self._db = db
@@ -300,27 +150,42 @@ class Limiter:
         self._note(ticket, None)
 
     async def close(self) -> None:
-        """Writes what is settled. An error of the store then only means that estimates count for a minute more."""
+        """Writes what is settled or spare. An error of the store then only means that it counts for a minute more."""
         for name, row in self._rows.items():
+            row.give_back()
             while row.settled or row.task:  # a statement under way may leave something to be released
                 self._flush(name, row)
                 if row.task:
                     await row.task
+                row.give_back()
 
     def _note(self, ticket: Ticket, tokens: int | None) -> None:
         name = ticket.limit.name
         row = self._rows.setdefault(name, _Row())
         row.settled.append((ticket, tokens))
-        if row.timer is None:
-            row.timer = asyncio.get_running_loop().call_later(FLUSH_S, self._flush, name, row)
+        self._flush_in(HASTE_S if row.book.waiting else FLUSH_S, name, row)
+
+    def _flush_in(self, seconds: float, name: str, row: _Row) -> None:
+        loop = asyncio.get_running_loop()
+        if row.timer is not None and row.timer.when() <= loop.time() + seconds:
+            return
+        if row.timer is not None:
+            row.timer.cancel()
+        row.timer = loop.call_later(seconds, self._flush, name, row)
 
     def _flush(self, name: str, row: _Row) -> None:
-        row.due = bool(row.settled)
+        row.timer = None
+        row.due = bool(row.settled or row.spares.requests or row.spares.tokens)
         if row.due:
             self._wake(name, row)
 
     async def _ask(self, limit: Limit, key: str, tokens: int, not_before: int) -> tuple[Placed, float]:
         row = self._rows.setdefault(limit.name, _Row())
+        if not not_before and row.spares.requests:
+            since = time.monotonic()
+            now = await self._clock.now() + time.monotonic() - since
+            if spare := row.spares.spend(limit, tokens, now):
+                return spare, now
         short = sha256(key.encode()).hexdigest()[:12]
         ask = _Ask(limit, short, tokens, not_before, asyncio.get_running_loop().create_future())
         row.asks.append(ask)
@@ -360,7 +225,12 @@ class Limiter:
                     await self._read(name, row)
                 since = time.monotonic()
                 now = await self._clock.now()
+                if asks or row.spares.expired(now):
+                    row.give_back()
+                    settled += row.settled
+                    row.settled = []
                 placed = _decide(row.book, now, asks, settled)
+                spares = _spares(row, now, asks)
                 if await self._write(name, row):
                     break
                 row.version, row.shared = None, True
@@ -379,6 +249,7 @@ class Limiter:
                 _log.warning("rate limit %s: %d calls go on counting by estimate: %s", name, len(settled), error)
             return
         now += time.monotonic() - since
+        row.spares = spares
         for ask, each in zip(asks, placed, strict=True):
             # The store was slow, or this process frozen: the slot is lost to a call that may not go out in it any more.
             late = each.granted and now > each.slot * SLOT_S + LATE_S
@@ -390,6 +261,9 @@ class Limiter:
                 row.asks.append(ask)
             else:
                 ask.answer.set_result((each, now))
+        row.asks = [ask for ask in row.asks if not _let_out(row.spares, ask, now)]
+        if row.spares.requests:
+            self._flush_in(LATE_S, name, row)
 
     async def _read(self, name: str, row: _Row) -> None:
         while (found := await self._db.one("SELECT version, book FROM limits WHERE name = ?", name)) is None:
@@ -415,10 +289,26 @@ def _decide(book: Book, now: float, asks: list[_Ask], settled: list[tuple[Ticket
     advance(book, now)
     for ticket, used in settled:
         if used is None:
-            change(book, ticket.slot, -1, -ticket.tokens)
+            change(book, ticket.slot, -ticket.requests, -ticket.tokens)
         else:
             settle(book, ticket.slot, ticket.tokens, used)
     return [place(book, ask.limit, ask.key, ask.tokens, ask.not_before) for ask in asks]
+
+
+def _spares(row: _Row, now: float, asks: list[_Ask]) -> Spares:
+    """Books as many as the last ones tell. Without a call that asks there is no reason for more."""
+    if not asks:
+        return row.spares
+    limit, tokens = asks[-1].limit, max(ask.tokens for ask in asks)
+    return book_spares(row.book, limit, row.spares.wanted(now, len(asks)), tokens)
+
+
+def _let_out(spares: Spares, ask: _Ask, now: float) -> bool:
+    """Answers a call that came while the statement ran, if there is a spare place for it."""
+    if ask.not_before or ask.answer.done() or not (spare := spares.spend(ask.limit, ask.tokens, now)):
+        return False
+    ask.answer.set_result((spare, now))
+    return True
 
 
 def _not_yet(limit: Limit, placed: list[Placed], now: float) -> NotYet:
@@ -434,7 +324,7 @@ def _not_yet(limit: Limit, placed: list[Placed], now: float) -> NotYet:
 
 @dataclass(frozen=True)
 class LimitUsage:
-    """A limit as its row has it. `requests` and `tokens`: of the last minute, with estimates of unfinished calls."""
+    """A limit as its row has it. `requests` and `tokens`: of the last minute, with estimates of unfinished calls and with spare places."""
 
     name: str
     requests: int
@@ -455,6 +345,6 @@ def _usage(name: str, book: Book, now: float) -> LimitUsage:
     due = [slot for slot, _ in book.waiting.values()]
     for slot, tokens in book.waiting.values():
         change(book, slot, -1, -tokens)
-    last = [counted for slot, counted in book.slots.items() if now - 60 < slot * SLOT_S <= now]
-    requests, tokens = sum(counted[0] for counted in last), sum(counted[1] for counted in last)
+    last = [both for slot, both in book.slots.items() if now - 60 < slot * SLOT_S <= now]
+    requests, tokens = sum(calls for calls, _ in last), sum(used for _, used in last)
     return LimitUsage(name, requests, tokens, len(due), max(due) * SLOT_S if due else None)

@@ -40,7 +40,7 @@ PARTIAL = RunResult(
 
 def test_a_run_is_complete_when_nothing_is_pending_any_more() -> None:
     one = amended(PARTIAL, [replayed(1)])
-    assert (one.outcome, one.reason, one.percent) == (RunOutcome.PARTIAL, "pending: visit (desk)", 66)
+    assert (one.outcome, one.reason, one.percent) == (RunOutcome.PARTIAL, "66 % complete, awaiting visit (desk)", 66)
     both = amended(one, [replayed(2)])
     assert (both.outcome, both.reason, both.percent, both.pending) == (RunOutcome.COMPLETED, "", 100, [])
     assert amended(both, [replayed(2)]) == both
