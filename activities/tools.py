@@ -124,9 +124,9 @@ class Tools:
                     return stand_in
         except NotYet as wait:
             # While its service is down a tool may be stood in for, once it is certain that it did nothing itself.
-            if wait.service and tool.has_fallback and await self._gives_way(call, wait.why):
+            if wait.service and tool.has_fallback and await self._gives_way(request, tool, call, wait.why):
                 stand_in = await self._stand_in(request, tool, arguments, usage, wait.why)
-                if stand_in:
+                if stand_in and not stand_in.wait:
                     return stand_in
             metrics.waited("breaker" if wait.service else "rate limit")
             return Outcome(wait=wait.wait(await self._runtime.guards.clock.now()))
@@ -154,13 +154,22 @@ class Tools:
             await self._last_good.keep(tool.name, request.tenant, call.digest, settled.result)
         return settled
 
-    async def _gives_way(self, call: Call, why: str) -> bool:
-        return call.effect is Effect.READ or await self._runtime.ledger.give_way(call, why)
+    async def _gives_way(self, request: ToolRequest, tool: Tool, call: Call, why: str) -> bool:
+        if call.effect is Effect.READ:
+            return True
+        # A key that gave way is closed for good: not while those who would stand in are down as well.
+        shut = await self._runtime.guards.shut()
+        others = (_call(request, other, "").target for other in tool.chain[1:])
+        return any(other not in shut for other in others) and await self._runtime.ledger.give_way(call, why)
 
     async def _stand_in(
         self, request: ToolRequest, tool: Tool, arguments: Json, usage: list[Usage], why: str
     ) -> Outcome | None:
-        """The outcome by the first fallback that has one. It never stands in for a call that may have happened."""
+        """The outcome by the first fallback that has one; a wait when none has and one may have it later.
+
+        It never stands in for a call that may have happened.
+        """
+        waits: list[NotYet] = []
         for n, other in enumerate(tool.fallback, 1):
             if isinstance(other, LastGood):
                 digest_ = _call(request, tool, request.key).digest
@@ -171,7 +180,8 @@ class Tools:
             try:
                 call = _call(request, other, f"{request.key}/fb-{n}")
                 settled = await self._protected(request, other, call, arguments, usage)
-            except NotYet:
+            except NotYet as wait:
+                waits.append(wait)
                 continue
             if settled.state is State.DONE:
                 return _by(tool, settled.result, other.name, why, sum(usage, Usage()))
@@ -180,6 +190,9 @@ class Tools:
         if tool.template_function:
             made = await tool.run_template(self._context(request.key, request.key_base, tool, 1, usage), arguments)
             return _by(tool, made, "template", why)
+        if waits:
+            soonest = min(waits, key=lambda wait: wait.delay)
+            return Outcome(wait=soonest.wait(await self._runtime.guards.clock.now()))
         return None
 
     async def _unknown(self, key: str, settled: Settled, usage: Usage) -> Outcome:
