@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
@@ -249,6 +249,8 @@ def calling(runtime: Runtime, made: Tool, url: str) -> Callable[[], Awaitable[st
 
     async def attempt() -> str | timedelta:
         outcome = await ActivityEnvironment().run(activity, request)
-        return outcome.wait.until - datetime.now(UTC) if outcome.wait else outcome.status
+        if outcome.wait is None:
+            return outcome.status
+        return timedelta(seconds=outcome.wait.until.timestamp() - await runtime.guards.clock.now())
 
     return attempt
