@@ -46,7 +46,7 @@ EARLY_S = 5.0
 MEMORY = 0.98
 """Of what was learned about estimates, the part that is kept at each settling."""
 SPARE_S = 1.5
-"""Seconds after the begin of its slot within which a spare place may be used: before LATE_S, to leave time on the way."""
+"""Seconds after its slot's begin within which a spare place may be used: before LATE_S, what is left is for the way."""
 SPARE_SHARE = 0.02
 """Of a limit, what a process may hold as spare places; less than one call: none."""
 MOST_SPARES = 32
@@ -218,6 +218,10 @@ class Spares:
     tokens: int = 0
     used: int = 0
     """How many calls took one."""
+
+    @property
+    def left(self) -> bool:
+        return bool(self.requests or self.tokens)
 
     def spend(self, limit: Limit, tokens: int, now: float) -> Placed | None:
         """A place for a call of so many tokens, which goes out now; None when there is none for it."""

@@ -84,17 +84,16 @@ class _Row:
     timer: asyncio.TimerHandle | None = None
     task: asyncio.Task[None] | None = None
 
-
     def give_back(self) -> None:
         """Notes the spare places as not used."""
         spares = self.spares
-        if spares.limit and (spares.requests or spares.tokens):
+        if spares.limit and spares.left:
             self.settled.append((Ticket(spares.limit, spares.slot, spares.tokens, spares.requests), None))
             spares.requests = spares.tokens = 0
 
 
 class Limiter:
-    """The rate limits, for all calls of a process: a spare place, or one statement for all that ask at the same time."""
+    """The rate limits, for all calls of a process: spare places, or one statement for all that ask at the same time."""
 
     def __init__(self, db: Database, clock: StoreClock) -> None:
         self._db = db
@@ -175,7 +174,7 @@ class Limiter:
 
     def _flush(self, name: str, row: _Row) -> None:
         row.timer = None
-        row.due = bool(row.settled or row.spares.requests or row.spares.tokens)
+        row.due = bool(row.settled) or row.spares.left
         if row.due:
             self._wake(name, row)
 
@@ -262,7 +261,7 @@ class Limiter:
             else:
                 ask.answer.set_result((each, now))
         row.asks = [ask for ask in row.asks if not _let_out(row.spares, ask, now)]
-        if row.spares.requests:
+        if row.spares.left:
             self._flush_in(LATE_S, name, row)
 
     async def _read(self, name: str, row: _Row) -> None:
@@ -324,7 +323,10 @@ def _not_yet(limit: Limit, placed: list[Placed], now: float) -> NotYet:
 
 @dataclass(frozen=True)
 class LimitUsage:
-    """A limit as its row has it. `requests` and `tokens`: of the last minute, with estimates of unfinished calls and with spare places."""
+    """A limit as its row has it.
+
+    `requests` and `tokens`: of the last minute, with spare places and the estimates of unfinished calls.
+    """
 
     name: str
     requests: int

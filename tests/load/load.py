@@ -8,7 +8,7 @@ import sys
 from asyncio.subprocess import PIPE
 from dataclasses import asdict, dataclass
 
-from holdfast.reliability.limits import SLOT_S, SPAN
+from holdfast.reliability.book import SLOT_S, SPAN
 from holdfast.services import Limit
 from tests.load.agents import Orders, Told
 from tests.load.service import Service

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench import fake_llm
 from bench.services import SideProcess, services
-from holdfast.reliability.limits import SLOT_S, SPAN
+from holdfast.reliability.book import SLOT_S, SPAN
 from holdfast.services import Limit
 from tests.load.service import Service
 

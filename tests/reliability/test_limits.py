@@ -14,21 +14,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.reliability.limits import (
+from holdfast.reliability.book import (
     AIM_S,
-    FLUSH_S,
     LATE_S,
+    MOST_SPARES,
     SLOT_S,
     SPAN,
+    SPARE_S,
+    SPARE_SHARE,
     Book,
-    Limiter,
     Placed,
-    Ticket,
+    Spares,
     advance,
+    book_spares,
+    change,
     place,
     settle,
-    usage,
 )
+from holdfast.reliability.limits import FLUSH_S, Limiter, Ticket, usage
 from holdfast.reliability.waiting import NotYet
 from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
