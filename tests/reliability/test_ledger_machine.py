@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
-    initialize,
     invariant,
     precondition,
     rule,
@@ -98,6 +97,7 @@ class LedgerMachine(RuleBasedStateMachine):
     runner: ClassVar[asyncio.Runner]
     db: ClassVar[Database]
     watch: ClassVar[Stopwatch]
+    kind: ClassVar[Effect | str]
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +109,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.effects: Counter[str] = Counter()
         """How often each call really happened. The service of an idempotent one honours the key."""
         self.answers = 0
-        self.kind: Effect | str
-        self.call: Call
+        self.call = call_of(self.kind, 1)
         """The call that attempts are made of now."""
         self.undone: set[str] = set()
         """Calls whose undo has begun."""
@@ -127,10 +126,6 @@ class LedgerMachine(RuleBasedStateMachine):
             self.run(self.killed(each))
 
     # -------------------------------------------------------------- attempts
-
-    @initialize(kind=st.sampled_from(KINDS))
-    def first_call(self, kind: Effect | str) -> None:
-        self.kind, self.call = kind, call_of(kind, 1)
 
     @precondition(lambda self: self.call.key in self.settled)
     @rule()
@@ -273,19 +268,21 @@ class LedgerMachine(RuleBasedStateMachine):
         self.settled.update({key: row.settled for key, row in rows.items() if row.settled})
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_interleaving_makes_no_second_effect_and_loses_none(
-    store_url: str, monkeypatch: pytest.MonkeyPatch
+    store_url: str, monkeypatch: pytest.MonkeyPatch, kind: Effect | str
 ) -> None:
     watch = Stopwatch()
     monkeypatch.setattr(chain, "time", watch)
     with asyncio.Runner() as runner:
         db = runner.run(open_database(store_url))
         try:
-            machine = type("LedgerOnThisStore", (LedgerMachine,), {"runner": runner, "db": db, "watch": watch})
+            ground = {"runner": runner, "db": db, "watch": watch, "kind": kind}
+            machine = type("LedgerOnThisStore", (LedgerMachine,), ground)
             run_state_machine_as_test(
                 machine,
                 settings=settings(
-                    max_examples=100,
+                    max_examples=40,
                     stateful_step_count=25,
                     deadline=None,
                     suppress_health_check=[HealthCheck.too_slow],
