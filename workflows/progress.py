@@ -13,6 +13,7 @@ from temporalio import workflow
 from holdfast.contracts import (
     AgentInput,
     Approval,
+    RunOutcome,
     RunResult,
     RunStatus,
     StepState,
@@ -22,6 +23,7 @@ from holdfast.contracts import (
     percent,
 )
 from holdfast.temporal import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
+from holdfast.wording import in_words
 from workflows.state import Ending, RunState
 
 TICKS = {
@@ -47,7 +49,9 @@ def headline(agent: str, state: RunState, ending: Ending | None, now: datetime) 
         return line(agent, state.steps(), state.doing(), now)
     steps = state.steps()
     ended = f"{agent.capitalize()} {ending.outcome}" + (f": {_tally(steps)}" if steps else "")
-    return ". ".join([ended, *_troubles(steps, None), *([ending.reason] if ending.reason else [])])
+    # What a partial run waits for has been said by then.
+    reason = "" if ending.outcome is RunOutcome.PARTIAL else ending.reason
+    return ". ".join([ended, *_troubles(steps, None), *([reason] if reason else [])])
 
 
 def _tally(steps: list[StepState]) -> str:
@@ -106,7 +110,7 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
                 f"- {TICKS[s.status]} {s.title or s.name}: {s.status}{_aside(s.detail or s.origin)}" for s in steps
             )
         )
-    parts += [_question(workflow_id, approval) for approval in state.approvals.open.values()]
+    parts += [_question(workflow_id, approval, state) for approval in state.approvals.open.values()]
     undone = (u for u in state.saga if u.status is not UndoStatus.REGISTERED)
     if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone]:
         parts.append("### Undo\n" + "\n".join(rows))
@@ -117,12 +121,18 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
     return "\n\n".join(parts)
 
 
-def _question(workflow_id: str, approval: Approval) -> str:
-    arguments = "\n".join(f"- {name}: {plain(value)}" for name, value in approval.arguments.items())
+def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
+    arguments = "\n".join(f"- {name}: {plain(in_words(value))}" for name, value in approval.arguments.items())
     match approval.kind:
         case "outcome":
-            head = f"### For {plain(approval.role or 'a person')}: how did `{approval.subject}` end? (`{approval.id}`)"
-            answers = {"It happened": ("happened", "RESULT"), "It did not": ("did_not", "WHY")}
+            step = state.step_of(approval.subject)
+            review = f", for {approval.role} review" if approval.role else ""
+            head = f"### {plain((step and step.title) or approval.step or approval.subject)}: question `{approval.id}`"
+            head += plain(review)
+            answers = {
+                "It happened, or you have done it yourself": ("happened", "WHAT WAS DONE"),
+                "It did not happen, and nobody has done it": ("did_not", "WHY"),
+            }
         case "refusal":
             head = f"### Waiting for a human: the model refuses (`{approval.id}`)"
             answers = {"Ask again": ("approve", ""), "End the run": ("reject", "WHY")}
@@ -132,7 +142,7 @@ def _question(workflow_id: str, approval: Approval) -> str:
     commands = "\n".join(
         f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, *answer)}\n```" for what, answer in answers.items()
     )
-    parts = [f"{head}\n{plain(approval.why)}", arguments, f"So far: {plain(approval.evidence)}", commands]
+    parts = [f"{head}\n{plain(approval.why)}", arguments, f"When asked: {plain(approval.evidence)}", commands]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -47,11 +47,12 @@ def how_it_ended(state: RunState, item: CallState, now: datetime) -> Approval | 
     step = state.step_of(call.tool)
     match outcome.status:
         case OutcomeStatus.UNKNOWN:
-            why = f"Nobody knows whether {call.tool} happened, and it is not tried again: {outcome.reason}."
+            why = f"{call.tool}: {outcome.reason}. It is not tried again until somebody has found out."
         case OutcomeStatus.FAILED if step and not step.critical:
-            why = f"{call.tool} did not work: {outcome.reason or outcome.content}."
+            why = f"{call.tool} did not work: {outcome.reason or outcome.content}. It is left to a person."
         case OutcomeStatus.DEFERRED if step:
-            why = f"{call.tool} is put off: {outcome.reason}. It is tried again, unless you settle it first."
+            off = _why_off(state, call.tool)
+            why = f"{call.tool} is put off: {off}. It is tried again; settle it if you have done it."
         case _:
             return None
     return Approval(
@@ -62,7 +63,7 @@ def how_it_ended(state: RunState, item: CallState, now: datetime) -> Approval | 
         arguments=call.arguments,
         digest=digest(call.arguments),
         why=why,
-        evidence="; ".join(part for part in (progress.evidence(state), outcome.known) if part),
+        evidence=". The call: ".join(part for part in (progress.evidence(state), outcome.known) if part),
         cost_usd=state.usage.cost_usd,
         asked_at=now,
         role=step.role if step else "",
@@ -94,12 +95,11 @@ def outdated(state: RunState, tool: str) -> list[str]:
 
 def deferral(deferred: Deferred) -> Outcome:
     """What the model and the reader hear of a call that is put off."""
-    again = f"tried again at {deferred.until:%H:%M:%S} UTC"
     content = (
-        f"put off: {deferred.why}; {again}. The platform does that, and tells you how it ended. "
+        f"put off: {deferred.words}. The platform does that, and tells you how it ended. "
         f"Do not call {deferred.call.tool} again; go on with what does not need it."
     )
-    return Outcome(status=OutcomeStatus.DEFERRED, content=content, reason=f"{deferred.why}; {again}")
+    return Outcome(status=OutcomeStatus.DEFERRED, content=content, reason=deferred.words)
 
 
 def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outcome: Outcome) -> None:
@@ -121,3 +121,8 @@ def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outc
         state.notices.append(f"{who} settled call #{seq} of {tool}: it is not done{comment}.")
     if decision.verdict is Verdict.HAPPENED:  # somebody else had settled it otherwise
         state.notices[-1] += f" ({who} said that it happened; {outcome.content})"
+
+
+def _why_off(state: RunState, tool: str) -> str:
+    deferred = state.put_off(tool)
+    return deferred.why if deferred else "its service does not answer"

@@ -25,6 +25,9 @@ from holdfast.contracts import (
 )
 from workflows.approvals import ApprovalsState
 
+NOTE_TIME = len("2026-11-21 12:00:00 ")
+"""Characters of the time that a note begins with."""
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -60,6 +63,10 @@ class Deferred(BaseModel):
     until: datetime
     since: datetime
     why: str
+
+    @property
+    def words(self) -> str:
+        return f"{self.why}; tried again at {self.until:%H:%M:%S} UTC"
 
 
 class RunState(BaseModel):
@@ -180,7 +187,7 @@ class RunState(BaseModel):
                 again = (f"{each.call.tool} at {each.until:%H:%M:%S} UTC" for each in self.deferred)
                 return f"Trying again: {', '.join(again)}"
             case Phase.PARKED:
-                return f"Parked: {self.notes[-1]}" if self.notes else "Parked"
+                return f"On hold: {self.notes[-1][NOTE_TIME:]}" if self.notes else "On hold"
             case Phase.COMPENSATING:
                 return "Undoing what was done"
             case _:
@@ -200,6 +207,9 @@ class RunState(BaseModel):
         questions = [a for a in self.approvals.open.values() if a.subject in spec.tools]
         waiting = {a.subject for a in questions if a.kind == "tool"}
         undone = {r.tool for r in self.saga if r.status is UndoStatus.UNDONE}
+        detail = worst.detail if worst else ""
+        if worst and worst.status is OutcomeStatus.DEFERRED:  # when it is tried again changes with every try
+            detail = next((each.words for each in self.deferred if each.call.tool in spec.tools), detail)
         status = StepStatus.TODO
         if undone.intersection(spec.tools):
             status = StepStatus.UNDONE
@@ -218,7 +228,7 @@ class RunState(BaseModel):
             status=status,
             critical=spec.critical,
             role=spec.role,
-            detail=worst.detail if worst else "",
+            detail=detail,
             seq=worst.seq if worst else None,
             title=spec.title,
             origin="; ".join(end.origin for end in ends if end.origin),

@@ -292,7 +292,7 @@ class Demo:
             self._status = status
             for step in status.steps:
                 if step.status is StepStatus.PENDING:
-                    words = f"{step.title} is left to the {step.role}, who is asked; the run goes on without it"
+                    words = f"{step.title} is pending {step.role} review; the run goes on without it"
                     self._say_once(step.name, "…", "yellow", words)
             asked = status.phase is Phase.WAITING_HUMAN
             if out.is_terminal and not asked:

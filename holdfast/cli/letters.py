@@ -25,6 +25,7 @@ from holdfast.starting import BadRequest
 from holdfast.state.database import Database, open_database
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
 from holdfast.state.version import check_schema
+from holdfast.wording import in_words
 
 COLOURS = {
     LetterState.OPEN: "yellow",
@@ -101,14 +102,15 @@ async def show(id: str, as_json: bool) -> int:
     out.print(Text(letter.id, "bold"), Text(letter.state, COLOURS[LetterState(letter.state)]))
     out.print(headline(letter), markup=False)
     out.print(f"cause: {letter.cause}", markup=False)
-    out.print(f"since {clock(letter.created_at)}" + (f", for the {letter.role}" if letter.role else ""), markup=False)
+    review = f", for {letter.role} review" if letter.role else ""
+    out.print(f"since {clock(letter.created_at)}{review}", markup=False)
     if letter.note:
         out.print(f"note: {letter.note}", markup=False)
     for title, value in (("input", details.get("input")), ("arguments", details.get("arguments"))):
         if value:
             out.print(f"{title}:")
             for name, each in value.items():
-                out.print(f"  {name}: {each}", markup=False)
+                out.print(f"  {name}: {in_words(each)}", markup=False)
     if entry:
         begun = f"begun {clock(entry.reserved_at)} by {entry.worker}"
         out.print(f"the ledger now says {entry.state}: attempt {entry.attempt}, {begun}", markup=False)

@@ -290,13 +290,14 @@ async def status(workflow_id: str, as_json: bool) -> int:
     client = await connect()
     known = await find(client, workflow_id)
     source, complaint, found = "workflow", "", None
-    if known.execution is not None:
+    if not known.running and (result := await known.result()):
+        # What was repaired after the end is only there.
+        found, source = from_result(result), "store"
+    elif known.execution is not None:
         try:
             found = await ask(known.handle, "status", RunStatus)
         except NoAnswer as error:
             complaint = str(error)
-    if found is None and (result := await known.result()):
-        found, source = from_result(result), "store"
     if as_json:
         server = status_word(known.execution)
         told: Json = {"workflow_id": workflow_id, "source": source if found else "server", "temporal": server}
@@ -320,14 +321,14 @@ async def status(workflow_id: str, as_json: bool) -> int:
 
 
 def from_result(result: RunResult) -> RunStatus:
-    """The status of an ended run that Temporal no longer answers for."""
-    done = sum(step.status == "done" for step in result.steps)
+    """The status of a run that has ended."""
     return RunStatus(
         agent=result.agent,
         phase=Phase.ENDED,
         line=result.reason or result.summary,
-        percent=round(100 * done / len(result.steps)) if result.steps else 100,
+        percent=result.percent if result.steps else 100,
         steps=result.steps,
+        notes=result.notes,
         turn=result.turns,
         calls=result.calls,
         usage=result.usage,
@@ -442,7 +443,7 @@ async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
     if as_json:
         print_json([{"workflow_id": each, "approval": approval} for each, approval in found])
     elif not found:
-        out.print(f"nothing waits for the {role}" if role else "nothing waits for a human", markup=False)
+        out.print(f"nothing waits for {role} review" if role else "nothing waits for a human", markup=False)
     else:
         for each, approval in found:
             out.print(Text(each, "bold"))

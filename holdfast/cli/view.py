@@ -20,6 +20,7 @@ from holdfast.contracts import (
     UndoStatus,
     Usage,
 )
+from holdfast.wording import in_words
 
 MARKS: dict[StepStatus, tuple[str, str]] = {
     StepStatus.TODO: ("·", "dim"),
@@ -104,10 +105,9 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     if approval.why:
         grid.add_row("", "why", approval.why)
     for name, value in approval.arguments.items():
-        words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        grid.add_row("", Text(name), Text(words))
+        grid.add_row("", Text(name), Text(in_words(value, between="\n")))
     if approval.evidence:
-        grid.add_row("", "so far", approval.evidence)
+        grid.add_row("", "when asked", approval.evidence)
     if approval.key:
         grid.add_row("", "key", approval.key)
     if hint:
@@ -153,9 +153,9 @@ def result_view(workflow_id: str, result: RunResult) -> RenderableType:
         parts.append(Text(f"reason: {result.reason}"))
     if result.summary:
         parts.append(Text(result.summary))
-    parts += [
-        Text(f"pending: {p.step}, for the {p.role or 'person in charge'}: {p.what}", "yellow") for p in result.pending
-    ]
+    for pending in result.pending:
+        review = f", for {pending.role} review" if pending.role else ""
+        parts.append(Text(f"pending: {pending.step}{review}: {pending.what}", "yellow"))
     if result.undone:
         parts.append(undone_view(result.undone))
     for done in result.decisions:

@@ -9,6 +9,7 @@ one request with an effect, or what an earlier one did is not accounted for.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 import time
@@ -263,10 +264,12 @@ def _message(error: BaseException, type: ErrorType) -> str:
     response: Any = getattr(error, "response", None)
     if _status(error) is None:
         words = explain(error) if isinstance(error, ValidationError) else str(error)
-        cause = f" ({error.__cause__.__class__.__name__})" if error.__cause__ is not None else ""
+        name, cause = error.__class__.__name__, error.__cause__.__class__.__name__
+        # Client libraries wrap an error into one of the same name.
+        name += f" ({cause})" if error.__cause__ is not None and cause != name else ""
         # Ours are written for their reader, most often the model; of others the name says more than the words.
         ours = isinstance(error, ToolRefused | ToolFailed)
-        text = words if ours and words else f"{error.__class__.__name__}{cause}: {words}".removesuffix(": ")
+        text = words if ours and words else f"{name}: {words}".removesuffix(": ").removesuffix(".")
     else:
         url = urlsplit(str(response.request.url))
         text = f"{response.request.method} {url.scheme}://{url.hostname}{url.path} answered {response.status_code}"
@@ -285,7 +288,19 @@ def _body(error: Any, response: Any) -> str:
         text = str((error.body.get("message") if isinstance(error.body, dict) else error.body) or "")
     else:
         try:
-            text = response.text
+            text = _said(response.text)
         except RuntimeError:  # a stream that nobody has read
             text = ""
     return text if len(text) <= BODY_LIMIT else text[:BODY_LIMIT] + "…"
+
+
+def _said(body: str) -> str:
+    """The message in an error body of a usual shape (`{"error": {"message": …}}`, `{"detail": …}`), else all of it."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+    return found if isinstance(found, str) and found else body

@@ -416,6 +416,24 @@ async def test_message_names_the_request_and_quotes_a_little_of_the_answer() -> 
     assert len(failure.message) <= MESSAGE_LIMIT
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"error": {"message": "closed for today", "code": null}}', "closed for today"),
+        (b'{"error": "closed for today"}', "closed for today"),
+        (b'{"detail": "closed for today"}', "closed for today"),
+        (b'{"detail": {"code": 7}}', '{"detail": {"code": 7}}'),
+        (b"[" * 100_000, "[" * 20),
+        (b'{"error": {"message": cut', '{"error": {"message": cut'),
+    ],
+    ids=["nested", "flat", "detail", "no words", "deep", "broken"],
+)
+async def test_of_an_answer_in_json_its_message_is_quoted(body: bytes, words: str) -> None:
+    failure = await failure_of(lambda: get(answer(409, body)))
+
+    assert failure.message.startswith(f"POST http://127.0.0.1/orders answered 409: {words}")
+
+
 @pytest.mark.parametrize("status", [400, 401, 500])
 async def test_credentials_that_the_answer_repeats_are_left_out(status: int) -> None:
     error = {"error": {"message": f"key {KEY} is wrong"}}
