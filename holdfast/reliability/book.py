@@ -50,6 +50,8 @@ SPARE_S = 1.5
 SPARE_SHARE = 0.02
 """Of a limit, what a process may hold as spare places; less than one call: none."""
 MOST_SPARES = 32
+SPARE_SIZE = 1.5
+"""Times a call's tokens: an agent's next call is larger than its last one, by what has been said since."""
 
 
 @dataclass
@@ -245,8 +247,8 @@ class Spares:
 
 
 def book_spares(book: Book, limit: Limit, wanted: int, tokens: int) -> Spares:
-    """Counts up to `wanted` more calls of so many tokens in the slot of now; none while calls wait."""
-    slot, tokens = int(book.at // SLOT_S), counted(limit, tokens)
+    """Counts up to `wanted` more calls like one of so many tokens in the slot of now; none while calls wait."""
+    slot, tokens = int(book.at // SLOT_S), counted(limit, round(tokens * SPARE_SIZE))
     requests, busy = book.total()
     bounds = [wanted, MOST_SPARES]
     if limit.requests is not None:

@@ -38,8 +38,11 @@ from holdfast.state.database import Database
 
 _log = logging.getLogger(__name__)
 
-FLUSH_S = 1.0
-"""Seconds after which what was settled is written, when no other statement on the limit takes it along."""
+FLUSH_S = 2.0
+"""Seconds after which what is settled or spare is written, when no other statement on the limit takes it along.
+
+Spare places have expired by then, and most calls have asked for new ones: a flush of its own is the exception.
+"""
 HASTE_S = 0.2
 """The same while calls wait: they want the room that is left over."""
 
@@ -262,7 +265,7 @@ class Limiter:
                 ask.answer.set_result((each, now))
         row.asks = [ask for ask in row.asks if not _let_out(row.spares, ask, now)]
         if row.spares.left:
-            self._flush_in(LATE_S, name, row)
+            self._flush_in(FLUSH_S, name, row)
 
     async def _read(self, name: str, row: _Row) -> None:
         while (found := await self._db.one("SELECT version, book FROM limits WHERE name = ?", name)) is None:

@@ -58,6 +58,13 @@ class Traffic:
     late: Callable[[random.Random], float] = lambda _: AIM_S
     """Seconds from a slot's begin, or from an earlier look that was asked for, to the caller's return."""
     call_s: float = 3.0
+    pause_s: float = 1.0
+    """At most so long between a caller's calls."""
+    processes: int = 0
+    """Among which the callers are shared out, each with spare places. 0: no spare places."""
+    killed: float = 0.0
+    """Share of the questions before which the process is killed and begins anew."""
+    on_spares: int = 0
     book: Book = field(default_factory=Book)
     arrivals: list[tuple[float, int, int]] = field(default_factory=list)
     """At the service: time, real tokens, estimate."""
@@ -75,6 +82,23 @@ class Traffic:
             at(when, "ask", caller, self.rng.randint(*self.tokens), when)
 
         slots: dict[int, tuple[int, int]] = {}
+        spares = [Spares() for _ in range(self.processes)]
+
+        def ask(caller: int, tokens: int, now: float) -> Placed:
+            if not self.processes:
+                return place(self.book, self.limit, str(caller), tokens)
+            if self.rng.random() < self.killed:
+                spares[caller % self.processes] = Spares()
+            mine = spares[caller % self.processes]
+            if placed := mine.spend(self.limit, tokens, now):
+                self.on_spares += 1
+                return placed
+            change(self.book, mine.slot, -mine.requests, -mine.tokens)
+            placed = place(self.book, self.limit, str(caller), tokens)
+            wanted = mine.wanted(now, 1)
+            spares[caller % self.processes] = book_spares(self.book, self.limit, wanted, tokens)
+            return placed
+
         for caller in range(callers):
             new(T0 + self.rng.random() * spread_s, caller)
         while events and events[0][0] < T0 + until:
@@ -83,16 +107,16 @@ class Traffic:
             if what == "end":
                 slot, estimate = slots.pop(caller)
                 settle(self.book, slot, estimate, tokens)
-                new(now + self.rng.random(), caller)
+                new(now + self.rng.random() * self.pause_s, caller)
                 continue
             self.asked += 1
-            placed = place(self.book, self.limit, str(caller), tokens)
+            placed = ask(caller, tokens, now)
             if not placed.granted:
                 at(max(placed.look_at - AIM_S + self.late(self.rng), now + 0.1), "ask", caller, tokens, since)
                 continue
             self.waits.append(now - since)
             real = round(tokens * self.rng.uniform(*self.used))
-            latest = placed.slot * SLOT_S + LATE_S + TRANSIT_S
+            latest = max(now, placed.slot * SLOT_S + LATE_S) + TRANSIT_S
             self.arrivals.append((self.rng.choice([now, latest, self.rng.uniform(now, latest)]), real, placed.tokens))
             slots[caller] = (placed.slot, placed.tokens)
             at(now + self.rng.uniform(0, self.call_s), "end", caller, real, 0.0)
@@ -152,6 +176,46 @@ def test_no_sliding_minute_exceeds_a_limit(
     assert tokens is None or most_tokens <= tokens
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    requests=st.none() | st.integers(50, 400),
+    size=st.none() | st.integers(1, 30),
+    processes=st.integers(1, 5),
+    callers=st.integers(1, 60),
+    least_used=st.floats(0, 1),
+    pause_s=st.floats(0, 90),
+    killed=st.sampled_from([0.0, 0.01, 0.3]),
+    seed=st.integers(0, 2**32),
+)
+def test_no_sliding_minute_exceeds_a_limit_when_processes_hold_spare_places(
+    requests: int | None,
+    size: int | None,
+    processes: int,
+    callers: int,
+    least_used: float,
+    pause_s: float,
+    killed: float,
+    seed: int,
+) -> None:
+    """Used to the last moment, or not at all; given back, or lost with their process."""
+    limit = Limit("l", requests, None if size is None else size * 200)
+    traffic = Traffic(
+        limit,
+        random.Random(seed),
+        tokens=(0, size or 1),
+        used=(least_used, 1.0),
+        call_s=0.5,
+        pause_s=pause_s,
+        processes=processes,
+        killed=killed,
+    )
+    traffic.run(callers, until=200, spread_s=pause_s)
+    most, most_tokens = traffic.most_in_a_minute()
+    assert requests is None or most <= requests
+    assert limit.tokens is None or most_tokens <= limit.tokens
+
+
+@pytest.mark.parametrize("processes", [0, 8])
 @pytest.mark.parametrize(
     ("limit", "tokens", "callers"),
     [
@@ -163,8 +227,10 @@ def test_no_sliding_minute_exceeds_a_limit(
     ],
     ids=lambda value: value.name if isinstance(value, Limit) else "",
 )
-def test_at_least_95_percent_of_a_saturated_limit_are_used(limit: Limit, tokens: tuple[int, int], callers: int) -> None:
-    traffic = Traffic(limit, random.Random(1), tokens, late=lambda rng: rng.uniform(0, 0.3))
+def test_at_least_95_percent_of_a_saturated_limit_are_used(
+    limit: Limit, tokens: tuple[int, int], callers: int, processes: int
+) -> None:
+    traffic = Traffic(limit, random.Random(1), tokens, late=lambda rng: rng.uniform(0, 0.3), processes=processes)
     traffic.run(callers, until=70 + 8 * SPAN * SLOT_S)
     assert traffic.share_used(70, 70 + 8 * SPAN * SLOT_S) >= 0.95
 
@@ -302,6 +368,71 @@ def test_a_lowered_limit_holds_for_those_that_were_booked_under_the_old_one() ->
     assert out <= 5
 
 
+def test_far_from_the_limit_nearly_all_calls_go_out_on_spare_places() -> None:
+    traffic = Traffic(Limit("l", 6000, 600_000), random.Random(1), (50, 100), call_s=0.1, pause_s=0.2, processes=2)
+    traffic.run(10, until=30)
+    assert traffic.on_spares / len(traffic.arrivals) > 0.9
+
+
+def test_a_spare_place_may_be_used_until_its_call_could_still_arrive_in_time() -> None:
+    book, limit = Book(), Limit("l", 1000)
+    advance(book, T0)
+    spares = book_spares(book, limit, 2, 0)
+    assert spares.spend(limit, 0, T0 + SPARE_S) == Placed(int(T0 / SLOT_S), 0, granted=True, look_at=T0 + SPARE_S)
+    assert spares.spend(limit, 0, T0 + SPARE_S + 0.01) is None
+    assert SPARE_S < LATE_S
+
+
+def test_the_tokens_of_spare_places_are_shared_by_calls_of_different_size() -> None:
+    book, limit = Book(), Limit("l", None, 100_000)
+    advance(book, T0)
+    spares = book_spares(book, limit, 4, 100)
+    assert book.total() == (4, 600)
+    assert [spares.spend(limit, tokens, T0) is not None for tokens in (450, 200, 150, 1)] == [True, False, True, False]
+
+
+@settings(deadline=None)
+@given(
+    requests=st.none() | st.integers(1, 1000),
+    tokens=st.none() | st.integers(1, 10_000),
+    size=st.integers(0, 100),
+    before=st.integers(0, 1000),
+    wanted=st.integers(0, 100),
+)
+def test_spare_places_are_few_and_only_while_less_than_half_is_used(
+    requests: int | None, tokens: int | None, size: int, before: int, wanted: int
+) -> None:
+    book, limit = Book(), Limit("l", requests, tokens)
+    advance(book, T0)
+    change(book, int(T0 / SLOT_S), before, before)
+    spares = book_spares(book, limit, wanted, size)
+    assert spares.requests <= min(wanted, MOST_SPARES)
+    if spares.requests:
+        calls, busy = book.total()
+        assert requests is None or (spares.requests <= requests * SPARE_SHARE and calls <= requests / 2)
+        assert tokens is None or (spares.tokens <= tokens * SPARE_SHARE and busy <= tokens / 2)
+
+
+def test_no_spare_place_is_booked_while_a_call_waits() -> None:
+    book, limit = Book(), Limit("l", None, 10_000)
+    advance(book, T0)
+    book.waiting["somebody"] = (int(T0 / SLOT_S) + 1, 10)
+    assert book_spares(book, limit, 10, 1).requests == 0
+
+
+def test_spare_places_become_more_while_they_are_used_up_and_none_when_they_expire() -> None:
+    book, limit, wanted = Book(), Limit("l", 100_000), []
+    spares = Spares()
+    for now in (T0, T0 + 0.1, T0 + 0.2, T0 + 0.3):
+        advance(book, now)
+        wanted.append(spares.wanted(now, 1))
+        spares = book_spares(book, limit, wanted[-1], 0)
+        while now < T0 + 0.3 and spares.spend(limit, 0, now):
+            pass
+    assert wanted == [0, 1, 3, 7]
+    assert spares.wanted(T0 + SPARE_S + 0.4, 1) == 0
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_book_survives_its_text(seed: int) -> None:
@@ -418,6 +549,68 @@ async def test_what_is_settled_goes_with_the_next_call_and_makes_room_for_it(db:
     limiter.settle(await limiter.take(limit, "a", 800), 300)
     await limiter.take(limit, "b", 700)
     assert (await counted(db), await db.one("SELECT version FROM limits")) == ((2, 1000), (2,))
+
+
+async def test_far_from_the_limit_a_hundred_calls_need_few_statements(db: Database, limiter: Limiter) -> None:
+    limits = [Limit("model", 100_000, 10_000_000), Limit("tool", 100_000)]
+    for number in range(100):
+        for ticket in await limiter.take_all(limits, str(number), 100 + number):
+            limiter.settle(ticket, 50)
+    rows = await db.all("SELECT version FROM limits ORDER BY name")
+    assert all(version <= 15 for (version,) in rows)
+    await limiter.close()
+    assert (await counted(db, "model"), await counted(db, "tool")) == ((100, 5000), (100, 0))
+
+
+async def test_spare_places_that_nobody_used_are_given_back_without_another_call(
+    db: Database, limiter: Limiter
+) -> None:
+    for key in "abcd":
+        await limiter.take(Limit("l", 1000), key)
+    assert (await counted(db))[0] > 4
+
+    async def given_back() -> bool:
+        return await counted(db) == (4, 0)
+
+    await until(given_back)
+
+
+async def test_spare_places_of_a_killed_process_go_on_counting(db: Database) -> None:
+    clock, limit = Later(db), Limit("l", 100)
+    killed, other = Limiter(db, clock), Limiter(db, clock)
+    for key in "ab":
+        await killed.take(limit, key)
+    answers = [await ask(other, limit, str(n)) for n in range(100)]
+    spare = (await counted(db))[0] - 2 - sum(isinstance(each, Ticket) for each in answers)
+    assert spare >= 1
+
+
+async def test_a_spare_place_is_not_used_late(db: Database) -> None:
+    clock, limit = Later(db), Limit("l", 1000)
+    limiter = Limiter(db, clock)
+    for key in "abc":
+        await limiter.take(limit, key)
+    clock.ahead = 5.0
+    assert (await limiter.take(limit, "d")).slot * SLOT_S > await clock.now() - 2 * SLOT_S
+
+
+async def test_calls_that_come_while_a_statement_runs_share_its_spare_places(
+    db: Database, limiter: Limiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, run, more = Limit("l", 1000), db.run, []
+    await limiter.take(limit, "a")
+
+    async def busy(sql: str, *params: object) -> int:
+        changed = await run(sql, *params)
+        if not more:
+            more.append(asyncio.ensure_future(limiter.take(limit, "c")))
+            await asyncio.sleep(0)
+        return changed
+
+    monkeypatch.setattr(db, "run", busy)
+    await limiter.take(limit, "b")
+    await more[0]
+    assert await db.one("SELECT version FROM limits") == (2,)
 
 
 async def test_closing_writes_what_is_settled(db: Database, limiter: Limiter) -> None:
