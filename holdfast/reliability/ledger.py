@@ -185,7 +185,7 @@ RETURNING state"""
 
 _SETTLE = """
 UPDATE effects SET state = ?, result = ?, attempt = attempt + 1, settled_at = ?
-WHERE key = ? AND state IN ('RESERVED', 'UNKNOWN', 'FAILED')"""
+WHERE key = ? AND state IN ('RESERVED', 'UNKNOWN', 'FAILED') AND (result IS NULL OR result <> ?)"""
 
 _REOPEN = """
 UPDATE effects SET result = NULL, failures = 0, attempt = attempt + 1
@@ -316,10 +316,12 @@ class Ledger:
     async def settle(self, key: str, happened: bool, result: Any, note: str) -> bool:
         """What a person, or a probe, found out of a call that is not DONE: it happened, or it did not.
 
-        False when there is nothing to settle: unknown key, or it is known to be done. Fences every attempt under way.
+        False when there is nothing to settle: unknown key, known to be done, or this very finding is recorded. Fences
+        every attempt under way.
         """
         settled = Settled(State.DONE, result) if happened else Settled(State.FAILED, None, note, "settled")
-        return await self._db.run(_SETTLE, settled.state, settled.dump(), time.time(), key) == 1
+        dump = settled.dump()
+        return await self._db.run(_SETTLE, settled.state, dump, time.time(), key, dump) == 1
 
     async def reopen(self, key: str) -> bool:
         """Lets a call that failed or is unknown be tried again under its key, with all its retries."""

@@ -144,3 +144,13 @@ async def test_after_its_undo_began_no_attempt_of_a_call_acts(db: Database, left
     assert isinstance(await ledger.reserve(call), Settled)
     await ledger.seize(call, "the run was undone")  # by a worker that was frozen when the undo began
     assert await ledger.entries("k") == closed
+
+
+@pytest.mark.parametrize("happened", [True, False])
+async def test_a_finding_that_a_frozen_worker_brings_again_changes_nothing(db: Database, happened: bool) -> None:
+    ledger = Ledger(db, "w")
+    await ledger.reserve(tool_call("k/1", "k", "send", Effect.MANUAL, {"to": "ada"}))
+    assert await ledger.settle("k/1", happened, "sent", "says ada")
+    before = await ledger.entries("k")
+    assert not await ledger.settle("k/1", happened, "sent", "says ada")
+    assert await ledger.entries("k") == before
