@@ -91,10 +91,15 @@ class Tools:
             tool = _find(request)
             if tool is None:
                 return await self._cannot(request, f"there is no tool named {request.tool!r}")
-            await self._runtime.ledger.seize(_call(request, tool, request.key), given.why)
-            settled = await self._runtime.ledger.known(request.key)
-            assert settled is not None, "seized just now"
-            return await self._unknown(request.key, settled, Usage())
+            # What stands in for it too: an attempt that was frozen must not act through a fallback when it wakes.
+            closed = [(f"{request.key}/fb-{n}", each) for n, each in enumerate(tool.fallback, 1)]
+            keys = [*((key, each) for key, each in closed if isinstance(each, Tool)), (request.key, tool)]
+            for key, each in keys:
+                await self._runtime.ledger.seize(_call(request, each, key), given.why)
+            ends = [(key, await self._runtime.ledger.known(key)) for key, _ in keys]
+            key, settled = next(((key, end) for key, end in ends if end and end.state is not State.FAILED), ends[-1])
+            assert settled is not None, "closed just now"
+            return await self._unknown(key, settled, Usage())
 
     @activity.defn(name="settle")
     async def settle(self, finding: Finding) -> Outcome:

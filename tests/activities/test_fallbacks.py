@@ -11,7 +11,7 @@ import pytest
 from temporalio.exceptions import ApplicationError
 
 from activities.tools import Tools
-from holdfast.contracts import Effect, Outcome, OutcomeStatus, ToolRequest, UndoStatus
+from holdfast.contracts import Effect, GiveUp, Outcome, OutcomeStatus, ToolRequest, UndoStatus
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import State
 from holdfast.tools import LastGood, Tool, ToolContext, ToolRefused, Undo, tool
@@ -319,3 +319,27 @@ async def test_after_the_undo_of_a_call_that_never_was_nobody_stands_in_for_it(
     assert (await at.undo()).status is UndoStatus.NOTHING
     assert (await at.run()).status is FAILED
     assert outside.log == []
+
+
+# ------------------------------------------------------------ giving up
+
+
+async def test_a_call_that_was_given_up_never_acts_again_nor_does_its_fallback(
+    process: Process, outside: Outside
+) -> None:
+    phone = outside.tool("phone")
+    at = desk(process, outside.tool("online", errors=[GONE], fallback=(phone,)))
+    activities = Tools(process.runtime)
+    outcome = await process.run(activities.give_up, GiveUp(request=at.request, why="waited too long"))
+    assert (outcome.status, outcome.reason) == (FAILED, "waited too long")
+    late = await at.run()
+    assert (late.status, outside.log, outside.keys) == (FAILED, [], [])
+
+
+async def test_a_call_given_up_in_doubt_is_unknown(process: Process, outside: Outside) -> None:
+    at = desk(process, outside.tool("online", Effect.IDEMPOTENT))
+    activities = Tools(process.runtime)
+    await process.dies(Point.EFFECT_DONE, activities.tool, at.request)
+    outcome = await process.run(activities.give_up, GiveUp(request=at.request, why="waited too long"))
+    assert outcome.status is UNKNOWN
+    assert "attempt 2" in outcome.known
