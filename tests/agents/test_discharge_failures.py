@@ -1,0 +1,408 @@
+"""Every way in which a discharge can go wrong, provoked in the simulated hospital on the real stack, and what people
+see of it: status line, Web UI page, result, the operator's commands, and the hospital's own record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx2
+import pytest
+import pytest_asyncio
+from pydantic import SecretStr
+from temporalio.api.sdk.v1 import WorkflowMetadata
+
+from agents import registry
+from agents.discharge.prompts import SUMMARY_INSTRUCTIONS
+from holdfast.contracts import ApprovalDecision, DecisionReply, Json, Phase, RunOutcome, RunResult, RunStatus, Verdict
+from holdfast.runtime import Runtime, open_runtime
+from holdfast.services import BreakerRule, Service
+from holdfast.settings import Settings
+from holdfast.simulation.hospital import HospitalRecord
+from holdfast.simulation.script import decide
+from holdfast.simulation.scripted_model import ModelRecord
+from holdfast.stack import Stack
+from holdfast.starting import start_run
+from holdfast.state.database import open_database
+from holdfast.state.runs import Runs
+from holdfast.temporal import DATA_CONVERTER, Client
+from tests.fixtures.model import FakeModel, error
+from tests.fixtures.stack import Cli
+from tests.simulation.processes import service
+from worker import make_worker
+
+SOON = BreakerRule(probe_after_s=2.0)
+"""A breaker as every other one, but for the wait of half a minute."""
+PATIENCE_S = 45.0
+
+
+@dataclass
+class Run:
+    """One discharge, as the people around it see it."""
+
+    ward: Ward
+    handle: Any
+    id: str
+
+    async def status(self) -> RunStatus:
+        return await self.handle.query("status", result_type=RunStatus)
+
+    async def page(self) -> str:
+        """What the Web UI shows as the run's current details."""
+        shown = await self.handle.query("__temporal_workflow_metadata", result_type=WorkflowMetadata)
+        return shown.current_details.replace("\\", "")
+
+    async def until(self, holds: Callable[[RunStatus], bool]) -> RunStatus:
+        async with asyncio.timeout(PATIENCE_S):
+            while not holds(now := await self.status()):
+                await asyncio.sleep(0.05)
+            return now
+
+    async def until_messages_wait(self) -> RunStatus:
+        """All that needs no approval has ended or is left to somebody."""
+        return await self.until(lambda now: sum(each.kind == "tool" for each in now.approvals) == 2)
+
+    async def decide(self, approval_id: str, verdict: Verdict, comment: str = "") -> None:
+        decision = ApprovalDecision(approval_id=approval_id, verdict=verdict, approver="dr.lee", comment=comment)
+        reply = await self.handle.execute_update("decide", decision, result_type=DecisionReply)
+        assert reply.accepted, reply.message
+
+    async def approve(self) -> None:
+        for each in (await self.until_messages_wait()).approvals:
+            if each.kind == "tool":
+                await self.decide(each.id, Verdict.APPROVE)
+
+    async def ended(self) -> RunResult:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.handle.result()
+
+    async def stored(self) -> RunResult:
+        """The result as it stands now, repairs after the end included."""
+        return RunResult.model_validate((await self.ward.told("result", self.id))["result"])
+
+    async def letter(self) -> str:
+        """Id of the only dead letter of this run."""
+        (found,) = [each["id"] for each in await self.ward.told("dlq", "list") if each["workflow_id"] == self.id]
+        return found
+
+    def effects(self, service: str) -> list[tuple[str, str]]:
+        """What the hospital did: kind, and number of the call."""
+        found = self.ward.record.effects(f"{self.id}/")
+        return [(each.kind, each.key.split("/")[2]) for each in found if each.service == service]
+
+    def requests(self, service: str) -> list[int | None]:
+        """The status of each answer that the hospital gave; None: it gave none."""
+        return [each.status for each in self.ward.record.requests(f"{self.id}/") if each.service == service]
+
+
+@dataclass
+class Ward:
+    """The stack from outside. Each run has a tenant of its own, so that it meets no breaker of another."""
+
+    stack: Stack
+    client: Client
+    cli: Cli
+    record: HospitalRecord = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.record = HospitalRecord(self.stack.home / "hospital.db")
+
+    async def admit(self, queue: str = "holdfast", tenant: str = "") -> Run:
+        store = await open_database(self.stack.store_url)
+        try:
+            value = {"patient_id": "pat-1"}
+            tenant = tenant or f"t-{uuid4().hex[:8]}"
+            started = await start_run(
+                self.client, Runs(store), "discharge", value, task_queue=queue, requested_by="ward 3", tenant=tenant
+            )
+        finally:
+            await store.close()
+        handle = self.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
+        return Run(self, handle, started.workflow_id)
+
+    async def fault(self, service: str, **fault: Any) -> None:
+        await asyncio.to_thread(_put, f"{self.stack.hospital_url}/faults/{service}", fault)
+
+    async def well_again(self) -> None:
+        await asyncio.to_thread(httpx2.delete, f"{self.stack.hospital_url}/faults")
+
+    async def told(self, *command: str) -> Any:
+        """What a command of the operator's answers."""
+        done = await asyncio.to_thread(self.cli, *command, "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    @asynccontextmanager
+    async def worker(self, **settings: Any) -> AsyncIterator[tuple[str, Runtime]]:
+        """A worker in this process with a task queue of its own, hence with this process's rules."""
+        known = self.stack.environment
+        given = {
+            "database_url": self.stack.store_url,
+            "hospital_url": self.stack.hospital_url,
+            "openai_base_url": known["OPENAI_BASE_URL"],
+            "openai_api_key": SecretStr("scripted"),
+            "model": "scripted-1",
+        }
+        runtime = await open_runtime(Settings(**(given | settings)))
+        queue = f"q-{uuid4().hex[:8]}"
+        try:
+            async with make_worker(self.client, queue, runtime):
+                yield queue, runtime
+        finally:
+            await runtime.close()
+
+
+def _put(url: str, fault: Json) -> None:
+    httpx2.put(url, json=fault).raise_for_status()
+
+
+@pytest_asyncio.fixture
+async def ward(stack: Stack, cli: Cli) -> AsyncIterator[Ward]:
+    client = await Client.connect(stack.temporal_address, data_converter=DATA_CONVERTER)
+    ward = Ward(stack, client, cli)
+    await ward.well_again()
+    yield ward
+    await ward.well_again()
+
+
+# ------------------------------------------------------------------ insurance: flaky
+
+
+async def test_an_insurance_that_fails_twice_is_verified_in_the_end(ward: Ward) -> None:
+    await ward.fault("insurance", mode="fail", times=2)
+    run = await ward.admit()
+    await run.approve()
+    result = await run.ended()
+    assert (result.outcome, result.percent) == (RunOutcome.COMPLETED, 100)
+    assert run.requests("insurance") == [503, 503, 200]
+
+
+async def test_an_insurance_that_never_answers_well_is_left_to_billing_after_six_calls(ward: Ward) -> None:
+    await ward.fault("insurance", mode="fail")
+    run = await ward.admit()
+    status = await run.until_messages_wait()
+    assert status.line.startswith(
+        "Discharge in progress: 4/6 steps complete. Insurance verification pending billing review. ETA 15 minutes."
+    )
+    page = await run.page()
+    assert "… Insurance verification: pending (POST http://127.0.0.1/insurance/verify answered 503" in page
+    assert "Insurance verification: question `o3`, for billing review" in page
+    assert "pending billing" in str(next(a.arguments["text"] for a in status.approvals if a.id == "a8"))
+    await run.approve()
+    result = await run.ended()
+    assert (result.outcome, result.percent) == (RunOutcome.PARTIAL, 83)
+    assert [(each.step, each.role) for each in result.pending] == [("insurance", "billing")]
+    assert run.requests("insurance") == [503] * 6
+    assert len(run.effects("messages")) == 2
+
+
+# ------------------------------------------------------------------ pharmacy: hangs
+
+
+async def test_a_pharmacy_that_hangs_blocks_nothing_and_the_pharmacist_settles_it_or_it_is_replayed(ward: Ward) -> None:
+    """Three patients at once, because each waits ten seconds: settled during the run, after its end, and replayed."""
+    await ward.fault("pharmacy", mode="hang", method="POST")
+    during, after, again = runs = [await ward.admit() for _ in range(3)]
+    for run in runs:
+        status = await run.until_messages_wait()
+        line = (
+            "Discharge in progress: 4/6 steps complete. Pharmacy coordination pending pharmacist review. ETA 5 minutes."
+        )
+        assert status.line.startswith(line)
+        page = await run.page()
+        assert f"**{line}" in page
+        assert "… Pharmacy coordination: pending (no answer from pharmacy within 10 s; it may have happened)" in page
+        assert "Pharmacy coordination: question `o4`, for pharmacist review" in page
+        assert run.requests("pharmacy") == [None]
+
+    asked = await ward.told("approvals", during.id, "--role", "pharmacist")
+    assert [(each["approval"]["id"], each["approval"]["step"]) for each in asked] == [("o4", "pharmacy")]
+    await ward.told("settle", during.id, "pharmacy", "--happened", "--by", "ph.kim", "--comment", "by phone")
+    await during.until(lambda now: now.percent == 83)
+    assert "✓ Pharmacy coordination: done (settled by ph.kim)" in await during.page()
+    await during.approve()
+    result = await during.ended()
+    assert (result.outcome, result.pending) == (RunOutcome.COMPLETED, [])
+
+    for run in (after, again):
+        await run.approve()
+        result = await run.ended()
+        assert result.outcome is RunOutcome.PARTIAL
+        assert result.reason == "83 % complete, awaiting Pharmacy coordination (pharmacist)"
+        status = await run.status()
+        assert status.line == "Discharge partial: 5/6 steps complete. Pharmacy coordination pending pharmacist review"
+
+    await ward.told("settle", after.id, "pharmacy", "--happened", "--by", "ph.kim", "--comment", "by phone")
+    result = await after.stored()
+    assert (result.outcome, result.pending, result.percent) == (RunOutcome.COMPLETED, [], 100)
+    shown = (await ward.told("status", after.id))["status"]
+    assert (shown["outcome"], shown["percent"]) == ("completed", 100)
+
+    await ward.well_again()
+    await ward.told("dlq", "replay", await again.letter(), "--yes", "--by", "ph.kim")
+    assert (await again.stored()).outcome is RunOutcome.COMPLETED
+
+    assert [run.effects("pharmacy") for run in runs] == [[], [], [("order", "4")]]
+    assert again.requests("pharmacy") == [None, 201]
+
+
+# ------------------------------------------------------------------ appointments: breaker
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """This process's discharge agent knows the appointments as a service that is tried again soon."""
+    spec = registry.agent("discharge")
+    services = (*spec.services, Service("appointments", breaker=SOON))
+    monkeypatch.setitem(registry._added, "discharge", replace(spec, services=services))
+    registry._services.cache_clear()
+    yield
+    monkeypatch.undo()
+    registry._services.cache_clear()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_appointments_that_are_down_are_escalated_and_booked_once_when_their_breaker_lets_them(
+    ward: Ward,
+) -> None:
+    await ward.fault("appointments", mode="fail", method="POST")
+    async with ward.worker() as (queue, _):
+        run = await ward.admit(queue, tenant="clinic-b")
+        status = await run.until(lambda now: any(each.id == "o5" for each in now.approvals))
+        assert run.requests("appointments") == [503] * 3, "the breaker opens, and no call leaves any more"
+        breakers = {each["target"]: each for each in await ward.told("breakers")}
+        assert breakers["appointments@clinic-b"]["state"] == "open"
+        question = next(each for each in status.approvals if each.id == "o5")
+        assert (question.role, question.step) == ("scheduling desk", "appointments")
+
+        status = await run.until_messages_wait()  # the rest goes on
+        assert status.line.startswith(
+            "Discharge in progress: 4/6 steps complete. "
+            "Follow-up appointments pending scheduling desk review. ETA 10 minutes."
+        )
+        page = await run.page()
+        assert "… Follow-up appointments: pending (appointments" in page
+        assert "tried again at" in page
+        assert "Follow-up appointments: question `o5`, for scheduling desk review" in page
+
+        await ward.well_again()
+        status = await run.until(lambda now: now.percent == 83)
+        assert "o5" not in [each.id for each in status.approvals], "the question has answered itself"
+        await run.approve()
+        assert (await run.ended()).outcome is RunOutcome.COMPLETED
+    assert run.effects("appointments") == [("book", "5")]
+
+
+# ------------------------------------------------------------------ the model: gone, or refusing
+
+
+async def test_without_a_model_the_template_writes_the_summary_and_the_run_waits_for_the_next_turn(
+    ward: Ward, tmp_path: Path
+) -> None:
+    """It thinks for a moment, so that it can be taken away between its turn and the summary."""
+    with service("scripted_model", tmp_path / "model.db", "--think", "0.5") as model:
+        record = ModelRecord(model.db)
+        async with ward.worker(openai_base_url=f"{model.url}/v1") as (queue, runtime):
+            runtime.models[0].service = replace(runtime.models[0].service, breaker=SOON)
+            run = await ward.admit(queue)
+            async with asyncio.timeout(PATIENCE_S):
+                while not any("/turn-3." in call.key for call in record.calls(f"{run.id}/")):
+                    await asyncio.sleep(0.02)
+            await asyncio.to_thread(_put, f"{model.url}/faults/model", {"mode": "fail"})
+
+            status = await run.until(lambda now: now.phase is Phase.PARKED)
+            assert "Discharge summary by template" in status.line
+            assert "On hold: model scripted-1" in status.line
+            assert (status.undone, status.outcome) == ([], None)
+            assert "✓ Discharge summary: done (template)" in await run.page()
+
+            await asyncio.to_thread(httpx2.delete, f"{model.url}/faults")
+            await run.approve()
+            result = await run.ended()
+    assert (result.outcome, result.percent) == (RunOutcome.COMPLETED, 100)
+    assert {step.name: step.origin for step in result.steps if step.origin} == {"summary": "template"}
+    assert [kind for kind, _ in run.effects("messages")] == ["message"] * 2
+    sent = ward.record.effects(f"{run.id}/")[-1].detail["text"]
+    assert "Discharge summary: Ada Example" in sent, "the providers get the template's text"
+
+
+async def test_a_model_that_refuses_by_content_policy_asks_a_person(ward: Ward) -> None:
+    tools = [each.openai for each in registry.agent("discharge").tools]
+    refusals = [error(400, "content_policy_violation")]
+
+    def script(messages: list[Json]) -> Any:
+        if messages[0]["content"] == SUMMARY_INSTRUCTIONS:
+            return decide(messages, [])
+        second = sum(each["role"] == "assistant" for each in messages) == 1
+        return refusals.pop() if second and refusals else decide(messages, tools)
+
+    async with FakeModel.serve() as model, ward.worker(openai_base_url=model.url) as (queue, _):
+        model.script = script
+        run = await ward.admit(queue)
+        status = await run.until(lambda now: bool(now.approvals))
+        assert [(each.id, each.kind) for each in status.approvals] == [("t2", "refusal")]
+        assert status.line == "Discharge in progress: 1/6 steps complete. Waiting for a human: turn 2"
+        assert "### Waiting for a human: the model refuses (`t2`)" in await run.page()
+        assert len([key for key, _ in model.requests if "/turn-2." in key]) == 1, "it is not asked on its own"
+        await run.decide("t2", Verdict.APPROVE)
+        await run.approve()
+        assert (await run.ended()).outcome is RunOutcome.COMPLETED
+
+
+# ------------------------------------------------------------------ messages: unknown outcomes
+
+
+async def test_messages_whose_answer_is_lost_are_asked_for_by_key_or_by_a_person_and_never_sent_twice(
+    ward: Ward,
+) -> None:
+    await ward.fault("messages", mode="drop", method="POST")
+    run = await ward.admit()
+    await run.approve()
+    status = await run.until(lambda now: now.phase is Phase.WAITING_HUMAN and "o7" in {a.id for a in now.approvals})
+    (question,) = [each for each in status.approvals if each.id == "o7"]
+    assert (question.kind, question.subject) == ("outcome", "notify_patient")
+    assert status.line.startswith("Discharge in progress: 5/6 steps complete. Notifications pending review.")
+    page = await run.page()
+    assert "Notifications: question `o7`" in page
+    assert "it may have happened" in page
+
+    # The providers' message can be asked for by key, so nobody had to.
+    async with asyncio.timeout(PATIENCE_S):
+        while run.requests("messages").count(200) != 1:
+            await asyncio.sleep(0.05)
+    await ward.told("settle", run.id, "o7", "--happened", "--by", "dr.lee", "--comment", "the patient has it")
+    result = await run.ended()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert run.effects("messages") == [("message", "7"), ("message", "8")]
+    assert sorted(run.requests("messages"), key=str) == [200, None, None]
+
+
+# ------------------------------------------------------------------ a crash
+
+
+async def test_a_worker_killed_at_step_five_repeats_none_of_the_four_before(ward: Ward) -> None:
+    queue = f"q-{uuid4().hex[:8]}"
+    first = await ward.stack.start_worker(HOLDFAST_TASK_QUEUE=queue, HOLDFAST_FAULT="kill:reserved@write_summary")
+    run = await ward.admit(queue)
+    assert await asyncio.to_thread(first.wait, PATIENCE_S), "it is killed"
+    second = await ward.stack.start_worker(HOLDFAST_TASK_QUEUE=queue)
+    try:
+        await run.approve()
+        result = await run.ended()
+    finally:
+        second.signal(signal.SIGKILL)
+    assert (result.outcome, result.failures) == (RunOutcome.COMPLETED, 0)
+    calls = Counter(each.key.removeprefix(f"{result.key_base}/") for each in ward.record.requests(f"{run.id}/"))
+    assert {number: calls[number] for number in "12345"} == dict.fromkeys("12345", 1)
+    turns = Counter(each.key for each in ModelRecord(ward.stack.home / "model.db").calls(f"{result.key_base}/turn-"))
+    assert set(turns.values()) == {1}
+    assert len(run.effects("messages")) == 2
