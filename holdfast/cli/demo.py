@@ -23,6 +23,7 @@ from rich.text import Text
 
 from holdfast.cli import runs, view
 from holdfast.cli.output import err, money, out, seconds
+from holdfast.cli.settle import settle
 from holdfast.cli.tally import Line, Sent, count, doubled, received, unmatched
 from holdfast.cli.up import cancelled_by_signal
 from holdfast.contracts import (
@@ -46,6 +47,8 @@ from holdfast.state.runs import Runs
 from holdfast.temporal import Client, connect
 
 PHYSICIAN = "dr.lee"
+PHARMACIST = "ph.kim"
+BY_PHONE = "ordered by telephone"
 PATIENT = "pat-1"
 THINK_S = 0.4
 """Seconds that the scripted model takes for an answer, so that one can see it think."""
@@ -132,7 +135,9 @@ class Demo:
         result = await known.result()
         if result is None:
             raise Stuck(f"{handle.id} ended without a result\n{self._logs()}")
-        return await self._judge(handle.id, result)
+        entries = await self._ledger(result.key_base)
+        later = await self._settle(client, handle.id) if result.outcome is RunOutcome.PARTIAL else None
+        return self._judge(handle.id, result, entries, later)
 
     # ------------------------------------------------------------ the story
 
@@ -253,6 +258,17 @@ class Demo:
             reply, _ = await runs.send(handle, decision)
             out.print(f"[dim]{reply.message}[/dim]")
 
+    async def _settle(self, client: Client, run: str) -> RunResult | None:
+        """The pharmacist has placed the order by telephone, and says so; the result as it stands then."""
+        self._say(
+            "…", "yellow", "the run has ended partial; later the pharmacist places the order by telephone and says so:"
+        )
+        print(f"  uv run starter.py settle {run} pharmacy --happened --by {PHARMACIST} --comment '{BY_PHONE}'")
+        code = await settle(run, "pharmacy", happened=True, result="", by=PHARMACIST, comment=BY_PHONE, as_json=False)
+        if code != 0:
+            return None
+        return await (await runs.find(client, run, with_row=True)).result()
+
     async def _line(self, question: str, approvals: list[Approval]) -> str | None:
         """A line typed at the terminal; None when these approvals were answered elsewhere meanwhile.
 
@@ -346,18 +362,26 @@ class Demo:
 
     # ------------------------------------------------------------ the end
 
-    async def _judge(self, workflow_id: str, result: RunResult) -> int:
-        """Shows what was counted and which claims held; 0 when all of them did."""
+    async def _ledger(self, key_base: str) -> list[Entry]:
         store = await open_database(self._stack.store_url)
         try:
-            entries = await Ledger(store, "demo").entries(result.key_base)
+            return await Ledger(store, "demo").entries(key_base)
         finally:
             await store.close()
+
+    def _judge(self, workflow_id: str, result: RunResult, entries: list[Entry], later: RunResult | None) -> int:
+        """Shows what was counted and which claims held; 0 when all of them did.
+
+        result, entries: as the run left them. later: the result once the pharmacist has settled the order.
+        """
         effects = self._hospital.effects()
         lines = count(self._sent(), effects, entries)
         claims = list(self._claims(result, lines, effects, entries))
+        if result.outcome is RunOutcome.PARTIAL:
+            held = later is not None and later.outcome is RunOutcome.COMPLETED and not later.pending
+            claims.append(("the pharmacist settled the order after the run's end, and the result is completed", held))
         out.print()
-        out.print(view.result_view(workflow_id, result))
+        out.print(view.result_view(workflow_id, later or result))
         out.print()
         out.print(counted(lines))
         out.print(
@@ -367,8 +391,8 @@ class Demo:
         out.print(
             f"{money(result.usage.cost_usd, result.usage.unpriced)} (the model is simulated, and so are its tokens)"
         )
-        pending = "; ".join(f"{p.step}, for the {p.role}" for p in result.pending)
-        out.print(f"pending: {pending or 'nothing'}\n")
+        pending = "; ".join(f"{p.step}, for {p.role} review" for p in result.pending)
+        out.print(f"pending at the run's end: {pending or 'nothing'}\n")
         for claim, held in claims:
             out.print(Text("  ✓  " if held else "  ✗  ", "green" if held else "bold red") + Text(claim))
         broken = sum(not held for _, held in claims)

@@ -27,7 +27,15 @@ def cli(tmp_path: Path) -> Cli:
 @pytest.mark.parametrize(
     ("options", "claims", "outcome"),
     [
-        ((), ("left pending for the pharmacist", "2 messages were sent, each after"), "partial"),
+        (
+            (),
+            (
+                "left pending for the pharmacist",
+                "2 messages were sent, each after",
+                "settled the order after the run's end, and the result is completed",
+            ),
+            "partial",
+        ),
         (("--fail",), ("is undone: cancel-booking, cancel-order", "in reverse order", "no message was sent"), "failed"),
     ],
     ids=["demo", "demo --fail"],
