@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from playwright.sync_api import Browser, FrameLocator, Page, expect, sync_playwright
 
@@ -70,14 +71,26 @@ def current_details(page: Page) -> FrameLocator:
     return page.frame_locator("iframe#user-metadata-current-details")
 
 
+def paste(command: str, stack: Stack, name: str) -> None:
+    """Runs a command of the page as a reader does who puts in his name."""
+    assert "YOUR NAME" in command
+    ran = subprocess.run(
+        ["sh", "-c", f"{command.strip().replace('YOUR NAME', name)} --address {stack.temporal_address}"],
+        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(stack.home)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_the_page_shows_what_waits_and_the_command_as_shown_answers_it(
     page: Page, stack: Stack, cli: Cli, waiting: str
 ):
     visit(page, stack, waiting, "User Metadata")
     details = current_details(page).locator("body")
     expect(details).to_contain_text("Waiting for a human: notify_patient, notify_providers")
-    expect(details).to_contain_text("✓ record: done")
-    expect(details).to_contain_text("notify: waiting")
+    expect(details).to_contain_text("✓ Record and orders: done")
+    expect(details).to_contain_text("Notifications: waiting")
     for approval in status_of(cli, waiting).approvals:
         expect(details).to_contain_text(f"Waiting for a human: approval {approval.id}")
         assert approval.arguments["text"][:60] in details.inner_text(), "what is to be sent has to be readable"
@@ -85,18 +98,39 @@ def test_the_page_shows_what_waits_and_the_command_as_shown_answers_it(
     assert len(shown) == 2
 
     for command in shown:
-        assert "YOUR NAME" in command
-        ran = subprocess.run(
-            ["sh", "-c", f"{command.strip().replace('YOUR NAME', 'dr.lee')} --address {stack.temporal_address}"],
-            env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(stack.home)},
-            capture_output=True,
-            text=True,
-        )
-        assert ran.returncode == 0, ran.stderr
+        paste(command, stack, "dr.lee")
     cli("follow", waiting)
     result = result_of(cli, waiting)
     assert result.outcome is RunOutcome.COMPLETED
     assert [each.decision.approver for each in result.decisions] == ["dr.lee", "dr.lee"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "becomes"),
+    [
+        ("happened", "✓ Pharmacy coordination: done (settled by ph.kim)"),
+        ("did_not", "· Pharmacy coordination: todo"),  # the agent hears of it and may order again
+    ],
+    ids=["happened", "did not"],
+)
+def test_the_page_asks_the_pharmacist_and_each_command_as_shown_settles_it(
+    page: Page, stack: Stack, cli: Cli, verdict: str, becomes: str
+):
+    cli("breakers", "reset", "pharmacy")
+    fault = {"mode": "fail", "times": 1}
+    httpx2.put(f"{stack.hospital_url}/faults/pharmacy", json=fault).raise_for_status()
+    run = json.loads(cli("run", "discharge", "--input", '{"patient_id": "pat-1"}', "--json").stdout)["workflow_id"]
+    until(lambda: len(status_of(cli, run).approvals) == 3)
+    visit(page, stack, run, "User Metadata")
+    details = current_details(page).locator("body")
+    expect(details).to_contain_text("Pharmacy coordination: question o4, for pharmacist review")
+    shown = [text for text in current_details(page).locator("pre").all_inner_texts() if '"o4"' in text]
+    assert len(shown) == 2
+    (command,) = [text for text in shown if f'"{verdict}"' in text]
+    paste(command, stack, "ph.kim")
+    until(lambda: not any(each.id == "o4" for each in status_of(cli, run).approvals))
+    page.reload()
+    expect(details).to_contain_text(becomes)
 
 
 def test_the_timeline_names_every_turn_and_call(page: Page, stack: Stack, cli: Cli, waiting: str):
