@@ -50,8 +50,10 @@ async def waiting_run(stack: Stack) -> str:
         await store.close()
     handle = client.get_workflow_handle(started.workflow_id)
     async with asyncio.timeout(RUN_S):
-        while len((await handle.query("status", result_type=RunStatus)).approvals) < 2:  # noqa: ASYNC110
+        status = await handle.query("status", result_type=RunStatus)
+        while sum(each.kind == "tool" for each in status.approvals) < 2:
             await asyncio.sleep(0.2)
+            status = await handle.query("status", result_type=RunStatus)
     return started.workflow_id
 
 
