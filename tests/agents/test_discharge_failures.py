@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -40,8 +41,9 @@ from tests.fixtures.stack import Cli
 from tests.simulation.processes import service
 from worker import make_worker
 
-SOON = BreakerRule(probe_after_s=2.0)
-"""A breaker as every other one, but for the wait of half a minute."""
+SOON = BreakerRule(probe_after_s=4.0)
+"""A breaker as every other one, but for the wait of half a minute. It is longer than the pause before a call's fourth
+try (2 s), which would else be the probe."""
 PATIENCE_S = 45.0
 
 
@@ -290,9 +292,15 @@ async def test_appointments_that_are_down_are_escalated_and_booked_once_when_the
             "Follow-up appointments pending scheduling desk review. ETA 10 minutes."
         )
         page = await run.page()
-        assert "… Follow-up appointments: pending (appointments" in page
-        assert "tried again at" in page
+        again = re.compile(r"… Follow-up appointments: pending \(appointments.*; tried again at (\S+) UTC\)")
+        first = again.search(page)
+        assert first
         assert "Follow-up appointments: question `o5`, for scheduling desk review" in page
+
+        async with asyncio.timeout(PATIENCE_S):
+            while (next_one := again.search(await run.page())) is None or next_one[1] == first[1]:
+                await asyncio.sleep(0.1)
+        assert len(run.requests("appointments")) == 4, "one probe, and the page says when the next one is"
 
         await ward.well_again()
         status = await run.until(lambda now: now.percent == 83)
