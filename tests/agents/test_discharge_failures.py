@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -280,9 +281,10 @@ async def test_appointments_that_are_down_are_escalated_and_booked_once_when_the
     async with ward.worker() as (queue, _):
         run = await ward.admit(queue, tenant="clinic-b")
         status = await run.until(lambda now: any(each.id == "o5" for each in now.approvals))
-        assert run.requests("appointments") == [503] * 3, "the breaker opens, and no call leaves any more"
-        breakers = {each["target"]: each for each in await ward.told("breakers")}
-        assert breakers["appointments@clinic-b"]["state"] == "open"
+        again = re.compile(r"… Follow-up appointments: pending \(appointments.*; tried again at (\S+) UTC\)")
+        first = again.search(page := await run.page())
+        assert first
+        assert "Follow-up appointments: question `o5`, for scheduling desk review" in page
         question = next(each for each in status.approvals if each.id == "o5")
         assert (question.role, question.step) == ("scheduling desk", "appointments")
 
@@ -291,23 +293,23 @@ async def test_appointments_that_are_down_are_escalated_and_booked_once_when_the
             "Discharge in progress: 4/6 steps complete. "
             "Follow-up appointments pending scheduling desk review. ETA 10 minutes."
         )
-        page = await run.page()
-        again = re.compile(r"… Follow-up appointments: pending \(appointments.*; tried again at (\S+) UTC\)")
-        first = again.search(page)
-        assert first
-        assert "Follow-up appointments: question `o5`, for scheduling desk review" in page
-
         async with asyncio.timeout(PATIENCE_S):
             while (next_one := again.search(await run.page())) is None or next_one[1] == first[1]:
                 await asyncio.sleep(0.1)
-        assert len(run.requests("appointments")) == 4, "one probe, and the page says when the next one is"
-
+        # Not later: each probe that fails is one of the call's six tries.
         await ward.well_again()
         status = await run.until(lambda now: now.percent == 83)
         assert "o5" not in [each.id for each in status.approvals], "the question has answered itself"
+        breakers = {each["target"]: each for each in await ward.told("breakers")}
+        assert breakers["appointments@clinic-b"]["state"] == "closed"
         await run.approve()
         assert (await run.ended()).outcome is RunOutcome.COMPLETED
     assert run.effects("appointments") == [("book", "5")]
+    at = [each.at for each in ward.record.requests(f"{run.id}/") if each.service == "appointments"]
+    assert at[2] - at[0] < SOON.probe_after_s, "three calls open the breaker"
+    gaps = [later - earlier for earlier, later in pairwise(at[2:])]
+    assert gaps
+    assert all(gap >= SOON.probe_after_s - 0.1 for gap in gaps), "then none leaves but the probes"
 
 
 # ------------------------------------------------------------------ the model: gone, or refusing
