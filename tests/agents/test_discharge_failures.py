@@ -42,9 +42,10 @@ from tests.fixtures.stack import Cli
 from tests.simulation.processes import service
 from worker import make_worker
 
-SOON = BreakerRule(probe_after_s=4.0)
-"""A breaker as every other one, but for the wait of half a minute. It is longer than the pause before a call's fourth
-try (2 s), which would else be the probe."""
+SOON = BreakerRule(probe_after_s=6.0)
+"""A breaker as every other one, but for the wait of half a minute. It is longer than the pauses before a call's fourth
+and fifth try (2 s and 4 s, 20 % more at most), or these would be the probes.
+"""
 PATIENCE_S = 45.0
 
 
