@@ -147,6 +147,22 @@ def absolute(base: str, workflow_id: str) -> str:
     return workflow_id + base if base.startswith("/") else base
 
 
+class Question(BaseModel):
+    """What a graph asks a person by `interrupt()`. `id`: the interrupt's, as LangGraph names it."""
+
+    id: str
+    text: str
+    data: Any = None
+    """The interrupt's value as JSON, when it is more than a text."""
+
+
+class Reply(BaseModel):
+    """A person's answer to a question, as JSON: what `interrupt()` returns."""
+
+    id: str
+    value: Any = None
+
+
 class PlanRequest(BaseModel):
     """Input of the plan activity. `base`: the checkpoint that the turn goes on from. `input`: with turn 1 only."""
 
@@ -160,6 +176,8 @@ class PlanRequest(BaseModel):
     """What the platform has to say to the model."""
     input: Json | None = None
     tenant: str = "default"
+    replies: list[Reply] = []
+    """All answers that this turn's questions have got so far, oldest first. Not part of what names the turn."""
 
 
 class PlanResult(BaseModel):
@@ -177,6 +195,8 @@ class PlanResult(BaseModel):
     """What a reader of the run should know: a fallback that answered, tools that were withdrawn."""
     refusal: str = ""
     """The model refuses the turn by its policy: nobody but a person can help."""
+    questions: list[Question] = []
+    """The turn cannot go on without these answers: ask, then plan the same turn again with `replies`."""
 
 
 # ------------------------------------------------------------------ one tool call
