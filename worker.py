@@ -1,4 +1,7 @@
-"""Runs a worker: `uv run worker.py [--queue NAME]`.
+"""Runs a worker: `uv run worker.py [--queue STAGE]`.
+
+Tools may be declared for a stage, a task queue of its own. Without `--queue` this worker serves the main queue and
+every stage; with `--queue extract` that stage only, and with `--queue main` all but the stages.
 
 The connection comes from the standard Temporal profile and `TEMPORAL_*`. SIGTERM and SIGINT drain: nothing new is
 taken, what is in flight may finish within `HOLDFAST_DRAIN_S` seconds, and what does not is done by another worker.
@@ -18,6 +21,7 @@ import uvloop
 from temporalio.worker import Worker
 
 import activities
+from agents import registry
 from holdfast.cli.ending import end_process
 from holdfast.reliability import faults
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
@@ -30,6 +34,7 @@ from workflows.agent import AgentWorkflow
 from workflows.orphans import OrphanSweep
 from workflows.repair import RepairWorkflow
 
+MAIN = "main"
 SETTINGS: dict[str, Any] = {
     "max_concurrent_activities": 200,
     # A killed worker's parked runs wait this long for it before another one takes them.
@@ -39,6 +44,9 @@ SETTINGS: dict[str, Any] = {
     "default_heartbeat_throttle_interval": timedelta(seconds=0.5),
 }
 """How a worker polls, caches and beats, whatever runs on it."""
+
+BESIDE: dict[str, Any] = {"max_concurrent_activities": 50}
+"""Of a stage in a worker that serves everything."""
 
 
 class NotReady(Exception):
@@ -56,41 +64,56 @@ async def check(client: Client) -> None:
         raise NotReady(f"search attributes missing: {', '.join(missing)}; run `uv run starter.py doctor --fix`")
 
 
-def make_worker(client: Client, queue: str, runtime: Runtime, **options: Any) -> Worker:
-    """A worker as production runs it; `options` are Temporal's and win."""
+def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", **options: Any) -> Worker:
+    """A worker as production runs it; `options` are Temporal's and win. stage: of this one only, without workflows."""
     settled: dict[str, Any] = {
         **SETTINGS,
         "interceptors": [HeartbeatInterceptor()],
         "workflow_runner": sandbox(),
         # Stands in half of a run's events; the default is a hash that tells a reader nothing.
         "build_id": runtime.settings.build_id,
-        "workflows": [AgentWorkflow, RepairWorkflow, OrphanSweep],
-        "activities": activities.activities(runtime),
+        "workflows": [] if stage else [AgentWorkflow, RepairWorkflow, OrphanSweep],
+        "activities": activities.of_stage(runtime) if stage else activities.activities(runtime),
     }
-    return Worker(client, task_queue=queue, **(settled | options))
+    return Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **(settled | options))
 
 
-async def serve(queue: str) -> int:
+def chosen(queue: str | None) -> list[str]:
+    """The stages that `--queue` asks for; the empty one is the main queue. Raises NotReady for an unknown one."""
+    stages = registry.stages()
+    if queue is None:
+        return ["", *stages]
+    if queue != MAIN and queue not in stages:
+        there = ", ".join([MAIN, *stages])
+        raise NotReady(f"--queue {queue}: there is no such stage; the agents' tools name: {there}")
+    return ["" if queue == MAIN else queue]
+
+
+async def serve(stages: list[str]) -> int:
     """Works until a signal says stop; the exit status."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect()
     await check(client)
-    drain = settings().drain_s
+    drain, queue = settings().drain_s, settings().task_queue
     runtime = await open_runtime(settings())
-    worker = make_worker(client, queue, runtime, graceful_shutdown_timeout=timedelta(seconds=drain))
-    working = asyncio.create_task(worker.run())
+    workers = [
+        make_worker(client, queue, runtime, stage, graceful_shutdown_timeout=timedelta(seconds=drain), **more)
+        for stage, more in ((each, BESIDE if each and len(stages) > 1 else {}) for each in stages)
+    ]
+    working = [asyncio.create_task(worker.run()) for worker in workers]
     stopping = asyncio.create_task(stop.wait())
-    print(f"worker ready: queue {queue} at {client.service_client.config.target_host}", flush=True)
-    await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
-    if working.done():
-        print(f"worker failed: {working.exception()}", file=sys.stderr)
+    queues = ", ".join(worker.task_queue for worker in workers)
+    print(f"worker ready: queue {queues} at {client.service_client.config.target_host}", flush=True)
+    await asyncio.wait((*working, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if failed := next((task for task in working if task.done()), None):
+        print(f"worker failed: {failed.exception()}", file=sys.stderr)
         return 1
     print("worker draining", flush=True)
     try:
         # An activity that ignores its cancellation must not keep the process: another worker will do its work.
-        await asyncio.wait_for(worker.shutdown(), drain + 2)
+        await asyncio.wait_for(asyncio.gather(*(worker.shutdown() for worker in workers)), drain + 2)
     except TimeoutError:
         print(f"worker stopped with work in flight after {drain:.0f} s", file=sys.stderr)
         return 1
@@ -100,11 +123,17 @@ async def serve(queue: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs a worker of the agent platform.")
-    parser.add_argument("--queue", help="task queue to take work from (HOLDFAST_TASK_QUEUE)")
+    stages = ", ".join(registry.stages())
+    parser.add_argument(
+        "--queue",
+        metavar="STAGE",
+        help=f"serve one stage only ({stages}), or `{MAIN}`: all but these; default: everything."
+        " Their task queues are HOLDFAST_TASK_QUEUE and, below it, HOLDFAST_TASK_QUEUE.STAGE",
+    )
     queue = parser.parse_args().queue
     try:
         faults.arm_from_environment()
-        return uvloop.run(serve(queue or settings().task_queue))
+        return uvloop.run(serve(chosen(queue)))
     except (NoServer, NotReady, SchemaMismatch, StoreUnavailable, ValueError) as error:
         print(f"worker cannot start: {error}", file=sys.stderr)
         return 2

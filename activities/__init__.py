@@ -8,6 +8,14 @@ from typing import Any
 from holdfast.runtime import Runtime
 
 
+def of_stage(runtime: Runtime) -> list[Callable[..., Any]]:
+    """The activities of a worker that serves one stage: what tools of that stage do and undo."""
+    from activities.tools import Tools
+
+    tools = Tools(runtime)
+    return [tools.tool, tools.undo]
+
+
 def activities(runtime: Runtime) -> list[Callable[..., Any]]:
     """All activities of a worker."""
     from activities.plan import Plan

@@ -216,6 +216,7 @@ def _unwinding(agent: str, row: Entry) -> Action | None:
         version=row.version,
         arguments=row.arguments or {},
         timeout_s=tool.timeout_s if tool else 10.0,
+        queue=tool.queue if tool else "",
     )
     if tool is None or tool.policy.undo:  # without its tool, the undo says that it has to be done by hand
         return action

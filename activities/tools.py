@@ -13,6 +13,7 @@ from temporalio import activity
 
 from activities.boundary import boundary, this_workflow
 from activities.model import ask_model
+from activities.plan import PARKS
 from agents import registry
 from holdfast.aio import to_the_end
 from holdfast.contracts import (
@@ -30,7 +31,7 @@ from holdfast.contracts import (
     clip,
     digest,
 )
-from holdfast.models import ModelAnswer
+from holdfast.models import ModelAnswer, ModelUnavailable
 from holdfast.reliability import faults, heartbeat
 from holdfast.reliability.chain import protected
 from holdfast.reliability.errors import RETRIES, ErrorType
@@ -241,16 +242,23 @@ class Tools:
 
     def _context(self, key: str, key_base: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
         async def ask(label: str, messages: list[Json]) -> ModelAnswer:
-            answer = await ask_model(
-                self._runtime,
-                messages,
-                [],
-                key=f"{key}/{label}",
-                key_base=key_base,
-                name=f"{tool.name}/{label}",
-                digest=digest(messages),
-                timeout_s=tool.timeout_s,
-            )
+            try:
+                answer = await ask_model(
+                    self._runtime,
+                    messages,
+                    [],
+                    key=f"{key}/{label}",
+                    key_base=key_base,
+                    name=f"{tool.name}/{label}",
+                    digest=digest(messages),
+                    timeout_s=tool.timeout_s,
+                )
+            except ModelUnavailable as gone:
+                if tool.put_off or gone.failure.type not in PARKS:
+                    raise
+                # It waits for a model as a turn does, however long that takes.
+                why = f"the model is gone: {gone.failure.message}"
+                raise NotYet(self._runtime.settings.park_s, why, service="model") from None
             usage.append(answer.usage)
             return answer
 

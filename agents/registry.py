@@ -46,6 +46,11 @@ def _services() -> dict[str, Service]:
     return found
 
 
+def stages() -> list[str]:
+    """The stages that tools are declared for, in the order of their names."""
+    return sorted({tool.queue for spec in agents().values() for tool in spec.tools if tool.queue})
+
+
 def agents() -> dict[str, AgentSpec]:
     """All agents by name."""
     return {**_found(), **_added}

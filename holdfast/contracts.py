@@ -75,6 +75,10 @@ class ToolPolicy(BaseModel):
     timeout_s: float = 10.0
     deadline_s: float = 3600.0
     """Schedule-to-close of a call over all its attempts and waits."""
+    queue: str = ""
+    """The stage that its calls and undos run in: the task queue `<the run's own>.<queue>`; empty: the run's own."""
+    put_off: bool = True
+    """While its service is down a call is put off beside the turns; False: the turn waits for it, parked."""
 
 
 class Profile(BaseModel):

@@ -162,8 +162,8 @@ def _refuse_closed(letter: Letter) -> None:
         raise BadRequest(f"{letter.id} is closed: {letter.state} ({letter.note})")
 
 
-def _limits(agent: str, name: str) -> dict[str, float]:
-    """Timeouts of a tool as the code has it now; those of any tool for one that is gone."""
+def _limits(agent: str, name: str) -> dict[str, Any]:
+    """Timeouts and stage of a tool as the code has it now; those of any tool for one that is gone."""
     try:
         tool = find_agent(agent).by_name.get(name)
     except UnknownAgent:
@@ -174,4 +174,5 @@ def _limits(agent: str, name: str) -> dict[str, float]:
     return {
         "timeout_s": tool.policy.timeout_s * (2 if tool.effect is Effect.PROBE else 1),
         "deadline_s": tool.policy.deadline_s,
+        "queue": tool.policy.queue,
     }

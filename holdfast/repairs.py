@@ -52,6 +52,8 @@ class Action(BaseModel):
     happened: bool = False
     result: Any = None
     comment: str = ""
+    queue: str = ""
+    """The stage that the tool runs in."""
 
 
 class Repair(BaseModel):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -101,6 +102,8 @@ class Tool:
     arguments: type[BaseModel]
     result_schema: Json
     per_minute: int | None = None
+    queue: str = ""
+    put_off: bool = True
     fallback: tuple[Tool | LastGood, ...] = ()
     undo_function: Callable[..., Any] | None = None
     probe_function: Callable[..., Any] | None = None
@@ -163,6 +166,8 @@ class Tool:
             undo=any(each.undo_function for each in self.chain),
             timeout_s=self.timeout_s,
             deadline_s=self.deadline_s,
+            queue=self.queue,
+            put_off=self.put_off,
         )
 
     @property
@@ -212,8 +217,9 @@ class Tool:
         return {name: getattr(model, name) for name in type(model).model_fields}
 
 
-_THREADS = ThreadPoolExecutor(200, "tool")
-"""For sync tools, as many as a worker has activities: one that hangs must not keep another from starting."""
+_THREADS = ThreadPoolExecutor(400, "tool")
+"""For sync tools, as many as a worker has activities, its stages' too: one that hangs must not keep another from
+starting."""
 
 
 async def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -235,6 +241,8 @@ def tool(
     retries: int = 5,
     approval: bool = False,
     per_minute: int | None = None,
+    queue: str = "",
+    put_off: bool = True,
     fallback: tuple[Tool | LastGood, ...] = (),
     name: str = "",
 ) -> Callable[[Callable[..., Any]], Tool]:
@@ -245,12 +253,17 @@ def tool(
     timeout: seconds for one attempt. deadline: seconds over all attempts. retries: real failures after the first try.
     approval: a human has to say yes before each call.
     per_minute: calls that all workers together may make in a minute, per tenant.
+    queue: the stage whose workers run it (`worker.py --queue`), so that stages scale apart; none: the main ones.
+    put_off: False for an agent that has nothing else to do meanwhile: while its service or its model is gone the turn
+    waits for the call.
     fallback: what stands in for the tool, in this order.
     Raises TypeError at import for a declaration that could not run safely.
     """
 
     def declare(function: Callable[..., Any]) -> Tool:
         label = name or function.__name__
+        if queue and not re.fullmatch(r"(?!main$)[a-z][a-z0-9-]{0,30}", queue):
+            raise TypeError(f"tool {label}: queue {queue!r} has to be a word such as 'extract', and not 'main'")
         description = inspect.getdoc(function)
         if not description:
             raise TypeError(f"tool {label}: needs a docstring, it is what the model reads")
@@ -280,6 +293,8 @@ def tool(
             retries=retries,
             approval=approval,
             per_minute=per_minute,
+            queue=queue,
+            put_off=put_off,
             fallback=tuple(fallback),
             function=function,
             arguments=arguments,

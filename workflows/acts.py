@@ -53,14 +53,15 @@ class Acts:
                 timeout_s=policy.timeout_s * (2 if policy.effect is Effect.PROBE else 1),
                 deadline_s=max(left, 1.0),
                 give_up_at=since + timedelta(seconds=policy.deadline_s),
-                put_off=True,
+                put_off=policy.put_off,
+                queue=policy.queue,
             )
         except ActivityError as error:
             # Its deadline passed, or it was cancelled before it could say how it ended.
             if policy.effect is Effect.READ:
                 return Outcome(status=OutcomeStatus.FAILED, content=f"gave up: {why(error)}")
             return Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown, gave up: {why(error)}")
-        if outcome.wait and (not outcome.wait.service or left <= 0):
+        if outcome.wait and (not policy.put_off or not outcome.wait.service or left <= 0):
             # It waited too long. Whether an earlier attempt of it has acted stands in the ledger.
             text = f"gave up after {policy.deadline_s:.0f} s: {outcome.wait.why}"
             given_up = GiveUp(request=request, why=text)
@@ -78,6 +79,7 @@ class Acts:
             timeout_s=policy.timeout_s,
             deadline_s=UNDO_DEADLINE_S,
             give_up_at=workflow.now() + timedelta(seconds=UNDO_DEADLINE_S),
+            queue=policy.queue,
         )
         if outcome.wait:
             return UndoOutcome(status=UndoStatus.FAILED, note=f"gave up: {outcome.wait.why}")

@@ -45,12 +45,13 @@ class Calls:
         give_up_at: datetime | None = None,
         settle: bool = True,
         put_off: bool = False,
+        queue: str = "",
     ) -> T:
         """Runs an activity to its result, sleeping whenever it asks to wait.
 
         timeout_s: what it needs for one attempt. deadline_s: over all attempts of one call. give_up_at: no wait goes
         beyond it. settle: a cancelled call is waited for until it has said how it ended; without, it is left alone at
-        once. put_off: a wait for a service that is down is the caller's business.
+        once. put_off: a wait for a service that is down is the caller's business. queue: the stage whose workers do it.
         The result still holds its `wait` when it was given up or put off.
         Raises ActivityError when the activity gave up or was cancelled.
         """
@@ -62,6 +63,7 @@ class Calls:
                     name,
                     request,
                     result_type=result,
+                    task_queue=f"{workflow.info().task_queue}.{queue}" if queue else None,
                     start_to_close_timeout=timedelta(seconds=timeout_s + GRACE_S),
                     schedule_to_close_timeout=timedelta(seconds=deadline_s) if deadline_s else None,
                     heartbeat_timeout=HEARTBEAT,

@@ -85,6 +85,7 @@ class RepairWorkflow:
             timeout_s=action.timeout_s,
             deadline_s=action.deadline_s,
             give_up_at=workflow.now() + timedelta(seconds=action.deadline_s),
+            queue=action.queue,
         )
         if outcome.wait:
             return ActionEnd(action=action, ok=False, words=f"{action.tool} could not be replayed: {outcome.wait.why}")
@@ -106,6 +107,7 @@ class RepairWorkflow:
             timeout_s=action.timeout_s,
             deadline_s=UNDO_DEADLINE_S,
             give_up_at=workflow.now() + timedelta(seconds=UNDO_DEADLINE_S),
+            queue=action.queue,
         )
         if outcome.wait:
             words = f"undo of {action.tool} gave up: {outcome.wait.why}"

@@ -55,6 +55,7 @@ def show_tools(agent: str | None, as_json: bool) -> None:
         out.print(f"[bold]{spec.name}[/bold]")
         for tool in spec.tools:
             marks = [str(tool.effect), tool.service, f"{tool.timeout_s:g} s", f"{tool.retries} retries"]
+            marks += [f"stage {tool.queue}"] * bool(tool.queue)
             marks += ["needs approval"] * tool.approval + ["can be undone"] * tool.policy.undo
             marks += [f"{tool.per_minute} a minute"] * (tool.per_minute is not None) + _fallbacks(tool)
             out.print(Text.assemble("  ", (tool.name, "cyan"), f"  version {tool.version} · {' · '.join(marks)}"))
@@ -82,6 +83,7 @@ def _tool(tool: Tool) -> Json:
         "approval": tool.approval,
         "undo": tool.policy.undo,
         "per_minute": tool.per_minute,
+        "queue": tool.queue,
         "fallback": _fallbacks(tool),
         "arguments": tool.schema,
         "result": tool.result_schema,
