@@ -7,19 +7,27 @@ checkpoint that its caller names, and finds its own work by its tag (`holdfast.s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
+from langgraph.errors import GraphRecursionError
+from langgraph.graph import StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.types import Command, Interrupt
 from pydantic import ValidationError
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
+from activities.asking import Asking
 from activities.boundary import boundary, this_workflow
-from activities.model import ask_model
 from agents import registry
-from holdfast import graph
+from holdfast import graph, loop, turns
 from holdfast.agent import AgentSpec
-from holdfast.contracts import Decision, Json, PlanRequest, PlanResult, Usage, absolute, digest
-from holdfast.models import ModelAnswer, ModelUnavailable
+from holdfast.contracts import Json, OutcomeStatus, PlanRequest, PlanResult, Question, absolute, digest
+from holdfast.conversation import MalformedOutput
+from holdfast.models import ModelUnavailable
 from holdfast.reliability import faults
 from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.faults import Point
@@ -30,7 +38,7 @@ from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
 from holdfast.tools import explain
 
-_GRAPH = graph.build().compile()
+_DEFAULT = loop.build()
 
 PARKS = {
     ErrorType.RATE_LIMITED,
@@ -71,8 +79,11 @@ class Plan:
                     ) from None
                 park = NotYet(self._runtime.settings.park_s, f"the model is gone: {failure.message}")
                 return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()))
-            except graph.MalformedOutput as error:
+            except MalformedOutput as error:
                 raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None
+            except (graph.BadGraph, GraphRecursionError) as error:
+                words = f"agent {request.agent}: {error}"
+                raise ApplicationError(words, type=ErrorType.BAD_GRAPH, non_retryable=True) from None
 
     async def _turn(self, request: PlanRequest) -> PlanResult:
         spec = _spec(request.agent)
@@ -82,49 +93,30 @@ class Plan:
         faults.reached(Point.TURN_STARTED, where)
 
         down = await self._down(spec, request.tenant)
+        thread = Thread(self._runtime.db, request.key_base, tag, request.base, lean=spec.graph is None)
+        resumed = await thread.open()
         notes: list[str] = []
-
-        async def ask(messages: Sequence[Json], n: int) -> ModelAnswer:
-            answer = await ask_model(
-                self._runtime,
-                list(messages),
-                [tool.openai for tool in spec.tools if tool.name not in down],
-                key=f"{request.key_base}/turn-{tag}" + (f"/ask-{n}" if n > 1 else ""),
-                key_base=request.key_base,
-                name=where,
-                digest=tag,
-                timeout_s=self._runtime.settings.model_total_s + 10,
-            )
-            if answer.origin:
-                notes.append(f"turn {request.turn}: {answer.model} answered, {answer.origin}")
-            return answer
-
-        thread = Thread(self._runtime.db, request.key_base, tag, request.base)
-        begun = await thread.open()
-        app = _GRAPH.copy({"checkpointer": thread})
-        context = graph.TurnContext(spec=spec, ask=ask, where=where)
-        snapshot = await app.aget_state(thread.config) if begun else None
-        if snapshot and not snapshot.next:
+        asking = Asking(self._runtime, request, tag, thread, notes)
+        app = _compiled(spec.graph).copy({"checkpointer": thread})
+        snapshot = await app.aget_state(thread.config) if resumed else None
+        if snapshot and not snapshot.tasks:
             state = snapshot.values
         else:
-            value = None
-            if not begun:
-                inbox = _inbox(spec, request, thread)
-                told: list[str] = thread.value("withdrawn", [])
-                changed = sorted(down) != told
-                if changed:
-                    inbox.append({"role": "user", "content": _availability(down, told)})
-                    notes += [f"{tool} is withdrawn: {why}" for tool, why in down.items() if tool not in told]
-                value = graph.turn_input(inbox, sorted(down) if changed else None)
+            value: Any = (
+                _resume(snapshot.interrupts, request) if snapshot else _begin(spec, request, thread, down, notes)
+            )
+            context = graph.Turn(spec, request.turn, where, frozenset(down), asking)
             state = await app.ainvoke(value, thread.config, context=context, durability="sync")
+        if asked := state.get("__interrupt__"):
+            return PlanResult(questions=[_question(each) for each in asked], notes=notes)
         faults.reached(Point.DECIDED, where)
-        decision = Decision.model_validate(state["decision"])
+        decision = turns.decision_of(state, spec)
         return PlanResult(
             calls=decision.calls,
             final=decision.final,
             checkpoint=thread.head,
-            usage=Usage.model_validate(state["usage"]),
-            model=state["new_model"],
+            usage=await asking.usage(resumed=resumed),
+            model=asking.new_model,
             profile=spec.profile if request.turn == 1 else None,
             notes=notes,
         )
@@ -150,6 +142,11 @@ def _availability(down: dict[str, str], told: list[str]) -> str:
     return "\n".join(lines)
 
 
+@cache
+def _compiled(own: StateGraph[Any, Any, Any, Any] | None) -> CompiledStateGraph[Any, Any, Any, Any]:
+    return (own or _DEFAULT).compile()
+
+
 def _spec(name: str) -> AgentSpec:
     try:
         return registry.agent(name)
@@ -157,15 +154,52 @@ def _spec(name: str) -> AgentSpec:
         raise ApplicationError(str(error), type=ErrorType.INVALID_INPUT, non_retryable=True) from None
 
 
-def _inbox(spec: AgentSpec, request: PlanRequest, thread: Thread) -> list[Json]:
-    """The messages that the turn adds to the conversation."""
-    if request.turn > 1:
-        return graph.inbox_messages(thread.value("messages", []), request.answers, request.notices)
+def _begin(spec: AgentSpec, request: PlanRequest, thread: Thread, down: dict[str, str], notes: list[str]) -> Json:
+    """What the graph gets at the turn's beginning."""
+    value: Json | None = None
+    if request.turn == 1:
+        try:
+            value = spec.input.model_validate(request.input or {}).model_dump(mode="json")
+        except ValidationError as error:
+            raise ApplicationError(
+                f"the input does not fit agent {spec.name}: {explain(error)}",
+                type=ErrorType.INVALID_INPUT,
+                non_retryable=True,
+            ) from None
+    notices = list(request.notices)
+    told: list[str] = thread.carried.get("withdrawn", [])
+    if sorted(down) != told:
+        notices.append(_availability(down, told))
+        notes += [f"{tool} is withdrawn: {why}" for tool, why in down.items() if tool not in told]
+    before: str = thread.carried.get("model", "")
+    thread.carried = {"model": before, "before": before, "withdrawn": sorted(down)}
+    statuses = request.statuses or [OutcomeStatus.OK] * len(request.answers)
+    told_ = list(zip(request.answers, statuses, strict=True))
+    return turns.turn_input(value, told_, notices, thread.value("decision", None))
+
+
+def _resume(asked: Sequence[Interrupt], request: PlanRequest) -> Command[Any] | None:
+    """How the graph goes on in the middle of a turn: with the replies that questions of its have got, if any.
+
+    Only with those that are open: LangGraph would take an older reply of a node for the answer to its next question.
+    """
+    replies = {reply.id: reply.value for reply in request.replies}
+    resume = {each.id: replies[each.id] for each in asked if each.id in replies}
+    return Command(resume=resume) if resume else None
+
+
+def _question(asked: Interrupt) -> Question:
+    """What an interrupt asks: its value if that is a text, else the text in it, and the value as JSON beside it."""
+    value = asked.value
+    if isinstance(value, str):
+        return Question(id=asked.id, text=value)
     try:
-        return spec.messages(request.input or {})
-    except ValidationError as error:
-        raise ApplicationError(
-            f"the input does not fit agent {spec.name}: {explain(error)}",
-            type=ErrorType.INVALID_INPUT,
-            non_retryable=True,
+        data = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise graph.BadGraph(
+            f"interrupt() takes JSON, for a person reads it; got {type(value).__name__}: {error}"
         ) from None
+    text = (data.get("question") or data.get("text")) if isinstance(data, dict) else None
+    return Question(
+        id=asked.id, text=text if isinstance(text, str) else json.dumps(data, ensure_ascii=False), data=data
+    )

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from holdfast.contracts import Effect, Json, Profile, StepSpec
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import Tool
+
+if TYPE_CHECKING:
+    from langgraph.graph import StateGraph
 
 
 def _as_json(value: BaseModel) -> str:
@@ -39,6 +42,8 @@ class AgentSpec:
     turns_per_execution: int = 100
     services: tuple[Service, ...] = ()
     """Limits and breakers of the services that its tools use, where the defaults do not fit."""
+    graph: StateGraph[Any, Any, Any, Any] | None = None
+    """A graph of one's own, not compiled; see `holdfast.graph`. Without one a model decides in a loop."""
     by_name: dict[str, Tool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,6 +55,10 @@ class AgentSpec:
         for step in self.steps:
             if unknown := [name for name in step.tools if name not in self.by_name]:
                 raise TypeError(f"agent {self.name}: step {step.name} names unknown tools {unknown}")
+        if self.graph is not None:
+            from holdfast.turns import check  # it needs this module
+
+            check(self.graph, self.name)
 
     @property
     def profile(self) -> Profile:

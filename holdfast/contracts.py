@@ -167,6 +167,20 @@ class Reply(BaseModel):
     value: Any = None
 
 
+class OutcomeStatus(StrEnum):
+    OK = "ok"
+    ERROR = "error"
+    """The caller's own mistake (bad arguments, unknown tool, 400): the model can act on it."""
+    FAILED = "failed"
+    """It certainly did not happen, and trying again will not help (or was tried often enough)."""
+    UNKNOWN = "unknown"
+    """It may have happened; it is never tried blindly again."""
+    REJECTED = "rejected"
+    """A human said no."""
+    DEFERRED = "deferred"
+    """Put off while its service's breaker is open; the platform tries it again."""
+
+
 class PlanRequest(BaseModel):
     """Input of the plan activity. `base`: the checkpoint that the turn goes on from. `input`: with turn 1 only."""
 
@@ -182,6 +196,8 @@ class PlanRequest(BaseModel):
     tenant: str = "default"
     replies: list[Reply] = []
     """All answers that this turn's questions have got so far, oldest first. Not part of what names the turn."""
+    statuses: list[OutcomeStatus] = []
+    """How the calls of the turn before ended, in their order; empty when all are ok."""
 
 
 class PlanResult(BaseModel):
@@ -227,20 +243,6 @@ class GiveUp(BaseModel):
 
     request: ToolRequest
     why: str
-
-
-class OutcomeStatus(StrEnum):
-    OK = "ok"
-    ERROR = "error"
-    """The caller's own mistake (bad arguments, unknown tool, 400): the model can act on it."""
-    FAILED = "failed"
-    """It certainly did not happen, and trying again will not help (or was tried often enough)."""
-    UNKNOWN = "unknown"
-    """It may have happened; it is never tried blindly again."""
-    REJECTED = "rejected"
-    """A human said no."""
-    DEFERRED = "deferred"
-    """Put off while its service's breaker is open; the platform tries it again."""
 
 
 class Outcome(BaseModel):

@@ -137,6 +137,8 @@ class AgentWorkflow:
             if state.calls:
                 share = MAX_ANSWERS // len(state.calls)
                 state.answers = [clip(c.outcome.content, share) for c in state.calls if c.outcome]
+                statuses = [c.outcome.status for c in state.calls if c.outcome]
+                state.statuses = [] if {*statuses} == {OutcomeStatus.OK} else statuses
                 ending, state.calls = judge_turn(state), []
                 if ending:
                     return ending
@@ -173,6 +175,7 @@ class AgentWorkflow:
             turn=state.turn,
             base=state.base,
             answers=state.answers,
+            statuses=state.statuses,
             notices=list(state.notices),
             input=self._given.input if state.turn == 1 else None,
             tenant=self._given.tenant,
@@ -198,9 +201,10 @@ class AgentWorkflow:
         self._turns_here += 1
         # Whatever came in while the model thought is for the next turn.
         del state.notices[: len(request.notices)]
-        state.planning, state.answers = False, []
+        state.planning, state.answers, state.statuses = False, [], []
         state.base, state.model = planned.checkpoint, planned.model or state.model
-        state.models[state.model] = state.models.get(state.model, 0) + 1
+        if state.model:  # a graph may decide without one
+            state.models[state.model] = state.models.get(state.model, 0) + 1
         state.usage += planned.usage
         state.profile = planned.profile or state.profile
         self._note(*planned.notes)

@@ -80,6 +80,8 @@ class RunState(BaseModel):
     base: str | None = None
     """The checkpoint that the next turn goes on from."""
     answers: list[str] = []
+    statuses: list[OutcomeStatus] = []
+    """Of the answers; empty when all are ok."""
     notices: list[str] = []
     """What the next turn has to hear."""
     calls: list[CallState] = []

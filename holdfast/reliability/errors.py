@@ -58,6 +58,8 @@ class ErrorType(StrEnum):
     """Another attempt took over; this one may neither act nor record."""
     MALFORMED_OUTPUT = "malformed_output"
     """The model's output stayed invalid after all re-asks."""
+    BAD_GRAPH = "bad_graph"
+    """A mistake of whoever wrote the agent's graph."""
     TOOL_FAILED = "tool_failed"
     """The tool says that it did nothing and never will."""
     INTERNAL = "internal"

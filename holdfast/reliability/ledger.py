@@ -336,6 +336,15 @@ class Ledger:
         rows = await self._db.all(f"{_ENTRY} WHERE key_base = ? ORDER BY reserved_at, key", key_base)
         return [_entry(row) for row in rows]
 
+    async def results(self, key_base: str, kind: str, digest: str) -> list[Any]:
+        """The results of a run's calls of this kind and digest that are done, oldest first."""
+        rows = await self._db.all(
+            "SELECT state, result, failures FROM effects WHERE key_base = ? AND kind = ? AND digest = ?"
+            " AND state = 'DONE' ORDER BY settled_at, key",
+            *(key_base, kind, digest),
+        )
+        return [_settled(*row).result for row in rows]
+
     def _columns(self, call: Call) -> tuple[Any, ...]:
         arguments = None if call.arguments is None else json.dumps(call.arguments, ensure_ascii=False)
         return (

@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 
 from agents.registry import agent
 from holdfast.contracts import Effect, Json
-from holdfast.graph import inbox_messages, parse
+from holdfast.conversation import inbox_messages, parse
 from holdfast.models import ModelAnswer, ModelClient
 from holdfast.settings import Settings
 from holdfast.simulation.hospital import HospitalRecord

@@ -1,0 +1,86 @@
+"""Messages of a conversation with a model: OpenAI dicts, and what has to be right about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from holdfast.agent import AgentSpec
+from holdfast.contracts import Decision, Json, ToolCall
+from holdfast.tools import explain
+
+MAX_REASKS = 2
+
+
+class MalformedOutput(Exception):
+    """The model's output stayed invalid after all re-asks."""
+
+
+def as_json(message: Any) -> Json:
+    """A message as an OpenAI dict, which LangChain's are turned into."""
+    if isinstance(message, dict):
+        return message
+    from langchain_core.messages import convert_to_openai_messages
+
+    return convert_to_openai_messages([message])[0]
+
+
+def inbox_messages(conversation: Sequence[Json], answers: Sequence[str], notices: Sequence[str]) -> list[Json]:
+    """What a model has to hear: answers to the calls that the conversation ends with, in their order, then notices."""
+    made = conversation[-1].get("tool_calls") or [] if conversation else []
+    told = [
+        {"role": "tool", "tool_call_id": call["id"], "content": text} for call, text in zip(made, answers, strict=True)
+    ]
+    return told + [{"role": "user", "content": text} for text in notices]
+
+
+def parse(message: Json, spec: AgentSpec, offered: set[str] | None = None) -> tuple[Decision | None, list[Json]]:
+    """The decision that a model message stands for, or None and the messages that tell the model what is wrong."""
+    wanted = message.get("tool_calls") or []
+    if not wanted:
+        if text := said(message):
+            return Decision(final=text), []
+        return None, [{"role": "user", "content": "Your answer was empty. Call a tool, or say how the task ended."}]
+    parsed = [(call["id"], *_parse_call(call, spec, offered)) for call in wanted]
+    if all(good is not None for _, good, _ in parsed):
+        return Decision(calls=[good for _, good, _ in parsed if good is not None]), []
+    kept = "not run, because another call of the same answer was invalid; send all the calls again"
+    return None, [
+        {"role": "tool", "tool_call_id": call_id, "content": f"error: {problem or kept}"}
+        for call_id, _, problem in parsed
+    ]
+
+
+def said(message: Json) -> str:
+    """The words of a message."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return content.strip()
+
+
+def _parse_call(call: Json, spec: AgentSpec, offered: set[str] | None) -> tuple[ToolCall | None, str]:
+    name = call["function"]["name"]
+    tool = spec.by_name.get(name)
+    if tool is None or (offered is not None and name not in offered):
+        known = ", ".join(each for each in spec.by_name if offered is None or each in offered)
+        return None, f"there is no tool named {name!r}; the tools are: {known}"
+    try:
+        arguments: Any = json.loads(call["function"]["arguments"] or "{}")
+    except json.JSONDecodeError as error:
+        return None, f"the arguments of {name} are not valid JSON ({error}); send the call again"
+    try:
+        valid = tool.validate(arguments)
+    except ValidationError as error:
+        return None, f"the arguments of {name} do not fit its schema: {explain(error)}"
+    return ToolCall(tool=name, arguments=valid, version=tool.version), ""
+
+
+def again(tries: int, problems: Sequence[Json]) -> int:
+    if tries >= MAX_REASKS:
+        words = f"the model's output was invalid {tries + 1} times in a row; the last error: {problems[-1]['content']}"
+        raise MalformedOutput(words)
+    return tries + 1

@@ -1,0 +1,96 @@
+"""What the platform does with a graph: checks it, begins a turn of it, and reads the decision that it ended with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, is_typeddict
+
+from langgraph.graph import START, StateGraph
+from pydantic import ValidationError
+
+from holdfast.agent import AgentSpec
+from holdfast.contracts import Decision, Json, OutcomeStatus, ToolCall
+from holdfast.conversation import as_json, said
+from holdfast.graph import BadGraph, Begin, Tools, TurnState
+from holdfast.tools import explain
+
+
+def turn_input(
+    value: Json | None, told: Sequence[tuple[str, OutcomeStatus]], notices: Sequence[str], before: Json | None
+) -> Json:
+    """What a turn begins with.
+
+    value: the run's input, with turn 1. told: content and status of the answers to the calls of `before`, in order.
+    before: the decision of the turn before.
+    """
+    made = before["calls"] if before else []
+    heard = [
+        {
+            "tool": call["tool"],
+            "arguments": call.get("arguments", {}),
+            "status": status.value,
+            "content": content,
+            "by": call.get("by", ""),
+            "id": call.get("id", ""),
+        }
+        for call, (content, status) in zip(made, told, strict=True)
+    ]
+    begun: Json = {"answers": heard, "notices": list(notices), "decision": None, "heard": None}
+    begun["resume"] = before.get("then", []) if before else []
+    return begun if value is None else {**begun, "input": value}
+
+
+def decision_of(state: Mapping[str, Any], spec: AgentSpec) -> Decision:
+    """The decision that a graph ended with. Raises BadGraph when there is none, or a call by code does not validate."""
+    made = state.get("decision")
+    if made is None:
+        last = as_json(state["messages"][-1]) if state.get("messages") else {}
+        if last.get("role") == "assistant" and not last.get("tool_calls") and (text := said(last)):
+            return Decision(final=text)
+        raise BadGraph("the graph ended without a decision: return calls(…) or final(…) as `decision` in some node")
+    if made["final"] is None and not made["calls"]:
+        raise BadGraph("the graph decided to make no calls: to end the run, decide final(…)")
+    return Decision(calls=[_by_code(call, spec) for call in made["calls"]], final=made["final"])
+
+
+def _by_code(call: Json, spec: AgentSpec) -> ToolCall:
+    if "version" in call:  # a model's, checked by the tools node
+        return ToolCall.model_validate(call)
+    tool = spec.by_name.get(call["tool"])
+    if tool is None:
+        raise BadGraph(f"node {call['by']} calls the tool {call['tool']!r}; the tools are: {', '.join(spec.by_name)}")
+    try:
+        return ToolCall(tool=tool.name, arguments=tool.validate(call["arguments"]), version=tool.version)
+    except ValidationError as error:
+        raise BadGraph(
+            f"node {call['by']} calls {tool.name} with arguments that do not fit: {explain(error)}"
+        ) from None
+
+
+def check(graph: Any, agent: str) -> None:
+    """Raises TypeError for a graph that could not run as an agent's."""
+    if not isinstance(graph, StateGraph):
+        raise TypeError(f"agent {agent}: its graph has to be a StateGraph, not compiled; it is {type(graph).__name__}")
+    schema = graph.state_schema
+    missing = TurnState.__annotations__.keys() - graph.channels.keys()
+    if missing or not is_typeddict(schema):
+        lacks = f"; it lacks {', '.join(sorted(missing))}" if missing else ""
+        raise TypeError(f"agent {agent}: its graph's state has to be a TypedDict that extends TurnState{lacks}")
+    deciding = [name for name, node in graph.nodes.items() if isinstance(_function(node.runnable), Tools)]
+    for start, end in graph.edges:
+        if start in deciding:
+            raise TypeError(
+                f"agent {agent}: node {start} says itself where the graph goes on, by tools(then=…);"
+                f" remove its edge to {end}"
+            )
+    entries = [_function(branch.path) for branch in graph.branches[START].values()] if START in graph.branches else []
+    if deciding and not any(isinstance(each, Begin) for each in entries):
+        raise TypeError(
+            f"agent {agent}: a turn goes on at node {deciding[0]}, so its graph has to begin with"
+            " add_conditional_edges(START, begin_at(…))"
+        )
+
+
+def _function(runnable: Any) -> Any:
+    """What a node or a branch was made from."""
+    return getattr(runnable, "afunc", None) or getattr(runnable, "func", None) or runnable
