@@ -31,6 +31,7 @@ from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
 from workflows.agent import AgentWorkflow
+from workflows.batch import BatchWorkflow
 from workflows.orphans import OrphanSweep
 from workflows.repair import RepairWorkflow
 
@@ -72,7 +73,7 @@ def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", *
         "workflow_runner": sandbox(),
         # Stands in half of a run's events; the default is a hash that tells a reader nothing.
         "build_id": runtime.settings.build_id,
-        "workflows": [] if stage else [AgentWorkflow, RepairWorkflow, OrphanSweep],
+        "workflows": [] if stage else [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep],
         "activities": activities.of_stage(runtime) if stage else activities.activities(runtime),
     }
     return Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **(settled | options))

@@ -9,28 +9,32 @@ from holdfast.runtime import Runtime
 
 
 def of_stage(runtime: Runtime) -> list[Callable[..., Any]]:
-    """The activities of a worker that serves one stage: what tools of that stage do and undo."""
+    """The activities of a worker that serves one stage: its tools and their undos, and what its batches need."""
+    from activities.batches import Batches
     from activities.tools import Tools
 
-    tools = Tools(runtime)
-    return [tools.tool, tools.undo]
+    tools, batches = Tools(runtime), Batches(runtime)
+    return [tools.tool, tools.undo, batches.list_items, batches.report_batch]
 
 
 def activities(runtime: Runtime) -> list[Callable[..., Any]]:
     """All activities of a worker."""
+    from activities.batches import Batches
     from activities.plan import Plan
     from activities.repairs import Repairs
     from activities.runs import RunRecords
     from activities.tools import Tools
 
     tools, records = Tools(runtime), RunRecords(runtime)
-    repairs = Repairs(runtime, records)
+    repairs, batches = Repairs(runtime, records), Batches(runtime)
     return [
         Plan(runtime).plan,
         tools.tool,
         tools.undo,
         tools.give_up,
         tools.settle,
+        batches.list_items,
+        batches.report_batch,
         records.record_end,
         repairs.begin_repair,
         repairs.record_repair,

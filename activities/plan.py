@@ -77,7 +77,7 @@ class Plan:
                     raise ApplicationError(
                         f"the model refuses: {failure.message}", type=failure.type, non_retryable=True
                     ) from None
-                park = NotYet(self._runtime.settings.park_s, f"the model is gone: {failure.message}")
+                park = NotYet(self._runtime.settings.park_s, f"the model is gone: {failure.message}", service="model")
                 return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()))
             except MalformedOutput as error:
                 raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None

@@ -51,6 +51,7 @@ class RunRecords:
             agent=result.agent,
             tenant=end.tenant,
             trace_id=result.trace_id,
+            requested_by=end.requested_by,
         )
         faults.reached(Point.END_RECORDED, "run")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from holdfast.agent import AgentSpec
+from holdfast.batch import BatchSpec
 from holdfast.services import Service
 
 
@@ -15,18 +17,40 @@ class UnknownAgent(Exception):
 
 
 _added: dict[str, AgentSpec] = {}
+_added_batches: dict[str, BatchSpec] = {}
+
+
+@cache
+def _modules() -> list[ModuleType]:
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/spec.py"))
+    return [import_module(f"agents.{folder}.spec") for folder in folders]
 
 
 @cache
 def _found() -> dict[str, AgentSpec]:
-    specs = (import_module(f"agents.{path.parent.name}.spec").SPEC for path in Path(__file__).parent.glob("*/spec.py"))
-    return {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
+    return {spec.name: spec for spec in sorted((each.SPEC for each in _modules()), key=lambda spec: spec.name)}
+
+
+@cache
+def _found_batches() -> dict[str, BatchSpec]:
+    """Raises TypeError for a batch named like an agent: one name starts one thing."""
+    batches: list[BatchSpec] = [each.BATCH for each in _modules() if hasattr(each, "BATCH")]
+    if twice := next((each.name for each in batches if each.name in _found()), ""):
+        raise TypeError(f"a batch and an agent are both named {twice}")
+    return {spec.name: spec for spec in batches}
 
 
 def add(spec: AgentSpec) -> AgentSpec:
     """Registers an agent that does not live under `agents/` (tests, benchmarks)."""
     _added[spec.name] = spec
     _services.cache_clear()
+    return spec
+
+
+def add_batch(spec: BatchSpec) -> BatchSpec:
+    """Registers a batch that does not live under `agents/`, and its agent."""
+    _added_batches[spec.name] = spec
+    add(spec.agent)
     return spec
 
 
@@ -47,8 +71,9 @@ def _services() -> dict[str, Service]:
 
 
 def stages() -> list[str]:
-    """The stages that tools are declared for, in the order of their names."""
-    return sorted({tool.queue for spec in agents().values() for tool in spec.tools if tool.queue})
+    """The stages that tools and batches are declared for, in the order of their names."""
+    tools = {tool.queue for spec in agents().values() for tool in spec.tools}
+    return sorted((tools | {each.queue for each in batches().values()}) - {""})
 
 
 def agents() -> dict[str, AgentSpec]:
@@ -62,3 +87,24 @@ def agent(name: str) -> AgentSpec:
         return agents()[name]
     except KeyError:
         raise UnknownAgent(f"no agent named {name!r}; there are: {', '.join(agents())}") from None
+
+
+def batches() -> dict[str, BatchSpec]:
+    """All batches by name."""
+    return {**_found_batches(), **_added_batches}
+
+
+def batch(name: str) -> BatchSpec:
+    """The batch of that name. Raises UnknownAgent, naming those there are."""
+    try:
+        return batches()[name]
+    except KeyError:
+        raise UnknownAgent(f"no batch named {name!r}; there are: {', '.join(batches())}") from None
+
+
+def startable(name: str) -> AgentSpec | BatchSpec:
+    """What a run of this name starts. Raises UnknownAgent, naming all there is."""
+    found = batches().get(name) or agents().get(name)
+    if found is None:
+        raise UnknownAgent(f"no agent named {name!r}; there are: {', '.join([*agents(), *batches()])}")
+    return found

@@ -439,6 +439,24 @@ def awaiting(steps: list[StepState], pending: list[Pending]) -> str:
     return f"{percent(steps)} % complete, awaiting {', '.join(left)}"
 
 
+class Items(BaseModel):
+    """Where the items of a batch stand. `failed`: ended in any way but completed. `parked`: those open that wait."""
+
+    total: int = 0
+    done: int = 0
+    failed: int = 0
+    open: int = 0
+    parked: int = 0
+
+    @property
+    def ended(self) -> int:
+        return self.done + self.failed
+
+    @property
+    def percent(self) -> int:
+        return 100 * self.ended // self.total if self.total else 0
+
+
 class RunResult(BaseModel):
     """The result of a run: the Temporal result, the details of a failed run, and the `result` column of the store."""
 
@@ -464,6 +482,8 @@ class RunResult(BaseModel):
     """Turns by the model that answered them, when there was more than one."""
     notes: list[str] = []
     """What was odd on the way, newest last."""
+    items: Items | None = None
+    """Of a batch."""
 
 
 class Phase(StrEnum):
@@ -498,6 +518,8 @@ class RunStatus(BaseModel):
     trace_id: str = ""
     undone: list[UndoRecord] = []
     outcome: RunOutcome | None = None
+    items: Items | None = None
+    """Of a batch."""
 
 
 class Standing(BaseModel):
@@ -532,3 +554,4 @@ class RunEnd(BaseModel):
     result: RunResult
     input: Json | None = None
     """The run's own, when it failed: its dead letter is replayed from it."""
+    requested_by: str = ""

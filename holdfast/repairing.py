@@ -9,7 +9,7 @@ from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
-from agents.registry import UnknownAgent
+from agents.registry import UnknownAgent, startable
 from agents.registry import agent as find_agent
 from holdfast.contracts import Effect, RunOutcome
 from holdfast.reliability.ledger import Ledger
@@ -80,7 +80,7 @@ async def replay_run(client: Client, db: Database, letter: Letter, by: str, task
     closes or opens the letter. Raises BadRequest, UnknownAgent, StoreUnavailable, RPCError.
     """
     _refuse_closed(letter)
-    find_agent(letter.agent)
+    startable(letter.agent)
     details, letters = letter.details, Letters(db)
     if details.get("input") is None:
         raise BadRequest(

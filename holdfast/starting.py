@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from pydantic import ValidationError
 from temporalio.client import Client
@@ -18,7 +19,8 @@ from temporalio.common import (
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
-from agents.registry import agent as find_agent
+from agents.registry import startable
+from holdfast.batch import BatchInput, BatchSpec
 from holdfast.contracts import AgentInput, Json, Phase, Standing, digest
 from holdfast.state.runs import Runs
 from holdfast.telemetry import tracing
@@ -58,11 +60,12 @@ async def start_run(
 ) -> Started:
     """Starts the run of a request, or finds the one that this key has started before, even long after it ended.
 
-    value: the agent's input as JSON data. request_key: any text up to 200 characters; none means a new run.
+    agent: its name, or that of a batch. value: its input as JSON data. request_key: any text up to 200 characters;
+    none means a new run.
     standing: effects of earlier tries of this work that the run must not have again.
     Raises UnknownAgent, BadRequest, KeyReused (the key belongs to another input), StoreUnavailable, RPCError.
     """
-    spec = find_agent(agent)
+    spec = startable(agent)
     try:
         value = spec.input.model_validate(value).model_dump(mode="json")
     except ValidationError as error:
@@ -89,18 +92,14 @@ async def start_run(
         names = ((AGENT, agent), (STATUS, Phase.RUNNING.value), (TENANT, tenant))
         attributes = TypedSearchAttributes([SearchAttributePair(name, word) for name, word in names])
         # Claimed by us just now, or by a starter that died before it could tell: starting twice gives one run.
-        request = AgentInput(
-            agent=agent,
-            input=value,
-            request_key=key,
-            requested_by=requested_by,
-            tenant=tenant,
-            trace_id=trace_id,
-            standing=list(standing),
-        )
+        of: dict[str, Any] = {"request_key": key, "requested_by": requested_by, "tenant": tenant, "trace_id": trace_id}
+        if isinstance(spec, BatchSpec):
+            kind, request = "BatchWorkflow", BatchInput(batch=agent, input=value, queue=spec.queue, **of)
+        else:
+            kind, request = "AgentWorkflow", AgentInput(agent=agent, input=value, standing=list(standing), **of)
         try:
             await client.start_workflow(
-                "AgentWorkflow",
+                kind,
                 request,
                 id=row.workflow_id,
                 task_queue=task_queue,

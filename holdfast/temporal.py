@@ -30,6 +30,7 @@ from temporalio.service import RPCError
 from temporalio.worker import WorkflowInstance, WorkflowInstanceDetails
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
+from holdfast.batch import BatchInput
 from holdfast.contracts import AgentInput
 from holdfast.reliability.errors import ErrorType
 from holdfast.settings import settings
@@ -86,7 +87,7 @@ class PayloadConverter(CompositePayloadConverter):
             if hint in (None, Any):
                 encoding = payload.metadata.get("encoding", b"none").decode(errors="replace")
                 return f"<not readable, encoding {encoding}: {payload.data[:200]!r}>"
-            if hint is AgentInput:
+            if hint in (AgentInput, BatchInput):
                 words = explain(error) if isinstance(error, ValidationError) else str(error)
                 raise ApplicationError(
                     f'the input of a run is an object like {{"agent": "…", "input": {{}}}}: {words}',

@@ -43,6 +43,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.aside import Aside
     from workflows.calls import Calls, why
     from workflows.judgement import judge_final, judge_turn, out_of_turns
+    from workflows.parent import Parent
     from workflows.saga import unwind
     from workflows.state import CallState, Ending, RunState
 
@@ -68,7 +69,8 @@ class AgentWorkflow:
             else RunState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
         self._approvals = Approvals(self._state.approvals, self._note, self._changed)
-        self._calls = Calls(self._parked)
+        self._parent = Parent(self._state)
+        self._calls = Calls(self._parked, self._parent.goes_on)
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
         self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude)
         self._display = progress.Display(given)
@@ -155,7 +157,12 @@ class AgentWorkflow:
         result = self._result = progress.result(self._given, self._state, ending)
         self._phase(Phase.ENDED)
         failed = ending.outcome is RunOutcome.FAILED
-        end = RunEnd(tenant=self._given.tenant, result=result, input=self._given.input if failed else None)
+        end = RunEnd(
+            tenant=self._given.tenant,
+            result=result,
+            input=self._given.input if failed else None,
+            requested_by=self._given.requested_by,
+        )
         await self._calls.run("record_end", end, type(None), summary=f"record: {ending.outcome}")
         return result
 
@@ -232,6 +239,7 @@ class AgentWorkflow:
             self._approvals.hold_for(questions.held(state))
             if state.deferred and not state.approvals.held:
                 self._phase(Phase.PARKED)
+                self._parent.stands_still()
             await workflow.wait_condition(lambda: not self._aside.open_ends)
             self._approvals.hold_for([])
             self._phase(Phase.RUNNING)
@@ -367,6 +375,8 @@ class AgentWorkflow:
     def _parked(self, wait: Wait | None) -> None:
         if wait:
             self._note(wait.why)
+            if wait.service:  # a rate limit is over soon, and shared: another run would only wait as well
+                self._parent.stands_still()
         self._phase(Phase.PARKED if wait else Phase.RUNNING)
 
     def _phase(self, phase: Phase) -> None:
@@ -377,4 +387,6 @@ class AgentWorkflow:
         state = self._state
         if state.phase in (Phase.RUNNING, Phase.WAITING_HUMAN):
             state.phase = Phase.WAITING_HUMAN if self._state.approvals.blocking else Phase.RUNNING
+        if state.phase is Phase.WAITING_HUMAN:
+            self._parent.stands_still()
         self._display.show(state, self._ending)

@@ -29,9 +29,11 @@ Parked = Callable[[Wait | None], None]
 class Calls:
     """The activities of one run. `open` counts those under way: only at 0 may the run continue as new."""
 
-    def __init__(self, parked: Parked) -> None:
+    def __init__(self, parked: Parked, went_on: Callable[[], None] = lambda: None) -> None:
+        """went_on: told of every activity that has come to a result."""
         self.open = 0
         self._parked = parked
+        self._went_on = went_on
 
     async def run(
         self,
@@ -74,6 +76,8 @@ class Calls:
             finally:
                 self.open -= 1
             wait: Wait | None = getattr(outcome, "wait", None)
+            if wait is None:
+                self._went_on()
             if wait is None or (put_off and wait.service) or (give_up_at and wait.until > give_up_at):
                 return outcome
             self._parked(wait)

@@ -107,6 +107,8 @@ class RunState(BaseModel):
     """Requests of kind `outcome` whose answers the ledger has taken."""
     stood: list[str] = []
     """Keys of the standing effects that have answered a call."""
+    told: int = 0
+    """What the batch that started this run was told: odd that it stands still, even that it goes on."""
 
     def policy(self, tool: str) -> ToolPolicy | None:
         """The rules of a tool, as they were when the run began; None for one that is newer than the run."""

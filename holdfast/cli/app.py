@@ -58,8 +58,8 @@ def demo(
 
 @app.command()
 def run(
-    agent: Annotated[str, typer.Argument(metavar="AGENT", help="see `starter.py agents`")],
-    input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|FILE|-", help="what the agent works on")] = "",
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="an agent or a batch: see `starter.py agents`")],
+    input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|FILE|FOLDER|-", help="what it works on")] = "",
     id: Annotated[
         str, typer.Option("--id", metavar="KEY", help="request key: the same one again is the same run")
     ] = "",
@@ -69,7 +69,7 @@ def run(
     follow: Annotated[bool, typer.Option("--follow", help="like --wait, showing what happens")] = False,
     json: Json = False,
 ) -> None:
-    """Start an agent; prints the run's id at once.
+    """Start an agent, or a batch of many; prints the run's id at once.
 
     Exit status with --wait and --follow: 0 completed, 3 partial, 4 rejected, 1 failed, 5 cancelled.
     """
@@ -82,12 +82,14 @@ def run(
 
 @app.command("list")
 def list_runs(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="at most so many")] = 20, json: Json = False
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="at most so many")] = 20,
+    batch: Annotated[str, typer.Option("--batch", metavar="RUN", help="the runs of this batch's items")] = "",
+    json: Json = False,
 ) -> None:
-    """List runs, newest first."""
+    """List runs and batches, newest first."""
     from holdfast.cli import runs
 
-    _go(runs.listing(limit, json))
+    _go(runs.listing(limit, batch, json))
 
 
 @app.command()

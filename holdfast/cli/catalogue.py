@@ -6,7 +6,9 @@ from rich.text import Text
 
 from agents.registry import agent as find_agent
 from agents.registry import agents as all_agents
+from agents.registry import batches as all_batches
 from holdfast.agent import AgentSpec
+from holdfast.batch import BatchSpec
 from holdfast.cli.output import out, print_json
 from holdfast.contracts import Json
 from holdfast.tools import LastGood, Tool
@@ -15,7 +17,7 @@ from holdfast.tools import LastGood, Tool
 def show_agents(as_json: bool) -> None:
     specs = all_agents().values()
     if as_json:
-        print_json([_agent(spec) for spec in specs])
+        print_json([*map(_agent, specs), *map(_batch, all_batches().values())])
         return
     for spec in specs:
         out.print(f"[bold]{spec.name}[/bold]  [dim]version {spec.version}[/dim]")
@@ -23,6 +25,21 @@ def show_agents(as_json: bool) -> None:
         out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(spec).items())}", markup=False)
         steps = (step.name + ("" if step.critical else " (optional)") for step in spec.steps)
         out.print(f"  steps  {', '.join(steps)}", markup=False)
+    for batch in all_batches().values():
+        out.print(f"[bold]{batch.name}[/bold]  [dim]batch of {batch.agent.name}, {batch.window} at a time[/dim]")
+        out.print(f"  {batch.description}", markup=False)
+        out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(batch).items())}", markup=False)
+
+
+def _batch(spec: BatchSpec) -> Json:
+    return {
+        "name": spec.name,
+        "batch_of": spec.agent.name,
+        "description": spec.description,
+        "input": spec.input.model_json_schema(),
+        "window": spec.window,
+        "most_open": spec.most_open,
+    }
 
 
 def _agent(spec: AgentSpec) -> Json:
@@ -38,7 +55,7 @@ def _agent(spec: AgentSpec) -> Json:
     }
 
 
-def _fields(spec: AgentSpec) -> Json:
+def _fields(spec: AgentSpec | BatchSpec) -> Json:
     return spec.input.model_json_schema().get("properties", {})
 
 

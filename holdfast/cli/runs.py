@@ -118,7 +118,7 @@ async def find(client: Client, workflow_id: str, *, with_row: bool = False) -> K
         row = await stored(workflow_id)
     if execution is None and row is None:
         raise Refused(f"no run {workflow_id!r}: `uv run starter.py list` shows those there are")
-    if execution is not None and execution.workflow_type != "AgentWorkflow":
+    if execution is not None and execution.workflow_type not in ("AgentWorkflow", "BatchWorkflow"):
         raise Refused(f"{workflow_id} is a workflow of type {execution.workflow_type}, not a run of an agent")
     return Known(workflow_id, handle, execution, row)
 
@@ -206,15 +206,19 @@ async def run(agent: str, value: str, key: str, *, wait: bool, follow_it: bool, 
 
 
 def read_input(value: str) -> Json:
-    """The input: JSON, the name of a file of it, or `-` for stdin. Raises Refused."""
+    """The input: JSON, the name of a file of it, `-` for stdin, or a folder. Raises Refused."""
     text, source = value, "--input"
     if value == "-":
         text, source = sys.stdin.read(), "stdin"
+    elif value and Path(value).is_dir():
+        return {"folder": str(Path(value).resolve())}
     elif value and not value.lstrip().startswith(("{", "[", '"')):
         try:
             text, source = Path(value).read_text(), value
         except (OSError, UnicodeDecodeError) as error:
-            raise Refused(f"--input is neither a JSON object nor a readable file: {value} ({error})") from None
+            raise Refused(
+                f"--input is neither a JSON object nor a readable file or folder: {value} ({error})"
+            ) from None
     try:
         data = json.loads(text or "{}")
     except ValueError as error:
@@ -357,18 +361,25 @@ async def result(workflow_id: str, as_json: bool) -> int:
     return 0
 
 
-async def listing(limit: int, as_json: bool) -> int:
-    """Runs, newest first: what Temporal lists, and from the store what it has forgotten."""
+async def listing(limit: int, batch: str, as_json: bool) -> int:
+    """Runs, newest first: what Temporal lists, and from the store what it has forgotten.
+
+    batch: the runs of its items; without it those are left out.
+    """
     client = await connect()
     try:
         async with open_runs() as runs:
-            rows = {row.workflow_id: row for row in await runs.recent(limit)}
+            rows = {row.workflow_id: row for row in await runs.recent(limit, batch)}
     except StoreUnavailable as error:
         err.print(f"[yellow]note: {error}[/yellow]")
         rows = {}
     found: dict[str, Json] = {}
-    # Only the workflow's type is asked for: a query by an attribute that is not registered would be refused.
-    async for execution in client.list_workflows('WorkflowType = "AgentWorkflow"', limit=limit):
+    # Only what every server knows is asked for: a query by an attribute that is not registered would be refused.
+    if '"' in batch:
+        raise Refused(f"--batch: no run has an id like {batch}")
+    parent = f'ParentWorkflowId = "{batch}"' if batch else "ParentWorkflowId IS NULL"
+    query = f'WorkflowType IN ("AgentWorkflow", "BatchWorkflow") AND {parent}'
+    async for execution in client.list_workflows(query, limit=limit):
         if execution.id in found:  # an earlier execution of the same run, before its continue-as-new
             continue
         attributes = {pair.key.name: str(pair.value) for pair in execution.typed_search_attributes}

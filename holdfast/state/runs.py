@@ -103,6 +103,7 @@ class Runs:
         agent: str = "",
         tenant: str = "default",
         trace_id: str = "",
+        requested_by: str = "",
     ) -> None:
         """Records how a run ended; `result` is JSON. The same end again changes nothing, not even the time.
 
@@ -114,7 +115,7 @@ class Runs:
             return
         # The id may be taken as a key by a request for another run: a prefix that no one types keeps the row apart.
         for key in (workflow_id, f"workflow:{workflow_id}"):
-            row = Run(key, workflow_id, agent, tenant, "", "", trace_id, now, now, outcome, result, now, None)
+            row = Run(key, workflow_id, agent, tenant, requested_by, "", trace_id, now, now, outcome, result, now, None)
             if await self._db.run(INSERT, *row) or await self._end(workflow_id, outcome, result, now):
                 return
 
@@ -139,7 +140,11 @@ class Runs:
         row = await self._db.one(f"SELECT {COLUMNS} FROM runs WHERE workflow_id = ?", workflow_id)
         return Run(*row) if row else None
 
-    async def recent(self, limit: int) -> list[Run]:
-        """The runs claimed last, newest first."""
-        rows = await self._db.all(f"SELECT {COLUMNS} FROM runs ORDER BY created_at DESC LIMIT ?", limit)
+    async def recent(self, limit: int, batch: str = "") -> list[Run]:
+        """The runs claimed last, newest first: those of a batch's items, or all but the items of batches."""
+        of_a_batch = "EXISTS (SELECT 1 FROM runs b WHERE b.workflow_id = r.requested_by)"
+        which = "requested_by = ?" if batch else f"? = '' AND NOT {of_a_batch}"
+        rows = await self._db.all(
+            f"SELECT {COLUMNS} FROM runs r WHERE {which} ORDER BY created_at DESC LIMIT ?", batch, limit
+        )
         return [Run(*row) for row in rows]

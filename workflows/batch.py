@@ -1,0 +1,343 @@
+"""A batch: one run of an agent for each item, a window of them at a time, each a child of its own.
+
+No I/O: listing the items and writing the batch's report are activities. What survives continue-as-new is `BatchState`:
+a cursor and counts. A batch continues as new only when none of its children is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+from temporalio import workflow
+from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
+from temporalio.exceptions import (
+    ActivityError,
+    ApplicationError,
+    CancelledError,
+    ChildWorkflowError,
+    TerminatedError,
+    WorkflowAlreadyStartedError,
+)
+from temporalio.workflow import ChildWorkflowCancellationType, ParentClosePolicy
+
+with workflow.unsafe.imports_passed_through():
+    from pydantic import ValidationError
+
+    from holdfast.aio import to_the_end
+    from holdfast.batch import BatchInput, BatchReport, BatchState, ChildNews, Item, ItemFailure, ItemPage, ListRequest
+    from holdfast.contracts import AgentInput, Items, Phase, RunEnd, RunOutcome, RunResult, RunStatus, Wait, key_base
+    from holdfast.reliability.errors import ErrorType
+    from holdfast.temporal import AGENT, STATUS, TENANT
+    from workflows import batching
+    from workflows.calls import Calls, why
+    from workflows.state import Ending
+
+LIST_S = 300.0
+REPORT_S = 300.0
+DEADLINE_S = 86_400.0
+"""Over all tries to list the items, or to write the report."""
+TASK_TIMEOUT = timedelta(seconds=5)
+
+
+@workflow.defn(name="BatchWorkflow")
+class BatchWorkflow:
+    @workflow.init
+    def __init__(self, given: BatchInput) -> None:
+        info = workflow.info()
+        self._given = given
+        self._state = (
+            BatchState.model_validate(given.state)
+            if given.state is not None
+            else BatchState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
+        )
+        self._calls = Calls(self._waits)
+        self._ahead: list[Item] = []
+        self._open: dict[str, asyncio.Task[None]] = {}
+        """By the child's workflow id."""
+        self._heard: dict[str, int] = {}
+        """The last news of each open child that ever stood still: odd while it does."""
+        self._started_here = 0
+        self._changes = 0
+        self._broken: BaseException | None = None
+        self._report: asyncio.Task[None] | None = None
+        self._ending: Ending | None = None
+        self._result: RunResult | None = None
+        self._shown_status = ""
+
+    # ------------------------------------------------------------ the life of a batch
+
+    @workflow.run
+    async def run(self, given: BatchInput) -> RunResult:
+        try:
+            ending = await self._work()
+        except asyncio.CancelledError:
+            ending = await to_the_end(self._cancelled(workflow.cancellation_reason()))
+        if ending is None:
+            await workflow.wait_condition(workflow.all_handlers_finished)
+            # No await from here: a Signal handled now would be lost.
+            self._state.listed = False  # what was listed and not started is listed again
+            carried = self._state.model_dump(mode="json", exclude_defaults=True)
+            workflow.continue_as_new(given.model_copy(update={"state": carried}))
+        result = await to_the_end(self._close(ending))
+        if ending.outcome is RunOutcome.CANCELLED:
+            raise asyncio.CancelledError(ending.reason)
+        if ending.outcome is RunOutcome.FAILED:
+            raise ApplicationError(ending.reason, result, type=ErrorType.AGENT_FAILED, non_retryable=True)
+        return result
+
+    async def _work(self) -> Ending | None:
+        """Starts items as there is room, until all have ended; None when the batch should continue as new."""
+        state = self._state
+        self._changed()
+        while True:
+            try:
+                if not self._ahead and not state.listed and not self._is_long():
+                    await self._list()
+            except ActivityError as error:
+                await self._drained()
+                return Ending(RunOutcome.FAILED, f"the {self._unit} cannot be listed: {why(error)}")
+            while self._ahead and self._has_room() and not self._is_long():
+                self._start(self._ahead.pop(0))
+            if not self._open:
+                more = bool(self._ahead) or not state.listed
+                if not more and not state.total:
+                    return Ending(RunOutcome.FAILED, f"there are no {self._unit}")
+                if not more:
+                    return batching.judge(state)
+                if self._is_long():
+                    await self._drained()
+                    return None
+            await self._news()
+
+    async def _news(self) -> None:
+        """Waits until something has changed. Raises what a bug in one of the tasks has raised."""
+        seen = self._changes
+        await workflow.wait_condition(lambda: self._changes != seen)
+        if self._broken:
+            raise self._broken
+
+    async def _list(self) -> None:
+        state = self._state
+        request = ListRequest(batch=self._given.batch, input=self._given.input, after=state.after)
+        queue = state.profile.queue if state.profile else self._given.queue
+        page = await self._calls.run(
+            "list_items",
+            request,
+            ItemPage,
+            summary=f"list, after {state.after}" if state.after else "list",
+            timeout_s=LIST_S,
+            deadline_s=DEADLINE_S,
+            queue=queue,
+        )
+        state.profile = page.profile or state.profile
+        state.total = state.done + state.failed + len(self._open) + page.left
+        self._ahead, state.listed = page.items, len(page.items) == page.left
+        state.phase = Phase.RUNNING
+        if not state.marks:
+            batching.mark(state, workflow.now())
+        self._changed()
+
+    async def _drained(self) -> None:
+        """Waits for all that is open."""
+        await workflow.wait_condition(lambda: not self._open)
+        if self._report:
+            await self._report
+
+    async def _cancelled(self, reason: str | None) -> Ending:
+        """No new children; those there are unwind what they did, and are waited for."""
+        self._ending = Ending(RunOutcome.CANCELLED, f"cancelled: {reason}" if reason else "cancelled")
+        self._state.phase = Phase.COMPENSATING
+        self._changed()
+        for task in list(self._open.values()):
+            task.cancel()
+        await self._drained()
+        return self._ending
+
+    async def _close(self, ending: Ending) -> RunResult:
+        """Writes the last report, and keeps the result where it outlives Temporal's retention."""
+        state = self._state
+        if self._report:
+            await self._report
+        if state.profile:
+            await self._reported(ended=True)
+        if ending.outcome in (RunOutcome.COMPLETED, RunOutcome.PARTIAL):
+            ending = batching.judge(state)  # the report has said where the results are
+        self._ending, state.phase = ending, Phase.ENDED
+        result = self._result = batching.result(self._given, state, self._items(), ending)
+        self._changed()
+        failed = ending.outcome is RunOutcome.FAILED
+        end = RunEnd(tenant=self._given.tenant, result=result, input=self._given.input if failed else None)
+        await self._calls.run("record_end", end, type(None), summary=f"record: {ending.outcome}")
+        return result
+
+    # ------------------------------------------------------------ one item
+
+    def _start(self, item: Item) -> None:
+        self._state.after = item.id
+        self._started_here += 1
+        child = f"{workflow.info().workflow_id}.{item.id}"
+        task = self._open[child] = asyncio.create_task(self._one(child, item))
+        task.add_done_callback(lambda task: self._gone(child, task))
+        self._changed()
+
+    def _gone(self, child: str, task: asyncio.Task[None]) -> None:
+        # Here and not in the task: one that is cancelled at once never begins.
+        self._open.pop(child, None)
+        self._heard.pop(child, None)
+        self._broken = self._broken or (None if task.cancelled() else task.exception())
+        self._changed()
+
+    async def _one(self, child: str, item: Item) -> None:
+        given, state = self._given, self._state
+        assert state.profile is not None
+        names = ((AGENT, state.profile.agent), (STATUS, Phase.RUNNING.value), (TENANT, given.tenant))
+        request = AgentInput(
+            agent=state.profile.agent,
+            input=item.input,
+            requested_by=workflow.info().workflow_id,
+            tenant=given.tenant,
+            trace_id=given.trace_id,
+        )
+        result, failed = None, None
+        try:
+            result = await workflow.execute_child_workflow(
+                "AgentWorkflow",
+                request,
+                id=child,
+                result_type=RunResult,
+                task_timeout=TASK_TIMEOUT,
+                cancellation_type=ChildWorkflowCancellationType.WAIT_CANCELLATION_COMPLETED,
+                parent_close_policy=ParentClosePolicy.REQUEST_CANCEL,
+                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+                search_attributes=TypedSearchAttributes([SearchAttributePair(name, word) for name, word in names]),
+                static_summary=item.name,
+            )
+            if result.outcome is not RunOutcome.COMPLETED:
+                failed = f"{result.outcome}: {result.reason}"
+        except WorkflowAlreadyStartedError:
+            failed = f"there is a run {child} already"
+        except ChildWorkflowError as error:
+            result, failed = _ended(error)
+        except asyncio.CancelledError:
+            failed = "cancelled before it had begun"
+        self._open.pop(child)
+        self._heard.pop(child, None)
+        if self._ending is None or failed is None:
+            name = ItemFailure(id=item.id, name=item.name, why=failed[:300]) if failed else None
+            batching.count(state, result, name)
+            self._progress(name)
+
+    def _progress(self, failure: ItemFailure | None) -> None:
+        """Every few items a mark, a note and a report; one report at a time."""
+        state = self._state
+        assert state.profile is not None
+        if failure:
+            self._note(f"{failure.name} failed: {failure.why}")
+        if (state.done + state.failed) % state.profile.every == 0:
+            batching.mark(state, workflow.now())
+            self._note(batching.tally(state, self._items()))
+        due = state.done + state.failed - state.reported >= state.profile.every
+        if due and self._ending is None and (self._report is None or self._report.done()):
+            self._report = asyncio.create_task(self._reported())
+
+    async def _reported(self, ended: bool = False) -> None:
+        state, counts = self._state, self._items()
+        assert state.profile is not None
+        report = BatchReport(
+            batch=self._given.batch, input=self._given.input, items=counts, failures=state.failures, ended=ended
+        )
+        try:
+            state.words = await self._calls.run(
+                "report_batch",
+                report,
+                str,
+                summary=f"report: {counts.ended}/{counts.total}",
+                timeout_s=REPORT_S,
+                deadline_s=DEADLINE_S,
+                queue=state.profile.queue,
+            )
+        except ActivityError as error:
+            self._note(f"the report could not be written: {why(error)}")
+        state.reported = counts.ended
+        self._changed()
+
+    # ------------------------------------------------------------ room
+
+    def _has_room(self) -> bool:
+        profile = self._state.profile
+        return profile is not None and batching.has_room(profile, len(self._open), self._parked())
+
+    def _is_long(self) -> bool:
+        profile, info = self._state.profile, workflow.info()
+        full = profile is not None and self._started_here >= profile.items_per_execution
+        full = full or info.is_continue_as_new_suggested()
+        return batching.is_long(full, info.get_current_history_length(), self._parked())
+
+    def _parked(self) -> int:
+        return sum(n % 2 for n in self._heard.values())
+
+    # ------------------------------------------------------------ what the world says and sees
+
+    @workflow.signal(name="child", description="Sent by the batch's own runs: one stands still, or goes on")
+    def child(self, *payload: Any) -> None:
+        try:
+            news = ChildNews.model_validate(payload[0] if payload else None)
+        except ValidationError:
+            return  # not of a child of ours
+        if news.id in self._open and news.n > self._heard.get(news.id, 0):
+            self._heard[news.id] = news.n
+            self._changed()
+
+    @workflow.query(description="What the batch is doing")
+    def status(self) -> RunStatus:
+        return batching.status(self._given, self._state, self._items(), self._ending, workflow.now())
+
+    @workflow.query(description="The result, or null while the batch goes on")
+    def result(self) -> RunResult | None:
+        return self._result
+
+    @property
+    def _unit(self) -> str:
+        return self._state.profile.unit if self._state.profile else "items"
+
+    def _items(self) -> Items:
+        return batching.items(self._state, len(self._open), self._parked())
+
+    def _waits(self, wait: Wait | None) -> None:
+        if wait:
+            self._note(wait.why)
+
+    def _note(self, text: str) -> None:
+        self._state.notes = [*self._state.notes[-49:], f"{workflow.now():%Y-%m-%d %H:%M:%S} {text}"]
+
+    def _changed(self) -> None:
+        state = self._state
+        self._changes += 1
+        if state.phase in (Phase.RUNNING, Phase.PARKED):
+            still = bool(self._open) and self._parked() == len(self._open) and not self._has_room()
+            state.phase = Phase.PARKED if still else Phase.RUNNING
+        if state.phase != self._shown_status:
+            self._shown_status = state.phase
+            workflow.upsert_search_attributes([STATUS.value_set(state.phase.value)])
+        info = workflow.info()
+        workflow.set_current_details(
+            batching.page(self._given, info.workflow_id, state, self._items(), self._ending, workflow.now())
+        )
+
+
+def _ended(error: ChildWorkflowError) -> tuple[RunResult | None, str]:
+    """What a child that did not complete leaves: its result if it gave one, and why."""
+    cause = error.cause
+    if isinstance(cause, ApplicationError):
+        try:
+            result = RunResult.model_validate(cause.details[0]) if cause.details else None
+        except ValidationError:
+            result = None
+        return result, cause.message
+    if isinstance(cause, TerminatedError):
+        return None, "terminated outside"
+    if isinstance(cause, CancelledError):
+        return None, "cancelled"
+    return None, str(cause or error)
