@@ -22,6 +22,7 @@ from temporalio.worker import Worker
 
 import activities
 from agents import registry
+from holdfast import claims
 from holdfast.cli.ending import end_process
 from holdfast.reliability import faults
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
@@ -119,6 +120,7 @@ async def serve(stages: list[str]) -> int:
         print(f"worker stopped with work in flight after {drain:.0f} s", file=sys.stderr)
         return 1
     await runtime.close()
+    await claims.close(client.data_converter.external_storage)
     return 0
 
 

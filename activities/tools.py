@@ -47,6 +47,8 @@ from holdfast.tools import LastGood, Tool, ToolContext, Undo, explain
 
 MAX_CONTENT = 100_000
 """Bytes of a result that go back to the model. The ledger keeps the whole."""
+MAX_NOTE = 2_000
+"""Bytes of what an undo says of itself."""
 
 CALLERS_FAULT = {ErrorType.REFUSED, ErrorType.INVALID_ARGUMENTS}
 
@@ -238,7 +240,8 @@ class Tools:
         if settled.result is None:
             return UndoOutcome(status=UndoStatus.NOTHING, failures=settled.failures)
         await self._runtime.ledger.compensated(call.key)
-        return UndoOutcome(status=UndoStatus.UNDONE, note=settled.result, failures=settled.failures)
+        note = clip(settled.result, MAX_NOTE)
+        return UndoOutcome(status=UndoStatus.UNDONE, note=note, failures=settled.failures)
 
     def _context(self, key: str, key_base: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
         async def ask(label: str, messages: list[Json]) -> ModelAnswer:

@@ -13,6 +13,10 @@ from holdfast.contracts import Decision, Json, ToolCall
 from holdfast.tools import explain
 
 MAX_REASKS = 2
+MAX_ARGUMENTS = 1_000_000
+"""Bytes of a call's arguments, as JSON."""
+MAX_FINAL = 1_000_000
+"""Bytes of the final words."""
 
 
 class MalformedOutput(Exception):
@@ -41,7 +45,11 @@ def parse(message: Json, spec: AgentSpec, offered: set[str] | None = None) -> tu
     """The decision that a model message stands for, or None and the messages that tell the model what is wrong."""
     wanted = message.get("tool_calls") or []
     if not wanted:
-        if text := said(message):
+        text = said(message)
+        if (size := len(text.encode())) > MAX_FINAL:
+            problem = f"Your answer has {size:,} bytes, and at most {MAX_FINAL:,} are taken: say it shorter."
+            return None, [{"role": "user", "content": problem}]
+        if text:
             return Decision(final=text), []
         return None, [{"role": "user", "content": "Your answer was empty. Call a tool, or say how the task ended."}]
     parsed = [(call["id"], *_parse_call(call, spec, offered)) for call in wanted]
@@ -68,6 +76,8 @@ def _parse_call(call: Json, spec: AgentSpec, offered: set[str] | None) -> tuple[
     if tool is None or (offered is not None and name not in offered):
         known = ", ".join(each for each in spec.by_name if offered is None or each in offered)
         return None, f"there is no tool named {name!r}; the tools are: {known}"
+    if (size := len(call["function"]["arguments"].encode())) > MAX_ARGUMENTS:
+        return None, f"the arguments of {name} have {size:,} bytes, and at most {MAX_ARGUMENTS:,} are taken: send less"
     try:
         arguments: Any = json.loads(call["function"]["arguments"] or "{}")
     except json.JSONDecodeError as error:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 
@@ -38,7 +38,12 @@ class Settings(BaseSettings):
 
     # The prefix concerns fields' own names, which code uses: without it `HOME` would be taken for `home`.
     model_config = SettingsConfigDict(
-        extra="ignore", populate_by_name=True, env_prefix="HOLDFAST_FIELD_", env_ignore_empty=True
+        extra="ignore",
+        populate_by_name=True,
+        env_prefix="HOLDFAST_FIELD_",
+        env_ignore_empty=True,
+        # An error's text is printed, and what does not fit may be a key.
+        hide_input_in_errors=True,
     )
 
     home: Annotated[Path, Field(alias="HOLDFAST_HOME")] = Path(".holdfast")
@@ -60,6 +65,15 @@ class Settings(BaseSettings):
     """Requests and tokens per minute that all workers together may use."""
     model_fallbacks: Annotated[tuple[ModelTarget, ...], Field(alias="HOLDFAST_MODEL_FALLBACKS")] = ()
     """Models that stand in, in this order: a JSON list, e.g. `[{"model": "gpt-5-nano", "window": 400000}]`."""
+
+    encryption_keys: Annotated[SecretStr, Field(alias="HOLDFAST_ENCRYPTION_KEYS")] = SecretStr("")
+    """`id:base64,id:base64`, 32 bytes each: the first encrypts what goes through Temporal, all decrypt."""
+    payload_limit: Annotated[int, Field(alias="HOLDFAST_PAYLOAD_LIMIT", ge=1000, le=1_000_000)] = 65_536
+    """Bytes; a larger payload is stored outside of Temporal, which takes 2 MB at most."""
+    payload_store: Annotated[str, Field(alias="HOLDFAST_PAYLOAD_STORE")] = "store"
+    """Where to: `store`, `file:///directory` or `s3://bucket/prefix`; the first of several stores, all are read."""
+    codec_token: Annotated[SecretStr, Field(alias="HOLDFAST_CODEC_TOKEN")] = SecretStr("")
+    """Who holds it may read what is encrypted, through `starter.py codec-server`."""
 
     hospital_url: Annotated[str, Field(alias="HOLDFAST_HOSPITAL_URL")] = "http://127.0.0.1:8090"
     otlp_endpoint: Annotated[str, Field(alias="OTEL_EXPORTER_OTLP_ENDPOINT")] = ""
@@ -91,6 +105,22 @@ class Settings(BaseSettings):
         if not stack.exists() or _names_a_server():
             return (init_settings, env_settings)
         return (init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=stack))
+
+    @field_validator("encryption_keys")
+    @classmethod
+    def _keys_fit(cls, value: SecretStr) -> SecretStr:
+        from holdfast.codec import parse_keys
+
+        parse_keys(value.get_secret_value())
+        return value
+
+    @field_validator("payload_store")
+    @classmethod
+    def _addresses_fit(cls, value: str) -> str:
+        from holdfast.claims import addresses
+
+        addresses(value)
+        return value
 
     @property
     def models(self) -> tuple[ModelTarget, ...]:

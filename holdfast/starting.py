@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from holdfast.tools import explain
 
 TASK_TIMEOUT = timedelta(seconds=5)
 """A workflow task is milliseconds of work; a worker killed within one is noticed after this long (default: 10 s)."""
+
+MAX_INPUT = 4_000_000
+"""Bytes of a run's input as JSON: the whole of it goes to the model, and along with the run."""
 
 
 class BadRequest(Exception):
@@ -71,6 +75,11 @@ async def start_run(
     except ValidationError as error:
         wanted = ", ".join(spec.input.model_fields)
         raise BadRequest(f"input of agent {agent}: {explain(error)} (its fields are: {wanted})") from None
+    if (size := len(json.dumps(value, ensure_ascii=False).encode())) > MAX_INPUT:
+        raise BadRequest(
+            f"the input of agent {agent} has {size:,} bytes, and at most {MAX_INPUT:,} are taken: "
+            "leave it where the agent's tools can read it, and say where that is"
+        )
     key = request_key or secrets.token_hex(4)
     if len(key) > 200 or not key.isprintable() or key != key.strip():
         raise BadRequest("a request key is up to 200 printable characters without space around it")

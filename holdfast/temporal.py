@@ -21,6 +21,7 @@ from temporalio.contrib.pydantic import PydanticJSONPlainPayloadConverter
 from temporalio.converter import (
     CompositePayloadConverter,
     DataConverter,
+    DefaultFailureConverterWithEncodedAttributes,
     DefaultPayloadConverter,
     StorageDriverStoreContext,
 )
@@ -31,9 +32,11 @@ from temporalio.worker import WorkflowInstance, WorkflowInstanceDetails
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
 from holdfast.batch import BatchInput
+from holdfast.claims import external_storage
+from holdfast.codec import EncryptionCodec, parse_keys
 from holdfast.contracts import AgentInput
 from holdfast.reliability.errors import ErrorType
-from holdfast.settings import settings
+from holdfast.settings import Settings, settings
 from holdfast.telemetry.tracing import temporal_plugins
 from holdfast.tools import explain
 
@@ -98,12 +101,31 @@ class PayloadConverter(CompositePayloadConverter):
 
 
 DATA_CONVERTER = DataConverter(payload_converter_class=PayloadConverter)
+"""How values become payloads; without what a deployment adds: `data_converter`."""
+
+
+def data_converter(settings: Settings, namespace: str) -> DataConverter:
+    """The converter of a deployment: first the values' JSON, then encryption, then the claim check.
+
+    With encryption on, the words and stack traces of errors are encrypted too: services put into them what they like.
+    """
+    keys = parse_keys(settings.encryption_keys.get_secret_value())
+    converter = replace(
+        DATA_CONVERTER,
+        # Without keys as well: it says which key is missing for what was encrypted before.
+        payload_codec=EncryptionCodec(keys),
+        external_storage=external_storage(settings, namespace),
+    )
+    return (
+        replace(converter, failure_converter_class=DefaultFailureConverterWithEncodedAttributes) if keys else converter
+    )
+
 
 PASSED_THROUGH = ("holdfast", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "opentelemetry")
 
 
 class _Sandbox(SandboxedWorkflowRunner):
-    """The sandbox, without asking each run for a serialization context that our converter does not look at.
+    """The sandbox, without asking each run for a context that our converter, codec and storage do not look at.
 
     The SDK enters the sandbox anew for every payload to ask, which was an eighth of a worker's CPU (temporalio 1.35).
     """
@@ -134,7 +156,9 @@ async def connect() -> Client:
     where = profile()
     try:
         return await Client.connect(
-            **where.to_client_connect_config(), data_converter=DATA_CONVERTER, plugins=temporal_plugins()
+            **where.to_client_connect_config(),
+            data_converter=data_converter(settings(), where.namespace or "default"),
+            plugins=temporal_plugins(),
         )
     except RuntimeError as error:
         raise NoServer(
@@ -162,4 +186,4 @@ async def register_search_attributes(client: Client) -> list[str]:
     return missing
 
 
-__all__ = ["DATA_CONVERTER", "Client", "NoServer", "RPCError", "connect", "sandbox"]
+__all__ = ["DATA_CONVERTER", "Client", "NoServer", "RPCError", "connect", "data_converter", "sandbox"]

@@ -53,6 +53,8 @@ NO_PROFILE_DEADLINE = timedelta(days=1)
 """How long a run waits for a model that has never answered."""
 MAX_ANSWERS = 1_000_000
 """Bytes of all answers of a turn together: the next turn's request has to fit into a Temporal payload (2 MB)."""
+MAX_NOTE = 2_000
+"""Bytes of a note; people and services write into them."""
 
 
 @workflow.defn(name="AgentWorkflow")
@@ -367,7 +369,7 @@ class AgentWorkflow:
 
     def _note(self, *texts: str) -> None:
         notes = self._state.notes
-        for text in texts:
+        for text in (clip(each, MAX_NOTE) for each in texts):
             if not notes or not notes[-1].endswith(text):
                 notes.append(f"{workflow.now():%Y-%m-%d %H:%M:%S} {text}")
         del notes[:-50]

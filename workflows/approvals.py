@@ -29,6 +29,9 @@ VERDICTS = {
     "outcome": (Verdict.HAPPENED, Verdict.DID_NOT),
 }
 
+MAX_DECISION = 2_000_000
+"""Bytes of a decision as JSON. What Temporal itself takes: so no history holds a larger one that was accepted."""
+
 
 class ApprovalsState(BaseModel):
     open: dict[str, Approval] = {}
@@ -146,6 +149,8 @@ class Approvals:
 
 def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:
     """The decision, or what is wrong with it in words."""
+    if (size := len(json.dumps(payload, default=str, ensure_ascii=False).encode())) > MAX_DECISION:
+        return f"it has {size:,} bytes, and at most {MAX_DECISION:,} are taken"
     if len(payload) != 1 or not isinstance(payload[0], dict):
         got = json.dumps(payload[0] if len(payload) == 1 else list(payload), default=str)[:200]
         example = '{"approval_id": "…", "verdict": "approve", "approver": "…"}'

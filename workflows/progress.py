@@ -37,6 +37,9 @@ TICKS = {
     StepStatus.UNDONE: "↩",
 }
 
+MAX_SHOWN = 10_000
+"""Characters of an argument that the page shows."""
+
 
 def line(agent: str, steps: list[StepState], doing: str, now: datetime) -> str:
     """'Discharge in progress: 4/6 steps complete. Pharmacy coordination pending pharmacist review. ETA 5 minutes. …'"""
@@ -122,7 +125,7 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
 
 
 def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
-    arguments = "\n".join(f"- {name}: {plain(in_words(value))}" for name, value in approval.arguments.items())
+    arguments = "\n".join(f"- {name}: {plain(_short(in_words(value)))}" for name, value in approval.arguments.items())
     match approval.kind:
         case "outcome":
             step = state.step_of(approval.subject)
@@ -144,6 +147,11 @@ def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
     )
     parts = [f"{head}\n{plain(approval.why)}", arguments, f"When asked: {plain(approval.evidence)}", commands]
     return "\n\n".join(part for part in parts if part)
+
+
+def _short(text: str) -> str:
+    """The beginning of a long text: a page of a megabyte is of no use to a browser."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} … ({len(text):,} characters in all)"
 
 
 def cost(usage: Usage) -> str:

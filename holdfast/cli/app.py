@@ -359,6 +359,8 @@ def mendable(error: Exception) -> str | None:
     from temporalio.service import RPCError
 
     from agents.registry import UnknownAgent
+    from holdfast.claims import ClaimLost
+    from holdfast.codec import PayloadUnreadable
     from holdfast.stack import StackFailed
     from holdfast.starting import BadRequest
     from holdfast.state.database import StoreUnavailable
@@ -368,7 +370,16 @@ def mendable(error: Exception) -> str | None:
     from holdfast.tools import explain
 
     if isinstance(
-        error, UnknownAgent | BadRequest | KeyReused | StackFailed | StoreUnavailable | SchemaMismatch | NoServer
+        error,
+        UnknownAgent
+        | BadRequest
+        | ClaimLost
+        | KeyReused
+        | NoServer
+        | PayloadUnreadable
+        | SchemaMismatch
+        | StackFailed
+        | StoreUnavailable,
     ):
         return str(error)
     if isinstance(error, RPCError):

@@ -33,6 +33,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.cli import view
 from holdfast.cli.output import Refused, err, out, print_json, seconds
+from holdfast.cli.stuck import failing_task, words
 from holdfast.contracts import Approval, ApprovalDecision, DecisionReply, Json, Phase, RunResult, RunStatus, Verdict
 from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
@@ -301,7 +302,8 @@ async def status(workflow_id: str, as_json: bool) -> int:
         try:
             found = await ask(known.handle, "status", RunStatus)
         except NoAnswer as error:
-            complaint = str(error)
+            failing = await failing_task(client, workflow_id)
+            complaint = f"its workflow task fails and is tried again: {failing}" if failing else str(error)
     if as_json:
         server = status_word(known.execution)
         told: Json = {"workflow_id": workflow_id, "source": source if found else "server", "temporal": server}
@@ -315,7 +317,7 @@ async def status(workflow_id: str, as_json: bool) -> int:
         if row is not None:
             out.print(f"agent {row.agent}, asked for by {row.requested_by or 'unknown'} at {clock(row.created_at)}")
         for activity in execution.raw_description.pending_activities if execution is not None else ():
-            failure = f": {activity.last_failure.message}" if activity.HasField("last_failure") else ""
+            failure = f": {await words(client, activity.last_failure)}" if activity.HasField("last_failure") else ""
             out.print(f"in flight: {activity.activity_type.name}, attempt {activity.attempt}{failure}", markup=False)
     if complaint:
         err.print(f"[yellow]note: {complaint}[/yellow]")

@@ -173,6 +173,17 @@ checkpoint_writes = Table(
 )
 """What the tasks of an unfinished superstep have written, for resuming without running them again."""
 
+claims = Table(
+    "claims",
+    metadata,
+    Column("digest", Text, primary_key=True),
+    Column("namespace", Text, primary_key=True),
+    Column("payload", LargeBinary, nullable=False),
+    Column("at", Double, nullable=False),
+    Index("claims_at", "namespace", "at"),
+)
+"""Payloads too large for Temporal's history, by the SHA-256 of what is stored; `at`: when it was last stored."""
+
 
 def migrate(url: str) -> tuple[str | None, str]:
     """Brings the store to the schema of this code, making an SQLite file if there is none. Blocks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from holdfast.state.database import Database
 
-VERSION = "0002"
+VERSION = "0003"
 """The migration that this code needs: the newest in `migrations/versions`. They are numbered in order."""
 
 

@@ -1,0 +1,249 @@
+"""The claim check: payloads above a limit go to storage outside of Temporal, and history holds a reference.
+
+The first address stores, all of them are read, and our own store always is: so the place can be changed while runs are
+under way. What is stored is what the codec made of it, so it is encrypted when encryption is on. Names are the SHA-256
+of the content: storing twice is storing once, and what comes back is checked against its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from temporalio.api.common.v1 import Payload
+from temporalio.contrib.aws.s3driver import S3StorageDriver, S3StorageDriverClient
+from temporalio.converter import (
+    ExternalStorage,
+    StorageDriver,
+    StorageDriverClaim,
+    StorageDriverRetrieveContext,
+    StorageDriverStoreContext,
+)
+
+from holdfast.state.claims import Claims
+from holdfast.state.database import Database, open_database
+
+if TYPE_CHECKING:
+    from holdfast.settings import Settings  # which checks the addresses with this module
+
+STORE = "store"
+VARIABLE = "HOLDFAST_PAYLOAD_STORE"
+S3_MAX = 1 << 30
+"""Bytes. Sizes are limited where they arise; a limit here would only stop what is already under way."""
+
+
+class ClaimLost(Exception):
+    """A large payload is not where its reference says, or it is not what was stored. One line of advice.
+
+    A workflow or activity task that meets one fails and is tried again, so the run goes on once it is back.
+    """
+
+
+def external_storage(settings: Settings, namespace: str) -> ExternalStorage:
+    """Storage as the settings say. Nothing is opened before it is needed. Raises ValueError for a wrong address."""
+    drivers = [_driver(address, settings, namespace) for address in addresses(settings.payload_store)]
+    if not any(isinstance(driver, StoreDriver) for driver in drivers):
+        drivers.append(StoreDriver(settings.store_url, namespace))
+    first = drivers[0]
+    return ExternalStorage(
+        drivers=drivers, driver_selector=lambda context, payload: first, payload_size_threshold=settings.payload_limit
+    )
+
+
+def addresses(text: str) -> list[str]:
+    """The addresses of `HOLDFAST_PAYLOAD_STORE`, checked; one of a kind at most. Raises ValueError."""
+    found = [part.strip() for part in text.split(",") if part.strip()] or [STORE]
+    kinds = [_kind(address) for address in found]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"{text}: one address of a kind; the content of an older one has to be moved to the new one")
+    return found
+
+
+def _kind(address: str) -> str:
+    url = urlsplit(address)
+    if address == STORE:
+        return STORE
+    if (url.scheme == "file" and not url.netloc and len(url.path) > 1) or (url.scheme == "s3" and url.netloc):
+        return url.scheme
+    raise ValueError(f"{address!r} is none of store, file:///directory and s3://bucket/prefix")
+
+
+def _driver(address: str, settings: Settings, namespace: str) -> StorageDriver:
+    url = urlsplit(address)
+    match _kind(address):
+        case "file":
+            return FileDriver(Path(unquote(url.path)))
+        case "s3":
+            client = _S3(url.path.strip("/"))
+            return S3StorageDriver(client=client, bucket=url.netloc, max_payload_size=S3_MAX)
+        case _:
+            return StoreDriver(settings.store_url, namespace)
+
+
+class _ByContent(StorageDriver):
+    """Stores payloads under the SHA-256 of their bytes, whatever workflow they belong to."""
+
+    async def store(self, context: StorageDriverStoreContext, payloads: Sequence[Payload]) -> list[StorageDriverClaim]:
+        return [await self._store(payload.SerializeToString()) for payload in payloads]
+
+    async def _store(self, content: bytes) -> StorageDriverClaim:
+        digest = sha256(content).hexdigest()
+        await self.put(digest, content)
+        return StorageDriverClaim({"sha256": digest})
+
+    async def retrieve(
+        self, context: StorageDriverRetrieveContext, claims: Sequence[StorageDriverClaim]
+    ) -> list[Payload]:
+        return [await self._retrieve(claim.claim_data.get("sha256", "")) for claim in claims]
+
+    async def _retrieve(self, digest: str) -> Payload:
+        content = await self.get(digest)
+        if content is None:
+            raise ClaimLost(
+                f"a large payload, {digest[:16]}…, is not in {self.where}: bring it back there (from a backup), "
+                f"or let this process read the place that it was stored in ({VARIABLE})"
+            )
+        if sha256(content).hexdigest() != digest:
+            raise ClaimLost(
+                f"a large payload, {digest[:16]}…, was changed in {self.where}: bring it back from a backup"
+            )
+        return Payload.FromString(content)
+
+    where: str
+    """For messages to people."""
+
+    @abstractmethod
+    async def put(self, digest: str, content: bytes) -> None:
+        """Keeps the content. Idempotent; durable at its return."""
+
+    @abstractmethod
+    async def get(self, digest: str) -> bytes | None:
+        """The content, None when there is none."""
+
+
+class StoreDriver(_ByContent):
+    """In the table `claims` of our store, over connections of its own: a client has no other part of a runtime."""
+
+    where = "the store"
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self._url = url
+        self._namespace = namespace
+        self._opening = asyncio.Lock()
+        self._open: tuple[Database, Claims] | None = None
+
+    def name(self) -> str:
+        return "holdfast.store"
+
+    async def put(self, digest: str, content: bytes) -> None:
+        await (await self._claims()).put(digest, self._namespace, content)
+
+    async def get(self, digest: str) -> bytes | None:
+        return await (await self._claims()).get(digest)
+
+    async def _claims(self) -> Claims:
+        async with self._opening:
+            if self._open is None:
+                db = await open_database(self._url)
+                self._open = db, Claims(db)
+            return self._open[1]
+
+    async def close(self) -> None:
+        if self._open:
+            await self._open[0].close()
+            self._open = None
+
+
+class FileDriver(_ByContent):
+    """One file for each content, in a directory that all processes have to share."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.where = str(directory)
+
+    def name(self) -> str:
+        return "holdfast.files"
+
+    async def put(self, digest: str, content: bytes) -> None:
+        await asyncio.to_thread(self._write, digest, content)
+
+    async def get(self, digest: str) -> bytes | None:
+        return await asyncio.to_thread(self._read, digest)
+
+    def _write(self, digest: str, content: bytes) -> None:
+        file = self._file(digest)
+        if file.exists():
+            file.touch()  # used again: whoever clears away by age has to see it
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all, also for a reader at this moment and after a power cut.
+        draft = file.with_name(f"{file.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        with draft.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        draft.replace(file)
+
+    def _read(self, digest: str) -> bytes | None:
+        try:
+            return self._file(digest).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _file(self, digest: str) -> Path:
+        if not digest.isalnum():
+            raise ClaimLost(f"a reference to a large payload names no digest but {digest[:16]!r}")
+        return self._directory / digest[:2] / digest
+
+
+class _S3(S3StorageDriverClient):
+    """The SDK's client for aioboto3, opened when it is first needed, with a prefix before every key.
+
+    Credentials, region and endpoint are AWS's own variables (`AWS_PROFILE`, `AWS_ENDPOINT_URL_S3`, …).
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._opening = asyncio.Lock()
+        self._stack = AsyncExitStack()
+        self._open: S3StorageDriverClient | None = None
+
+    async def _client(self) -> S3StorageDriverClient:
+        async with self._opening:
+            if self._open is None:
+                try:
+                    import aioboto3
+                    from temporalio.contrib.aws.s3driver.aioboto3 import new_aioboto3_client
+                except ImportError:
+                    raise ClaimLost(f"{VARIABLE} names S3, which needs the extra: `uv sync --extra s3`") from None
+                session: Any = aioboto3.Session()
+                self._open = new_aioboto3_client(await self._stack.enter_async_context(session.client("s3")))
+            return self._open
+
+    async def put_object(self, *, bucket: str, key: str, data: bytes) -> None:
+        await (await self._client()).put_object(bucket=bucket, key=self._prefix + key, data=data)
+
+    async def object_exists(self, *, bucket: str, key: str) -> bool:
+        return await (await self._client()).object_exists(bucket=bucket, key=self._prefix + key)
+
+    async def get_object(self, *, bucket: str, key: str) -> bytes:
+        return await (await self._client()).get_object(bucket=bucket, key=self._prefix + key)
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+        self._open = None
+
+
+async def close(storage: ExternalStorage | None) -> None:
+    """Closes what the drivers have opened."""
+    for driver in storage.drivers if storage else ():
+        opened = driver._client if isinstance(driver, S3StorageDriver) else driver
+        if isinstance(opened, StoreDriver | _S3):
+            await opened.close()

@@ -1,0 +1,36 @@
+"""Large payloads in the store: one row for each content, named by its SHA-256."""
+
+from __future__ import annotations
+
+from holdfast.state.clock import StoreClock
+from holdfast.state.database import Database
+
+# Stored again is used again: its time counts from now.
+_PUT = """
+INSERT INTO claims (digest, namespace, payload, at) VALUES (?, ?, ?, ?)
+ON CONFLICT (digest, namespace) DO UPDATE SET at = excluded.at"""
+
+
+class Claims:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._clock = StoreClock(db)
+
+    async def put(self, digest: str, namespace: str, payload: bytes) -> None:
+        """Idempotent. namespace: Temporal's, whose runs refer to it; it says who may clear it away."""
+        await self._db.run(_PUT, digest, namespace, payload, await self._clock.now())
+
+    async def get(self, digest: str) -> bytes | None:
+        row = await self._db.one("SELECT payload FROM claims WHERE digest = ? LIMIT 1", digest)
+        return bytes(row[0]) if row else None
+
+    async def size(self, namespace: str, before: float | None = None) -> tuple[int, int]:
+        """Number and bytes of those of a namespace; with `before` (epoch seconds) of those not used since."""
+        sql = "SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM claims WHERE namespace = ? AND at < ?"
+        row = await self._db.one(sql, namespace, float("inf") if before is None else before)
+        assert row is not None
+        return int(row[0]), int(row[1])
+
+    async def drop(self, namespace: str, before: float) -> int:
+        """Deletes those of a namespace that were not used since; how many."""
+        return await self._db.run("DELETE FROM claims WHERE namespace = ? AND at < ?", namespace, before)
