@@ -302,6 +302,21 @@ def tools(
     show_tools(agent, json)
 
 
+@app.command("codec-server")
+def codec_server(
+    port: Annotated[int, typer.Option("--port", help="port to listen at")] = 8234,
+    host: Annotated[str, typer.Option("--host", help="address to listen at")] = "127.0.0.1",
+    ui: Annotated[
+        list[str] | None,
+        typer.Option("--ui", metavar="ORIGIN", help="Web UI that may call it (default: HOLDFAST_UI_URL); repeatable"),
+    ] = None,
+) -> None:
+    """Show plain text in the Web UI, and to `temporal --codec-endpoint`, to whoever holds HOLDFAST_CODEC_TOKEN."""
+    from holdfast.cli.codec import serve
+
+    _go(serve(host, port, ui or []))
+
+
 @app.command()
 def migrate(json: Json = False) -> None:
     """Bring the store's schema to what this code needs."""

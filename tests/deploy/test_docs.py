@@ -73,7 +73,7 @@ def test_every_command_that_is_told_exists():
     groups = {group.name: names(group.typer_instance) for group in app.registered_groups if group.typer_instance}
     known = names(app) | set(groups)
     for page in PAGES:
-        for name in re.findall(r"starter\.py (\w+)", page.read_text()):
+        for name in re.findall(r"starter\.py (\w[\w-]*)", page.read_text()):
             assert name in known, f"{page.name}: starter.py {name}"
         for group, name in re.findall(
             rf"(?:starter\.py |`)({'|'.join(filter(None, groups))}) ([a-z]+)", page.read_text()

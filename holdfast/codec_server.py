@@ -1,0 +1,123 @@
+"""Temporal's remote codec over HTTP: the Web UI and the `temporal` command show plain text to whoever holds a token.
+
+`POST /decode` and `/encode` take and give payloads as JSON; `/download` also fetches what the claim check has put
+elsewhere. The token comes as a bearer token, or as a cookie that the page `/` sets: the Web UI cannot send a token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from hmac import compare_digest
+from urllib.parse import parse_qs
+
+from google.protobuf.json_format import MessageToJson, Parse, ParseError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from temporalio.api.common.v1 import Payload, Payloads
+from temporalio.converter import DataConverter, PayloadConverter
+
+from holdfast.claims import ClaimLost
+from holdfast.codec import EncryptionCodec, PayloadUnreadable
+
+COOKIE = "holdfast-codec"
+Transform = Callable[[Sequence[Payload]], Awaitable[list[Payload]]]
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>Codec server</title>
+<style>body { font: 16px system-ui; max-width: 36em; margin: 4em auto } input, button { font: inherit }</style>
+<h1>Codec server</h1><p>%s</p>
+<form method="post"><label>Token <input type="password" name="token" autofocus></label> <button>Sign in</button></form>
+<p>In Temporal's Web UI, under <b>Codec Server</b>, enter this page's address as the endpoint and tick <b>Include
+cross-origin credentials</b>.</p>"""
+
+
+class _AsTheyAre(PayloadConverter):
+    """Payloads for values: what comes out of codec and storage, as it is."""
+
+    def to_payloads(self, values: Sequence[Payload]) -> list[Payload]:
+        return list(values)
+
+    def from_payloads(self, payloads: Sequence[Payload], type_hints: list[type] | None = None) -> list[Payload]:
+        return list(payloads)
+
+
+def app(converter: DataConverter, token: str, origins: Sequence[str]) -> Starlette:
+    """The server's application. origins: of the Web UIs whose scripts may call it, e.g. `http://localhost:8233`."""
+    codec = converter.payload_codec
+    assert isinstance(codec, EncryptionCodec)
+    assert token, "without a token nobody may read"
+    stored = replace(converter, payload_converter_class=_AsTheyAre)
+
+    async def decode(payloads: Sequence[Payload]) -> list[Payload]:
+        """One that cannot be read becomes words: it must not hide all others of its page."""
+        return [await _or_words(codec.decode, payload) for payload in payloads]
+
+    async def download(payloads: Sequence[Payload]) -> list[Payload]:
+        return await stored.decode(payloads)
+
+    def endpoint(path: str, transform: Transform) -> Route:
+        async def answer(request: Request) -> Response:
+            if not _allowed(request, token):
+                return PlainTextResponse(f"sign in at {request.base_url}, or send the token as a bearer token", 401)
+            try:
+                given = Parse(await request.body(), Payloads())
+                made = Payloads(payloads=await transform(given.payloads))
+            except (ParseError, UnicodeDecodeError) as error:
+                return PlainTextResponse(f"not payloads as JSON: {error}", 400)
+            except (
+                PayloadUnreadable,
+                ClaimLost,
+                ValueError,
+                RuntimeError,
+            ) as error:  # the last two: of storage drivers
+                return PlainTextResponse(str(error), 400)
+            return Response(MessageToJson(made), media_type="application/json")
+
+        return Route(path, answer, methods=["POST"])
+
+    async def sign_in(request: Request) -> Response:
+        if request.method == "GET":
+            words = "You are signed in." if _allowed(request, token) else "Who holds the token may read what runs say."
+            return HTMLResponse(PAGE % words)
+        given = parse_qs((await request.body()).decode(errors="replace")).get("token", [""])[0]
+        if not _same(given, token):
+            return HTMLResponse(PAGE % "That is not the token.", 401)
+        answer = RedirectResponse("/", 303)
+        # Strict: sent along only by pages of the same site, which on one host is any port of it.
+        secure = request.url.scheme == "https"
+        answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=secure)
+        return answer
+
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["POST"],
+        allow_headers=["authorization", "content-type", "x-namespace"],
+        allow_credentials=True,
+    )
+    routes = [endpoint("/encode", codec.encode), endpoint("/decode", decode), endpoint("/download", download)]
+    return Starlette(routes=[*routes, Route("/", sign_in, methods=["GET", "POST"])], middleware=[cors])
+
+
+def _allowed(request: Request, token: str) -> bool:
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    bearer = sent.strip() if scheme.lower() == "bearer" else ""
+    return _same(bearer, token) or _same(request.cookies.get(COOKIE, ""), token)
+
+
+def _same(given: str, token: str) -> bool:
+    """In constant time."""
+    return compare_digest(given.encode(), token.encode())
+
+
+async def _or_words(transform: Transform, payload: Payload) -> Payload:
+    try:
+        return (await transform([payload]))[0]
+    except PayloadUnreadable as error:
+        words = json.dumps(f"<not readable: {error}>").encode()
+        return Payload(metadata={"encoding": b"json/plain"}, data=words)
