@@ -86,13 +86,13 @@ class Plan:
                 raise ApplicationError(words, type=ErrorType.BAD_GRAPH, non_retryable=True) from None
 
     async def _turn(self, request: PlanRequest) -> PlanResult:
-        spec = _spec(request.agent)
+        spec, gone = await self._bound(request)
         # The base is part of the tag: after a Reset the same turn may be taken again from another past.
         tag = f"{request.turn}.{digest([request.base, request.input, request.answers, request.notices])[:8]}"
         where = f"turn-{request.turn}"
         faults.reached(Point.TURN_STARTED, where)
 
-        down = await self._down(spec, request.tenant)
+        down = await self._down(spec, request.tenant) | gone
         thread = Thread(self._runtime.db, request.key_base, tag, request.base, lean=spec.graph is None)
         resumed = await thread.open()
         notes: list[str] = []
@@ -120,6 +120,14 @@ class Plan:
             profile=spec.profile if request.turn == 1 else None,
             notes=notes,
         )
+
+    async def _bound(self, request: PlanRequest) -> tuple[AgentSpec, dict[str, str]]:
+        """The agent with the tools of its MCP servers; what is missing of those, and why. Raises NotYet in turn 1."""
+        spec, down = await self._runtime.mcp.bind(_spec(request.agent))
+        if down and request.turn == 1:  # the profile, which the run goes by from here on, needs them all
+            server, why = next(iter(down.items()))
+            raise NotYet(self._runtime.settings.park_s, why, service=server)
+        return spec, {f"every tool of server {server}": why for server, why in down.items()}
 
     async def _down(self, spec: AgentSpec, tenant: str) -> dict[str, str]:
         """Tools that cannot be had because their service's breaker is open, and why. Advice: each call is checked."""

@@ -189,7 +189,7 @@ async def _no_model(label: str, messages: list[Json]) -> ModelAnswer:
 
 def _tool(agent: str, name: str) -> Tool | None:
     try:
-        return registry.agent(agent).by_name.get(name)
+        return registry.agent(agent).tool(name)
     except registry.UnknownAgent:
         return None
 

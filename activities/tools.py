@@ -273,6 +273,7 @@ class Tools:
             ask_model=ask,
             position=heartbeat.position(),
             advance=heartbeat.advance,
+            mcp=self._runtime.mcp,
         )
 
 
@@ -286,7 +287,7 @@ def _span(kind: str, request: ToolRequest) -> AbstractContextManager[Any]:
 
 def _find(request: ToolRequest) -> Tool | None:
     try:
-        return registry.agent(request.agent).by_name.get(request.tool)
+        return registry.agent(request.agent).tool(request.tool, request.version)
     except registry.UnknownAgent:
         return None  # an agent that a deploy took away, with its tools
 

@@ -63,7 +63,11 @@ def service(name: str) -> Service:
 def _services() -> dict[str, Service]:
     """Raises TypeError when two agents disagree: a service has one breaker and one limit for all."""
     found: dict[str, Service] = {}
+    servers: dict[str, object] = {}
     for spec in agents().values():
+        for server in spec.mcp:
+            if servers.setdefault(server.name, server.where) != server.where:
+                raise TypeError(f"agent {spec.name} finds MCP server {server.name} elsewhere than another agent does")
         for each in spec.services:
             if found.setdefault(each.name, each) != each:
                 raise TypeError(f"agent {spec.name} declares service {each.name} otherwise than another agent does")

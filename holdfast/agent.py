@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from holdfast.contracts import Effect, Json, Profile, StepSpec
+from holdfast.mcp.spec import McpServer, McpTool, check_servers
+from holdfast.mcp.tool import RemoteTool, remote_tool
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import Tool
 
@@ -44,6 +46,8 @@ class AgentSpec:
     """Limits and breakers of the services that its tools use, where the defaults do not fit."""
     graph: StateGraph[Any, Any, Any, Any] | None = None
     """A graph of one's own, not compiled; see `holdfast.graph`. Without one a model decides in a loop."""
+    mcp: tuple[McpServer, ...] = ()
+    """Servers whose tools the agent has as well. Which those are is known once they are asked (`holdfast.mcp.hub`)."""
     by_name: dict[str, Tool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,13 +56,19 @@ class AgentSpec:
             if each.name in self.by_name:
                 raise TypeError(f"agent {self.name}: two tools are named {each.name}")
             self.by_name[each.name] = each
+        check_servers(self.name, self.mcp, [each.name for each in self.tools if not isinstance(each, RemoteTool)])
         for step in self.steps:
-            if unknown := [name for name in step.tools if name not in self.by_name]:
+            if unknown := [name for name in step.tools if self.tool(name) is None]:
                 raise TypeError(f"agent {self.name}: step {step.name} names unknown tools {unknown}")
         if self.graph is not None:
             from holdfast.turns import check  # it needs this module
 
             check(self.graph, self.name)
+
+    def tool(self, name: str, version: str = "1") -> Tool | None:
+        """The tool of that name; one of an MCP server in the version that a call was decided for."""
+        declared = (remote_tool(server, name, version) for server in self.mcp if server.may_have(name))
+        return self.by_name.get(name) or next(declared, None)
 
     @property
     def profile(self) -> Profile:
@@ -79,4 +89,4 @@ class AgentSpec:
         return [{"role": "system", "content": self.instructions}, {"role": "user", "content": prompt}]
 
 
-__all__ = ["AgentSpec", "BreakerRule", "Effect", "Service", "StepSpec"]
+__all__ = ["AgentSpec", "BreakerRule", "Effect", "McpServer", "McpTool", "Service", "StepSpec"]

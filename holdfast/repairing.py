@@ -165,7 +165,7 @@ def _refuse_closed(letter: Letter) -> None:
 def _limits(agent: str, name: str) -> dict[str, Any]:
     """Timeouts and stage of a tool as the code has it now; those of any tool for one that is gone."""
     try:
-        tool = find_agent(agent).by_name.get(name)
+        tool = find_agent(agent).tool(name)
     except UnknownAgent:
         return {}
     if tool is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx2
 
+from holdfast.mcp.hub import Hub
 from holdfast.models import ModelClient
 from holdfast.reliability.chain import Guards
 from holdfast.reliability.ledger import Ledger
@@ -24,6 +25,7 @@ class Runtime:
     models: tuple[ModelClient, ...]
     """The first one is asked; the others stand in, in this order."""
     http: httpx2.AsyncClient
+    mcp: Hub = field(default_factory=Hub)
 
     @property
     def ledger(self) -> Ledger:
@@ -34,6 +36,7 @@ class Runtime:
         return {"hospital": self.settings.hospital_url}[service]
 
     async def close(self) -> None:
+        await self.mcp.close()
         for model in self.models:
             await model.close()
         await self.http.aclose()

@@ -35,6 +35,7 @@ from holdfast.contracts import Effect, Json, ToolPolicy
 if TYPE_CHECKING:
     import httpx2
 
+    from holdfast.mcp.hub import Hub
     from holdfast.models import ModelAnswer
 
 
@@ -76,6 +77,8 @@ class ToolContext:
     """Where an earlier attempt of a long call got to, as it told `advance`; None when none did."""
     advance: Callable[[Any], None] = lambda position: None
     """`ctx.advance(position)`: JSON data that the next attempt gets as `position`, should this one die."""
+    mcp: Hub | None = None
+    """The MCP servers of this process."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def decision_of(state: Mapping[str, Any], spec: AgentSpec) -> Decision:
 def _by_code(call: Json, spec: AgentSpec) -> ToolCall:
     if "version" in call:  # a model's, checked by the tools node
         return ToolCall.model_validate(call)
-    tool = spec.by_name.get(call["tool"])
+    tool = spec.tool(call["tool"])
     if tool is None:
         raise BadGraph(f"node {call['by']} calls the tool {call['tool']!r}; the tools are: {', '.join(spec.by_name)}")
     try:

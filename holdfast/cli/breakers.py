@@ -76,7 +76,8 @@ async def _trip(target: str, why: str, by: str, as_json: bool) -> None:
     async with _store() as (breaker, _):
         known = {row.target for row in await breaker.rows()}
         await breaker.trip(target, why, by)
-    used = {tool.service for spec in agents().values() for tool in spec.tools}
+    used = {each.service for spec in agents().values() for each in spec.tools}
+    used |= {each.name for spec in agents().values() for each in spec.mcp}
     is_known = target in known or target.partition("@")[0] in used
     if as_json:
         print_json({"target": target, "state": "open", "known": is_known})

@@ -91,7 +91,7 @@ class Meaning(NamedTuple):
 
 
 # Keys, the most specific first: the error code in the answer of a model endpoint; the status; its class of status;
-# the exception's name, then its base classes'. `httpx` stands for httpx2 as well.
+# the code of an MCP error; the exception's name, then its base classes'. `httpx` stands for httpx2 as well.
 TABLE: dict[str, Meaning] = {
     #                                              type                        retry  maybe_done
     "code context_length_exceeded": Meaning(ErrorType.CONTEXT_OVERFLOW, False, False),
@@ -134,6 +134,18 @@ TABLE: dict[str, Meaning] = {
     "UnicodeDecodeError": Meaning(ErrorType.BAD_RESPONSE, True, True),
     # Arguments are validated before a tool runs, so this is an answer that does not fit the tool's own model.
     "pydantic_core.ValidationError": Meaning(ErrorType.BAD_RESPONSE, True, True),
+    # An error of the protocol, by its code; one that the server made up says nothing of what was done.
+    "mcp -32000": Meaning(ErrorType.CONNECTION, True, True),  # closed before it answered
+    "mcp -32001": Meaning(ErrorType.TIMEOUT, True, True),
+    "mcp -32042": Meaning(ErrorType.REFUSED, False, False),  # wants a person to visit a page first
+    "mcp -32600": Meaning(ErrorType.REFUSED, False, False),
+    "mcp -32601": Meaning(ErrorType.REFUSED, False, False),
+    "mcp -32602": Meaning(ErrorType.REFUSED, False, False),
+    "mcp -32603": Meaning(ErrorType.UNAVAILABLE, True, True),
+    "mcp -32700": Meaning(ErrorType.BAD_RESPONSE, True, True),
+    "mcp.MCPError": Meaning(ErrorType.REFUSED, False, True),
+    "holdfast.ServerDown": Meaning(ErrorType.UNREACHABLE, True, False),
+    "holdfast.BadAnswer": Meaning(ErrorType.BAD_RESPONSE, True, True),
     "sqlite3.OperationalError": Meaning(ErrorType.UNAVAILABLE, True, True),
     "psycopg.OperationalError": Meaning(ErrorType.UNAVAILABLE, True, True),
     "holdfast.ToolRefused": Meaning(ErrorType.REFUSED, False, False),
@@ -215,6 +227,8 @@ def _keys(error: BaseException) -> Iterator[str]:
         for code in (getattr(error, "code", None), getattr(error, "type", None), _overflow(error)):
             yield f"code {code}"
             yield f"status {code}"  # so do some gateways name it in an error event
+    if "mcp.MCPError" in names:
+        yield f"mcp {getattr(error, 'code', None)}"
     status = _status(error)
     if status is not None:
         yield f"status {status}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sqlite3
 import ssl
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -20,8 +23,11 @@ import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mcp import Client
 from pydantic import BaseModel
 
+from holdfast.mcp.session import Connection
+from holdfast.mcp.spec import McpServer
 from holdfast.reliability.errors import (
     LONGEST_DELAY,
     MESSAGE_LIMIT,
@@ -34,6 +40,8 @@ from holdfast.reliability.errors import (
     classify,
 )
 from holdfast.tools import ToolFailed, ToolRefused
+from tests.mcp.conftest import Notebook, stdio
+from tests.mcp.server import make as make_notebook
 from tests.reliability.wire import STREAM, Step, Then, answer, event, free_port, wire
 
 KEY = "4f1c0ffee-of-a-shape-unknown"
@@ -380,6 +388,55 @@ async def failure_of(act: Act) -> Failure:
     except Exception as error:  # noqa: BLE001 - any error is what is under test
         return classify(error)
     raise AssertionError("nothing failed")
+
+
+# ------------------------------------------------------------------ MCP servers
+
+
+def protests(code: int) -> Act:
+    async def act() -> None:
+        async with Client(make_notebook(Path(os.devnull)), mode="legacy") as client:
+            await client.call_tool("protest", {"code": code})
+
+    return act
+
+
+for _line, _type, _retry, _maybe_done, _code in [
+    ("mcp -32042", ErrorType.REFUSED, False, False, -32042),
+    ("mcp -32600", ErrorType.REFUSED, False, False, -32600),
+    ("mcp -32601", ErrorType.REFUSED, False, False, -32601),
+    ("mcp -32602", ErrorType.REFUSED, False, False, -32602),
+    ("mcp -32603", ErrorType.UNAVAILABLE, True, True, -32603),
+    ("mcp -32700", ErrorType.BAD_RESPONSE, True, True, -32700),
+    ("mcp -32001", ErrorType.TIMEOUT, True, True, -32001),
+    ("mcp.MCPError", ErrorType.REFUSED, False, True, -31999),
+]:
+    case(_line, _type, retry=_retry, maybe_done=_maybe_done, name=f"{_code}")(protests(_code))
+
+
+async def over_stdio(tool: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = Notebook(Path(folder) / "journal", stdio(Path(folder) / "journal"))
+        connection = notebook.connection()
+        try:
+            await notebook.call(connection, tool)
+        finally:
+            await connection.close()
+
+
+@case("mcp -32000", ErrorType.CONNECTION, retry=True, maybe_done=True)
+async def mcp_server_dies_in_the_call() -> None:
+    await over_stdio("die")
+
+
+@case("holdfast.BadAnswer", ErrorType.BAD_RESPONSE, retry=True, maybe_done=True)
+async def mcp_result_that_does_not_fit_its_schema() -> None:
+    await over_stdio("lie")
+
+
+@case("holdfast.ServerDown", ErrorType.UNREACHABLE, retry=True, maybe_done=False)
+async def mcp_server_that_does_not_start() -> None:
+    await Connection(McpServer("absent", command=("no-such-command",))).tools(20)
 
 
 CASES = [pytest.param(*c[:4], c[5], id=f"{c[0]}: {c[4]}") for c in ACTS]
