@@ -14,7 +14,7 @@ from holdfast.mcp.spec import McpServer
 from holdfast.mcp.tool import RemoteTool, remote_tools
 
 if TYPE_CHECKING:
-    from holdfast.mcp.session import Connection
+    from holdfast.mcp.connection import Connection
 
 BIND_S = 20.0
 """How long a turn waits for a server that has to be started first."""
@@ -27,7 +27,7 @@ class Hub:
         self._connections: dict[object, Connection] = {}
 
     def connection(self, server: McpServer) -> Connection:
-        from holdfast.mcp.session import Connection  # takes most of a second, and most processes need it never
+        from holdfast.mcp.connection import Connection  # takes most of a second, and most processes need it never
 
         if server.where not in self._connections:
             self._connections[server.where] = Connection(server)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from holdfast.mcp.session import Connection
+from holdfast.mcp.connection import Connection
 from holdfast.mcp.spec import McpServer
 from holdfast.stack import ROOT
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from holdfast.mcp.connection import Connection
 from holdfast.mcp.failures import ServerDown
-from holdfast.mcp.session import Connection
 from holdfast.mcp.spec import McpServer
 from holdfast.reliability.errors import Failure, classify
 from tests.mcp.conftest import Served, name, served

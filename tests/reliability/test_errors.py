@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from mcp import Client
 from pydantic import BaseModel
 
-from holdfast.mcp.session import Connection
+from holdfast.mcp.connection import Connection
 from holdfast.mcp.spec import McpServer
 from holdfast.reliability.errors import (
     LONGEST_DELAY,

@@ -131,7 +131,7 @@ async def test_a_tool_that_vanished_is_said_to_be_gone(either: Notebook):
 
 
 async def test_a_server_that_cannot_be_started_was_certainly_not_called():
-    from holdfast.mcp.session import Connection
+    from holdfast.mcp.connection import Connection
 
     connection = Connection(McpServer(name(), command=("no-such-command",)))
     for _ in range(2):  # also at once again, when nothing is tried
@@ -168,7 +168,7 @@ async def test_closing_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Mon
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from holdfast.mcp.session import Connection
+from holdfast.mcp.connection import Connection
 from tests.mcp.conftest import stdio
 
 async def main():
