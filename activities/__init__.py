@@ -31,6 +31,7 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
         Plan(runtime).plan,
         tools.tool,
         tools.undo,
+        tools.check,
         tools.give_up,
         tools.settle,
         batches.list_items,

@@ -17,6 +17,7 @@ from activities.plan import PARKS
 from agents import registry
 from holdfast.aio import to_the_end
 from holdfast.contracts import (
+    Checked,
     Effect,
     Finding,
     GiveUp,
@@ -85,6 +86,18 @@ class Tools:
                 note = f"tool {request.tool} or its undo is gone from agent {request.agent}: undo it by hand"
                 return UndoOutcome(status=UndoStatus.FAILED, note=note)
             return await to_the_end(self._undo(request, tool))
+
+    @activity.defn(name="check")
+    async def check(self, request: ToolRequest) -> Checked:
+        """Whether the tool takes these arguments, which a person has edited."""
+        with boundary():
+            tool = _find(request)
+            if tool is None:
+                return Checked(problem=f"there is no tool named {request.tool!r} any more")
+            try:
+                return Checked(arguments=tool.validate(request.arguments))
+            except ValidationError as error:
+                return Checked(problem=explain(error))
 
     @activity.defn(name="give_up")
     async def give_up(self, given: GiveUp) -> Outcome:

@@ -12,9 +12,12 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 Json = dict[str, Any]
+
+MAX_SAID = 100_000
+"""Bytes of JSON that a person may give as arguments or as an answer: the run carries them to its end."""
 
 
 def digest(value: Any) -> str:
@@ -287,6 +290,10 @@ class UndoOutcome(BaseModel):
 class Verdict(StrEnum):
     APPROVE = "approve"
     REJECT = "reject"
+    EDIT = "edit"
+    """The call may run, with these other arguments."""
+    ANSWER = "answer"
+    """Of a question: the answer to it."""
     HAPPENED = "happened"
     """Of an unknown or undone call: it happened, or a person did it (with this result)."""
     DID_NOT = "did_not"
@@ -296,15 +303,15 @@ class Verdict(StrEnum):
 class Approval(BaseModel):
     """A request to a human. Bound to `digest` of the arguments, used once.
 
-    kind `tool`: blocks one call; answered by approve or reject. `outcome`: how did a call end that the platform cannot
-    settle; blocks only the end of a critical step; answered by happened or did_not. `refusal`: the model refuses the
-    turn by its policy; approve asks it again, reject ends the run.
+    kind `tool`: blocks one call; answered by approve, edit or reject. `outcome`: how did a call end that the platform
+    cannot settle; blocks only the end of a critical step; answered by happened or did_not. `refusal`: the model refuses
+    the turn by its policy; approve asks it again, reject ends the run. `question`: the agent asks; answered by answer.
     """
 
     id: str
-    kind: Literal["tool", "outcome", "refusal"] = "tool"
+    kind: Literal["tool", "outcome", "refusal", "question"] = "tool"
     subject: str
-    """The tool that wants to run, or ran."""
+    """The tool that wants to run, or ran; of a question its beginning."""
     seq: int
     arguments: Json = {}
     digest: str = ""
@@ -333,6 +340,33 @@ class ApprovalDecision(BaseModel):
     """When given it must match the approval's: the decision is then bound to these very arguments."""
     result: Any = None
     """With `happened`: the result that the call would have had, as JSON."""
+    arguments: Json | None = None
+    """With `edit`: all arguments that the call is to have instead."""
+    answer: Any = None
+    """With `answer`: a text, or other JSON."""
+
+    @field_validator("arguments", "answer")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        if (size := len(json.dumps(value, ensure_ascii=False).encode())) > MAX_SAID:
+            raise ValueError(f"{size} bytes; at most {MAX_SAID}")
+        return value
+
+
+class Message(BaseModel):
+    """Payload of the Signal and the Update `message`: something that a person says to a run, as plain JSON."""
+
+    text: str = Field(min_length=1, max_length=10_000)
+    by: str = Field(min_length=1, max_length=200)
+
+
+class Checked(BaseModel):
+    """What the activity `check` says of arguments that a person has edited."""
+
+    arguments: Json = {}
+    """As the tool takes them, defaults filled in."""
+    problem: str = ""
+    """Why the tool does not take them; empty when it does."""
 
 
 class Finding(BaseModel):
@@ -346,7 +380,7 @@ class Finding(BaseModel):
 
 
 class DecisionReply(BaseModel):
-    """What the Update `decide` answers; the Signal records the same in the run's status."""
+    """What the Updates `decide` and `message` answer; the Signals record the same in the run's status."""
 
     accepted: bool
     message: str

@@ -9,6 +9,7 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError
 
 from holdfast.contracts import (
+    Checked,
     Effect,
     GiveUp,
     Outcome,
@@ -21,7 +22,7 @@ from holdfast.contracts import (
     UndoStatus,
 )
 from workflows.calls import UNDO_DEADLINE_S, Calls, why
-from workflows.state import RunState
+from workflows.state import CallState, RunState
 
 
 class Acts:
@@ -67,6 +68,12 @@ class Acts:
             given_up = GiveUp(request=request, why=text)
             return await self._calls.run("give_up", given_up, Outcome, summary=f"#{seq} {call.tool}: give up")
         return outcome
+
+    async def check(self, item: CallState, arguments: dict[str, Any]) -> Checked:
+        """Whether the tool of a call takes these arguments."""
+        call = item.call
+        request = self._request(item.seq, call.tool, call.version, arguments)
+        return await self._calls.run("check", request, Checked, summary=f"#{item.seq} {call.tool}: edited arguments")
 
     async def undo(self, record: UndoRecord) -> UndoOutcome:
         """Undoes one effect. Raises ActivityError when its deadline passes."""

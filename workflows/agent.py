@@ -7,6 +7,7 @@ and nowhere else; the coroutines may be dropped whenever no activity is open, an
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import timedelta
 from typing import Any
 
@@ -19,29 +20,29 @@ with workflow.unsafe.imports_passed_through():
         AgentInput,
         Approval,
         DecisionReply,
-        Effect,
         Outcome,
         OutcomeStatus,
         Phase,
         PlanRequest,
         PlanResult,
+        Question,
+        Reply,
         RunEnd,
         RunOutcome,
         RunResult,
         RunStatus,
-        ToolCall,
-        ToolPolicy,
         Verdict,
         Wait,
         clip,
         key_base,
     )
     from holdfast.reliability.errors import ErrorType
-    from workflows import progress, questions
+    from workflows import messages, progress, questions
     from workflows.acts import Acts
     from workflows.approvals import Approvals
     from workflows.aside import Aside
     from workflows.calls import Calls, why
+    from workflows.gate import Gate
     from workflows.judgement import judge_final, judge_turn, out_of_turns
     from workflows.parent import Parent
     from workflows.saga import unwind
@@ -75,6 +76,7 @@ class AgentWorkflow:
         self._calls = Calls(self._parked, self._parent.goes_on)
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
         self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude)
+        self._gate = Gate(self._state, given.standing, self._approvals, self._acts, self._note)
         self._display = progress.Display(given)
         self._ending: Ending | None = None
         self._result: RunResult | None = None
@@ -185,9 +187,10 @@ class AgentWorkflow:
             base=state.base,
             answers=state.answers,
             statuses=state.statuses,
-            notices=list(state.notices),
+            notices=state.notices[: state.heard],
             input=self._given.input if state.turn == 1 else None,
             tenant=self._given.tenant,
+            replies=state.replies,
         )
         self._phase(Phase.RUNNING)
         try:
@@ -207,10 +210,15 @@ class AgentWorkflow:
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: gave up: {planned.wait.why}")
         if planned.refusal:
             return await self._refused_turn(planned.refusal)
+        if planned.questions:
+            # The same turn goes on with the answers: what comes in meanwhile is for the next one.
+            state.heard = len(request.notices)
+            return await self._answers(planned.questions)
         self._turns_here += 1
         # Whatever came in while the model thought is for the next turn.
         del state.notices[: len(request.notices)]
         state.planning, state.answers, state.statuses = False, [], []
+        state.heard, state.asked, state.replies = None, [], []
         state.base, state.model = planned.checkpoint, planned.model or state.model
         if state.model:  # a graph may decide without one
             state.models[state.model] = state.models.get(state.model, 0) + 1
@@ -233,6 +241,17 @@ class AgentWorkflow:
             return Ending(RunOutcome.REJECTED, f"the model refuses turn {state.turn} ({why}): {decision.comment}")
         return None
 
+    async def _answers(self, asked: list[Question]) -> None:
+        """The agent asks: waits for all answers, and keeps them for this turn."""
+        state = self._state
+        approvals = [questions.asked(state, each, workflow.now()) for each in asked]
+        for approval in approvals:
+            self._approvals.open(approval)
+        for question, approval in zip(asked, approvals, strict=True):
+            decision = await self._approvals.ask(approval)
+            if all(reply.id != question.id for reply in state.replies):
+                state.replies.append(Reply(id=question.id, value=decision.answer))
+
     async def _finish(self, final: str) -> Ending | None:
         """The model has said its final words: the end, unless something is open that the run cannot end without."""
         state = self._state
@@ -242,7 +261,7 @@ class AgentWorkflow:
             if state.deferred and not state.approvals.held:
                 self._phase(Phase.PARKED)
                 self._parent.stands_still()
-            await workflow.wait_condition(lambda: not self._aside.open_ends)
+            await workflow.wait_condition(lambda: not self._aside.open_ends or messages.unread(state) > 0)
             self._approvals.hold_for([])
             self._phase(Phase.RUNNING)
         state.final = None
@@ -259,7 +278,12 @@ class AgentWorkflow:
 
     async def _one(self, item: CallState) -> None:
         """Takes one call of a decision to its outcome."""
-        item.outcome = self._standing(item.call) or await self._gate(item) or await self._act(item)
+        outcome = await self._gate.outcome(item) or await self._act(item)
+        if item.edited_by:
+            given = json.dumps(item.call.arguments, ensure_ascii=False)
+            text = f"[{item.edited_by} changed the arguments to {given}]\n{outcome.content}"
+            outcome = outcome.model_copy(update={"content": text})
+        item.outcome = outcome
         self._conclude(item)
 
     def _conclude(self, item: CallState) -> None:
@@ -269,39 +293,6 @@ class AgentWorkflow:
         self._note(*item.outcome.notes)
         self._aside.ask(item)
         self._changed()
-
-    def _standing(self, call: ToolCall) -> Outcome | None:
-        """What a call did in the failed run that this one replays, and what was not undone: it is not done twice."""
-        for each in self._given.standing:
-            if each.tool == call.tool and each.key not in self._state.stood:
-                self._state.stood.append(each.key)
-                return Outcome(content=each.content, origin=f"done before, under key {each.key}")
-        return None
-
-    async def _gate(self, item: CallState) -> Outcome | None:
-        """The outcome of a call that must not run, or None when it may. Policy and budget will ask here as well."""
-        call, policy = item.call, self._state.policy(item.call.tool)
-        if policy is None:
-            text = f"there is no tool named {call.tool!r} in this run: it came with a later version of the agent"
-            return Outcome(status=OutcomeStatus.ERROR, content=text)
-        refused = self._refused(call, policy)
-        if policy.approval and (not refused or self._approvals.asked(f"a{item.seq}")):
-            decision = await self._approvals.ask(questions.may_run(self._state, item, workflow.now()))
-            if decision.verdict is Verdict.REJECT:
-                text = f"rejected by {decision.approver}: {decision.comment}"
-                return Outcome(status=OutcomeStatus.REJECTED, content=text)
-            refused = self._refused(call, policy)  # another call of the tool may have ended meanwhile
-        return refused
-
-    def _refused(self, call: ToolCall, policy: ToolPolicy) -> Outcome | None:
-        """A call with an effect while another of its tool is unknown: its key is new, so it would be blind."""
-        if deferred := self._state.put_off(call.tool):
-            return Outcome(status=OutcomeStatus.ERROR, content=f"refused: {questions.deferral(deferred).content}")
-        unknown = self._state.unknown(call.tool)
-        if not unknown or policy.effect is Effect.READ:
-            return None
-        text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown and waits for a person"
-        return Outcome(status=OutcomeStatus.ERROR, content=text)
 
     async def _act(self, item: CallState) -> Outcome:
         policy = self._state.policy(item.call.tool)
@@ -354,6 +345,20 @@ class AgentWorkflow:
     @workflow.update(name="decide", description="The same as the Signal, answered with what became of it")
     def decide_now(self, *payload: Any) -> DecisionReply:
         return self._approvals.decide(*payload)
+
+    @workflow.signal(name="message", description="Says something to the run: text, by")
+    def message(self, *payload: Any) -> None:
+        self._hear(*payload)
+
+    @workflow.update(name="message", description="The same as the Signal, answered with what becomes of it")
+    def message_now(self, *payload: Any) -> DecisionReply:
+        return self._hear(*payload)
+
+    def _hear(self, *payload: Any) -> DecisionReply:
+        reply = messages.take(self._state, payload, ended=self._ending is not None)
+        self._note(clip(self._state.notices[-1], 300) if reply.accepted else reply.message)
+        self._changed()
+        return reply
 
     @workflow.query(description="What the run is doing")
     def status(self) -> RunStatus:

@@ -1,4 +1,4 @@
-"""Asking a human: may this call run, how did that one end; and the decisions that answer.
+"""Asking a human: may this call run, how did that one end, what does the agent not know; and the decisions that answer.
 
 A decision is checked before it changes anything; one that is bad, late, double or for another request changes nothing
 and is noted. The state survives continue-as-new, so asking again under the same id finds its answer.
@@ -20,13 +20,16 @@ from holdfast.tools import explain
 PAST = {
     Verdict.APPROVE: "approved",
     Verdict.REJECT: "rejected",
+    Verdict.EDIT: "approved with other arguments",
+    Verdict.ANSWER: "answered",
     Verdict.HAPPENED: "settled as happened",
     Verdict.DID_NOT: "settled as not happened",
 }
 VERDICTS = {
-    "tool": (Verdict.APPROVE, Verdict.REJECT),
+    "tool": (Verdict.APPROVE, Verdict.REJECT, Verdict.EDIT),
     "refusal": (Verdict.APPROVE, Verdict.REJECT),
     "outcome": (Verdict.HAPPENED, Verdict.DID_NOT),
+    "question": (Verdict.ANSWER,),
 }
 
 MAX_DECISION = 2_000_000
@@ -161,4 +164,8 @@ def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:
         return explain(error)
     if decision.verdict is Verdict.REJECT and not decision.comment:
         return "a rejection needs its reason in `comment`: the agent reads it"
+    if (decision.verdict is Verdict.EDIT) != (decision.arguments is not None):
+        return "verdict edit and `arguments` go together: all arguments that the call is to have"
+    if (decision.verdict is Verdict.ANSWER) != (decision.answer is not None):
+        return "verdict answer and `answer` go together: a text, or other JSON"
     return decision

@@ -91,11 +91,9 @@ def evidence(state: RunState) -> str:
     return f"{_done(steps)}/{len(steps)} steps complete: {', '.join(said)}" if steps else f"turn {state.turn}"
 
 
-def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve", comment: str = "") -> str:
+def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve", **more: str) -> str:
     """The exact command that answers an approval with the plain Temporal CLI."""
-    body = {"approval_id": approval_id, "verdict": verdict, "approver": "YOUR NAME"}
-    if comment:
-        body["comment"] = comment
+    body = {"approval_id": approval_id, "verdict": verdict, "approver": "YOUR NAME", **more}
     # Short lines: the page cuts off what does not fit.
     payload = json.dumps(body).replace(', "approver"', ',\n   "approver"')
     return (
@@ -133,17 +131,22 @@ def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
             head = f"### {plain((step and step.title) or approval.step or approval.subject)}: question `{approval.id}`"
             head += plain(review)
             answers = {
-                "It happened, or you have done it yourself": ("happened", "WHAT WAS DONE"),
-                "It did not happen, and nobody has done it": ("did_not", "WHY"),
+                "It happened, or you have done it yourself": ("happened", {"comment": "WHAT WAS DONE"}),
+                "It did not happen, and nobody has done it": ("did_not", {"comment": "WHY"}),
             }
         case "refusal":
             head = f"### Waiting for a human: the model refuses (`{approval.id}`)"
-            answers = {"Ask again": ("approve", ""), "End the run": ("reject", "WHY")}
+            answers = {"Ask again": ("approve", {}), "End the run": ("reject", {"comment": "WHY"})}
+        case "question":
+            head = f"### The agent asks: question `{approval.id}`"
+            head += plain(f", for {approval.role}") if approval.role else ""
+            answers = {"Answer": ("answer", {"answer": "YOUR ANSWER"})}
         case _:
             head = f"### Waiting for a human: approval `{approval.id}`\n`{approval.subject}` wants to run."
-            answers = {"Approve": ("approve", ""), "Reject": ("reject", "WHY")}
+            answers = {"Approve": ("approve", {}), "Reject": ("reject", {"comment": "WHY"})}
     commands = "\n".join(
-        f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, *answer)}\n```" for what, answer in answers.items()
+        f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, verdict, **more)}\n```"
+        for what, (verdict, more) in answers.items()
     )
     parts = [f"{head}\n{plain(approval.why)}", arguments, f"When asked: {plain(approval.evidence)}", commands]
     return "\n\n".join(part for part in parts if part)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from holdfast.contracts import Approval, ApprovalDecision, Outcome, OutcomeStatus, Verdict, digest
+from holdfast.contracts import Approval, ApprovalDecision, Outcome, OutcomeStatus, Question, Verdict, digest
 from workflows import progress
 from workflows.state import CallState, Deferred, RunState, ToolEnd
+
+SUBJECT = 80
+"""Characters of a question that stand for it in a line."""
 
 
 def may_run(state: RunState, item: CallState, now: datetime) -> Approval:
     """May this call run?"""
     call = item.call
+    why = f"Every call of {call.tool} needs a person's yes."
+    if item.edits:
+        why = f"The arguments as edited do not fit: {item.edits[-1]}. {why}"
     return Approval(
-        id=f"a{item.seq}",
+        id=_numbered(f"a{item.seq}", len(item.edits)),
         subject=call.tool,
         seq=item.seq,
         arguments=call.arguments,
         digest=digest(call.arguments),
-        why=f"Every call of {call.tool} needs a person's yes.",
+        why=why,
         evidence=progress.evidence(state),
         cost_usd=state.usage.cost_usd,
         asked_at=now,
@@ -38,6 +44,32 @@ def refused_turn(state: RunState, why: str, now: datetime) -> Approval:
         cost_usd=state.usage.cost_usd,
         asked_at=now,
     )
+
+
+def asked(state: RunState, question: Question, now: datetime) -> Approval:
+    """What does the agent have to know?"""
+    if question.id not in state.asked:
+        state.asked.append(question.id)
+    data = (
+        question.data if isinstance(question.data, dict) else {} if question.data is None else {"data": question.data}
+    )
+    return Approval(
+        id=_numbered(f"q{state.turn}", state.asked.index(question.id)),
+        kind="question",
+        subject=question.text if len(question.text) <= SUBJECT else question.text[: SUBJECT - 1] + "…",
+        seq=0,
+        arguments=data,
+        digest=digest([question.text, question.data]),
+        why=question.text,
+        evidence=progress.evidence(state),
+        cost_usd=state.usage.cost_usd,
+        asked_at=now,
+        role=str(data.get("role", "")),
+    )
+
+
+def _numbered(name: str, n: int) -> str:
+    return f"{name}-{n + 1}" if n else name
 
 
 def how_it_ended(state: RunState, item: CallState, now: datetime) -> Approval | None:

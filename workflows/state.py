@@ -13,6 +13,7 @@ from holdfast.contracts import (
     Pending,
     Phase,
     Profile,
+    Reply,
     RunOutcome,
     StepSpec,
     StepState,
@@ -44,6 +45,9 @@ class CallState(BaseModel):
     call: ToolCall
     seq: int
     outcome: Outcome | None = None
+    edits: list[str] = []
+    """What was wrong with each edit of the arguments that the tool did not take."""
+    edited_by: str = ""
 
 
 class ToolEnd(BaseModel):
@@ -84,6 +88,12 @@ class RunState(BaseModel):
     """Of the answers; empty when all are ok."""
     notices: list[str] = []
     """What the next turn has to hear."""
+    heard: int | None = None
+    """How many of the notices the turn has heard that waits for answers; None while none does."""
+    asked: list[str] = []
+    """Ids of the questions that this turn has asked, in their order."""
+    replies: list[Reply] = []
+    """Their answers so far."""
     calls: list[CallState] = []
     profile: Profile | None = None
     ends: dict[str, ToolEnd] = {}

@@ -345,6 +345,7 @@ class Discharge:
         who = self.facts.name or "patient"
         text = f"Discharge of {who} ({self.facts.patient_id or 'no id given'}). Done: {', '.join(done) or 'nothing'}."
         text += f" Pending: {'; '.join(pending) or 'nothing'}."
+        text += "".join(f" Heard from {said}." for said in self._talk.messages)
         return f"{self._stop} {text}".strip()
 
 

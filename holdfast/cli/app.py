@@ -165,6 +165,57 @@ def _decide(run: str, approval_id: str, verdict: str, by: str, comment: str, jso
 
 
 @app.command()
+def edit(
+    run: Run,
+    approval_id: Annotated[
+        str, typer.Argument(metavar="[APPROVAL_ID]", help="the approval; needed when several are open")
+    ] = "",
+    set: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="one argument; JSON, else a text")
+    ] = None,
+    arguments: Annotated[
+        str, typer.Option("--arguments", metavar="JSON|FILE|-", help="all arguments, instead of those asked for")
+    ] = "",
+    comment: Annotated[str, typer.Option("--comment", help="kept with the decision")] = "",
+    by: By = "",
+    json: Json = False,
+) -> None:
+    """Say yes to a call with other arguments. They are checked as the agent's own are; the agent is told."""
+    from holdfast.cli import talk
+
+    _go(talk.edit(run, approval_id, set or [], arguments, _name(by), comment, json))
+
+
+@app.command()
+def answer(
+    run: Run,
+    question: Annotated[str, typer.Argument(metavar="QUESTION_ID", help="as `approvals` lists it, such as q2")],
+    text: Annotated[str, typer.Argument(metavar="ANSWER", help="a text, or JSON with --value")],
+    value: Annotated[bool, typer.Option("--value", help="the answer is JSON, such as true or [1, 2]")] = False,
+    comment: Annotated[str, typer.Option("--comment", help="kept with the answer")] = "",
+    by: By = "",
+    json: Json = False,
+) -> None:
+    """Answer what an agent asks."""
+    from holdfast.cli import talk
+
+    _go(talk.answer(run, question, text, _name(by), comment, value, json))
+
+
+@app.command()
+def message(
+    run: Run,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="what to say; - reads it from stdin")],
+    by: By = "",
+    json: Json = False,
+) -> None:
+    """Say something to a run while it works. Its next turn reads it; a call in flight is not interrupted."""
+    from holdfast.cli import talk
+
+    _go(talk.message(run, text, _name(by), json))
+
+
+@app.command()
 def limits(json: Json = False) -> None:
     """List the rate limits: what the last minute has used of them, and who waits."""
     from holdfast.cli import limits as rate_limits

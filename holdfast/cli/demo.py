@@ -255,8 +255,8 @@ class Demo:
             decision = ApprovalDecision(
                 approval_id=approval.id, verdict=verdict, approver=PHYSICIAN, comment=comment, digest=approval.digest
             )
-            reply, _ = await runs.send(handle, decision)
-            out.print(f"[dim]{reply.message}[/dim]")
+            sent = await runs.send(handle, decision)
+            out.print(f"[dim]{sent.reply.message}[/dim]")
 
     async def _settle(self, client: Client, run: str) -> RunResult | None:
         """The pharmacist has placed the order by telephone, and says so; the result as it stands then."""

@@ -34,7 +34,17 @@ from temporalio.service import RPCError, RPCStatusCode
 from holdfast.cli import view
 from holdfast.cli.output import Refused, err, out, print_json, seconds
 from holdfast.cli.stuck import failing_task, words
-from holdfast.contracts import Approval, ApprovalDecision, DecisionReply, Json, Phase, RunResult, RunStatus, Verdict
+from holdfast.contracts import (
+    Approval,
+    ApprovalDecision,
+    DecisionReply,
+    Json,
+    Message,
+    Phase,
+    RunResult,
+    RunStatus,
+    Verdict,
+)
 from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.runs import Run, Runs
@@ -206,20 +216,19 @@ async def run(agent: str, value: str, key: str, *, wait: bool, follow_it: bool, 
     return await follow(client, started.workflow_id, silent=wait, as_json=as_json, told=told if wait else None)
 
 
-def read_input(value: str) -> Json:
-    """The input: JSON, the name of a file of it, `-` for stdin, or a folder. Raises Refused."""
-    text, source = value, "--input"
+def read_input(value: str, option: str = "--input") -> Json:
+    """An option's JSON object: itself, the name of a file of it, `-` for stdin, or a folder. Raises Refused."""
+    text, source = value, option
     if value == "-":
         text, source = sys.stdin.read(), "stdin"
-    elif value and Path(value).is_dir():
-        return {"folder": str(Path(value).resolve())}
     elif value and not value.lstrip().startswith(("{", "[", '"')):
         try:
+            if Path(value).is_dir():
+                return {"folder": str(Path(value).resolve())}
             text, source = Path(value).read_text(), value
         except (OSError, UnicodeDecodeError) as error:
-            raise Refused(
-                f"--input is neither a JSON object nor a readable file or folder: {value} ({error})"
-            ) from None
+            words = f"{option} is neither a JSON object nor a readable file or folder: {value} ({error})"
+            raise Refused(words) from None
     try:
         data = json.loads(text or "{}")
     except ValueError as error:
@@ -477,41 +486,58 @@ async def decide(
             opened: list[Approval] = await ask(handle, "approvals", list[Approval])
         except NoAnswer as error:
             raise Refused(f"{error} Without one, name the approval's id to have the answer kept for later.") from None
-        wanted = [(approval.id, approval.digest) for approval in opened if approval.kind != "outcome"]
+        wanted = [(approval.id, approval.digest) for approval in opened if approval.kind in ("tool", "refusal")]
         if not wanted and opened:
             hint = view.answer_commands(workflow_id, opened[0])[0]
-            raise Refused(f"{workflow_id} asks how a call ended, not whether it may run: uv run starter.py {hint}")
+            asks = "asks a question" if opened[0].kind == "question" else "asks how a call ended"
+            raise Refused(f"{workflow_id} {asks}, not whether something may run: uv run starter.py {hint}")
         if not wanted:
             raise Refused(f"{workflow_id} waits for no approval: see `uv run starter.py status {workflow_id}`")
-    code = 0
-    replies: list[Json] = []
-    for each, digest in wanted:
-        decision = ApprovalDecision(
-            approval_id=each, verdict=verdict, approver=approver, comment=comment, digest=digest
-        )
-        reply, how = await send(handle, decision)
-        replies.append({"approval_id": each, "accepted": reply.accepted, "message": reply.message, "sent_as": how})
-        if not reply.accepted:
-            code = 2
-        if not as_json:
-            line = reply.message
-            if reply.accepted:
-                out.print(line, markup=False)
-            else:
-                print(f"error: {line}", file=sys.stderr)
+    decisions = [
+        ApprovalDecision(approval_id=each, verdict=verdict, approver=approver, comment=comment, digest=digest)
+        for each, digest in wanted
+    ]
+    return report([await send(handle, decision) for decision in decisions], as_json)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of something that was said to a run."""
+
+    said: ApprovalDecision | Message
+    reply: DecisionReply
+    how: str
+    """`update` or `signal`."""
+
+    @property
+    def json(self) -> Json:
+        about: Json = {"approval_id": self.said.approval_id} if isinstance(self.said, ApprovalDecision) else {}
+        return {**about, "accepted": self.reply.accepted, "message": self.reply.message, "sent_as": self.how}
+
+
+def report(sent: Sent | list[Sent], as_json: bool) -> int:
+    """Tells what became of it. 0 when all was accepted, else 2."""
+    several = sent if isinstance(sent, list) else [sent]
     if as_json:
-        print_json(replies)
-    return code
+        print_json([each.json for each in sent] if isinstance(sent, list) else sent.json)
+    else:
+        for each in several:
+            if each.reply.accepted:
+                out.print(each.reply.message, markup=False)
+            else:
+                print(f"error: {each.reply.message}", file=sys.stderr)
+    return 0 if all(each.reply.accepted for each in several) else 2
 
 
-async def send(handle: Handle, decision: ApprovalDecision) -> tuple[DecisionReply, str]:
-    """Sends a decision as an Update, which answers; as a Signal, which waits in the history, when no worker does."""
+async def send(handle: Handle, said: ApprovalDecision | Message) -> Sent:
+    """Sends it as an Update, which answers; as a Signal, which waits in the history, when no worker does."""
+    name, what = ("message", "it") if isinstance(said, Message) else ("decide", said.verdict)
     try:
         reply = await asyncio.wait_for(
-            handle.execute_update("decide", decision, result_type=DecisionReply, rpc_timeout=ANSWER),
+            handle.execute_update(name, said, result_type=DecisionReply, rpc_timeout=ANSWER),
             ANSWER.total_seconds() + 1,
         )
-        return reply, "update"
+        return Sent(said, reply, "update")
     except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError):
         pass  # below
     except RPCError as error:
@@ -521,9 +547,9 @@ async def send(handle: Handle, decision: ApprovalDecision) -> tuple[DecisionRepl
             raise
     except WorkflowUpdateFailedError as error:
         raise Refused(f"{handle.id} ended before it answered: {error.cause or error}") from None
-    await handle.signal("decide", decision)
-    kept = f"no worker answered, so {decision.verdict} was sent as a signal: the run reads it when a worker is back"
-    return DecisionReply(accepted=True, message=kept), "signal"
+    await handle.signal(name, said)
+    kept = f"no worker answered, so {what} was sent as a signal: the run reads it when a worker is back"
+    return Sent(said, DecisionReply(accepted=True, message=kept), "signal")
 
 
 async def cancel(workflow_id: str, as_json: bool) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from temporalio.client import Client
 
 from holdfast.cli.letters import store, wait_for
 from holdfast.cli.output import Refused, out, print_json
-from holdfast.cli.runs import Handle, Known, NoAnswer, ask, connect, find, send
+from holdfast.cli.runs import Handle, Known, NoAnswer, ask, connect, find, report, send
 from holdfast.contracts import Approval, ApprovalDecision, RunResult, Verdict
 from holdfast.reliability.ledger import Entry, Ledger
 from holdfast.repairing import start_repair
@@ -62,14 +61,7 @@ async def _answer(handle: Handle, what: str, happened: bool, value: Any, by: str
         raise Refused(f"{handle.id} asks about {how} {what!r}; open questions: {there}")
     verdict = Verdict.HAPPENED if happened else Verdict.DID_NOT
     decision = ApprovalDecision(approval_id=meant[0].id, verdict=verdict, approver=by, comment=comment, result=value)
-    reply, how = await send(handle, decision)
-    if as_json:
-        print_json({"approval_id": meant[0].id, "accepted": reply.accepted, "message": reply.message, "sent_as": how})
-    elif reply.accepted:
-        out.print(reply.message, markup=False)
-    else:
-        print(f"error: {reply.message}", file=sys.stderr)
-    return 0 if reply.accepted else 2
+    return report(await send(handle, decision), as_json)
 
 
 # ------------------------------------------------------------------ after its end

@@ -97,7 +97,7 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     grid.add_column(width=3)
     grid.add_column(style="yellow", no_wrap=True)
     grid.add_column(overflow="fold")
-    head = {"tool": "approval", "outcome": "question", "refusal": "refusal"}[approval.kind]
+    head = {"tool": "approval", "outcome": "question"}.get(approval.kind, approval.kind)
     grid.add_row("", Text(f"{head} {approval.id}", "bold yellow"), Text(approval.subject, "bold"))
     if approval.role:
         due = f", as a rule by {approval.eta:%H:%M} UTC" if approval.eta else ""
@@ -111,17 +111,20 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     if approval.key:
         grid.add_row("", "key", approval.key)
     if hint:
-        for label, command in zip(("answer", ""), answer_commands(workflow_id, approval), strict=True):
-            grid.add_row("", label, f"uv run starter.py {command}")
+        for n, command in enumerate(answer_commands(workflow_id, approval)):
+            grid.add_row("", "" if n else "answer", f"uv run starter.py {command}")
     return grid
 
 
-def answer_commands(workflow_id: str, approval: Approval) -> tuple[str, str]:
-    """The commands that answer yes and no."""
+def answer_commands(workflow_id: str, approval: Approval) -> tuple[str, ...]:
+    """The commands that answer it, that for yes first."""
     if approval.kind == "outcome":
         settle = f"settle {workflow_id} {approval.id}"
         return f"{settle} --happened --comment '…'", f"{settle} --did-not --comment '…'"
-    return f"approve {workflow_id} {approval.id}", f"reject {workflow_id} {approval.id} --reason '…'"
+    if approval.kind == "question":
+        return (f"answer {workflow_id} {approval.id} '…'",)
+    yes, no = f"approve {workflow_id} {approval.id}", f"reject {workflow_id} {approval.id} --reason '…'"
+    return (yes, f"edit {workflow_id} {approval.id} --set NAME=VALUE", no) if approval.kind == "tool" else (yes, no)
 
 
 def undone_view(undone: list[UndoRecord]) -> RenderableType:

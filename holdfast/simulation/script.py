@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -83,9 +83,8 @@ class Try:
     @property
     def result(self) -> Any | None:
         """The answer's JSON, None when it is words: then the call has no result."""
-        answer = re.sub(
-            r"^\[[^\n]*, in place of [^\n]*\]\n", "", self.answer
-        )  # a fallback says so in a line of its own
+        # A fallback, or a person who changed the arguments, says so in a line of its own.
+        answer = re.sub(r"^(\[[^\n]*(, in place of | changed the arguments to )[^\n]*\]\n)+", "", self.answer)
         return value if isinstance(value := _json(answer), dict | list) else None
 
     @property
@@ -130,6 +129,8 @@ class Talk:
     notice: str
     """What the platform said since the model last spoke its final words, e.g. that steps have no outcome."""
     noticed_at: int
+    messages: list[str] = field(default_factory=list)
+    """What people said to the run: 'dr.lee: …'."""
 
     @classmethod
     def of(cls, messages: Sequence[Json]) -> Talk:
@@ -155,7 +156,8 @@ class Talk:
                     if again or (ended >= 0 and not _NEWS.match(_text(each))):
                         notice, noticed_at = _text(each), at
         data = _json(first)
-        return cls(data if isinstance(data, dict) else {}, tries, notice, noticed_at)
+        said = [_text(each).removeprefix(PERSON) for each in messages if _text(each).startswith(PERSON)]
+        return cls(data if isinstance(data, dict) else {}, tries, notice, noticed_at, said)
 
     def last(self, tool: str) -> Try | None:
         return self.tries[tool][-1] if tool in self.tries else None
@@ -168,10 +170,11 @@ class Talk:
 _NEWS = re.compile(
     r"(?:Call #\d+ of (?P<late>\w+), put off before, has ended: (?P<answer>.*))"
     r"|(?:.+ settled call #\d+ of (?P<settled>\w+): (?P<finding>.*))"
-    r"|(?:Not available for now|Available again)",
+    r"|(?:Not available for now|Available again)|(?:Message from )",
     re.S,
 )
-"""What the platform tells of calls made earlier, and of tools that come and go."""
+"""What the platform tells of calls made earlier, of tools that come and go, and of people who say something."""
+PERSON = "Message from "
 
 
 def _hear(text: str, at: int, tries: dict[str, list[Try]]) -> bool:
@@ -221,5 +224,6 @@ def _fillable(talk: Talk, tools: Sequence[Json]) -> list[Call]:
 
 def _stand_in(talk: Talk) -> str:
     text = "I am a scripted stand-in without rules for this task; I call what the first message has the arguments for."
+    text += "".join(f" Heard from {said}." for said in talk.messages)
     answers = [f"{tool}: {' '.join(tries[-1].answer.split())[:200]}" for tool, tries in talk.tries.items()]
     return f"{text} Answers: {' | '.join(answers)}" if answers else text

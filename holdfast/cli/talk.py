@@ -1,0 +1,108 @@
+"""`message`, `edit` and `answer`: what a person says to a run while it works."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from pydantic import ValidationError
+
+from agents import registry
+from holdfast.cli.output import Refused
+from holdfast.cli.runs import Known, NoAnswer, ask, connect, find_running, read_input, report, send
+from holdfast.contracts import Approval, ApprovalDecision, Json, Message, RunStatus, Verdict
+from holdfast.tools import explain
+
+
+async def message(run: str, text: str, by: str, as_json: bool) -> int:
+    """Says something to a run. Raises Refused."""
+    text = sys.stdin.read().strip() if text == "-" else text
+    try:
+        said = Message(text=text, by=by)
+    except ValidationError as error:
+        raise Refused(f"message: {explain(error)}") from None
+    known = await find_running(await connect(), run)
+    return report(await send(known.handle, said), as_json)
+
+
+async def answer(run: str, question: str, text: str, by: str, comment: str, parse: bool, as_json: bool) -> int:
+    """Answers what the agent asks. parse: the answer is JSON, not a text. Raises Refused."""
+    value = _json("the answer", text) if parse else text
+    if value in (None, ""):
+        raise Refused("the answer is empty")
+    known = await find_running(await connect(), run)
+    decision = _decision(question, Verdict.ANSWER, by, comment, answer=value)
+    return report(await send(known.handle, decision), as_json)
+
+
+async def edit(
+    run: str, approval_id: str, pairs: list[str], arguments: str, by: str, comment: str, as_json: bool
+) -> int:
+    """Lets a call run with other arguments: some of them changed (`name=value`), or all given as JSON. Raises Refused.
+
+    They are checked here, and by the run once more: this machine may know another version of the tool.
+    """
+    if bool(pairs) == bool(arguments):
+        raise Refused("say what to change: --set NAME=VALUE (as often as needed), or all of it with --arguments JSON")
+    changes = read_input(arguments, "--arguments") if arguments else _changes(pairs)
+    known = await find_running(await connect(), run)
+    try:
+        status: RunStatus = await ask(known.handle, "status", RunStatus)
+    except NoAnswer as error:
+        raise Refused(f"{error} Without one nobody can tell what they are: start one first") from None
+    approval = _meant(known, status.approvals, approval_id)
+    wanted = changes if arguments else approval.arguments | changes
+    _check(status.agent, approval.subject, wanted)
+    decision = _decision(approval.id, Verdict.EDIT, by, comment, arguments=wanted, digest=approval.digest)
+    return report(await send(known.handle, decision), as_json)
+
+
+def _decision(approval_id: str, verdict: Verdict, by: str, comment: str, **more: Any) -> ApprovalDecision:
+    try:
+        return ApprovalDecision(approval_id=approval_id, verdict=verdict, approver=by, comment=comment, **more)
+    except ValidationError as error:
+        raise Refused(explain(error)) from None
+
+
+def _meant(known: Known, opened: list[Approval], approval_id: str) -> Approval:
+    calls = [a for a in opened if a.kind == "tool"]
+    meant = [a for a in calls if approval_id in ("", a.id)]
+    if len(meant) == 1:
+        return meant[0]
+    there = ", ".join(f"{a.id} ({a.subject})" for a in calls) or "none"
+    raise Refused(f"{known.workflow_id}: which call is to be edited? open approvals of calls: {there}")
+
+
+def _changes(pairs: list[str]) -> Json:
+    """The changes as JSON data; a value that is not JSON is a text."""
+    changes: Json = {}
+    for pair in pairs:
+        name, is_given, value = pair.partition("=")
+        if not is_given or not name.isidentifier():
+            raise Refused(f"--set takes NAME=VALUE, not {pair!r}")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
+def _check(agent: str, tool: str, arguments: Json) -> None:
+    """Raises Refused when the tool, as known here, does not take the arguments."""
+    try:
+        known = registry.agent(agent).by_name.get(tool)
+    except registry.UnknownAgent:
+        return  # it lives on the workers only: they check
+    try:
+        if known:
+            known.validate(arguments)
+    except ValidationError as error:
+        raise Refused(f"{tool} does not take these arguments: {explain(error)}") from None
+
+
+def _json(what: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Refused(f"{what} is not valid JSON: {error}") from None

@@ -1,0 +1,83 @@
+"""What a call has to pass before it may run: what stands from a run before, what is unknown, a person's yes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from temporalio import workflow
+
+from holdfast.contracts import ApprovalDecision, Effect, Outcome, OutcomeStatus, Standing, ToolCall, ToolPolicy, Verdict
+from workflows import questions
+from workflows.acts import Acts
+from workflows.approvals import Approvals
+from workflows.state import CallState, RunState
+
+
+class Gate:
+    """The gate of one run. Policy and budget will ask here as well."""
+
+    def __init__(
+        self, state: RunState, standing: list[Standing], approvals: Approvals, acts: Acts, note: Callable[[str], None]
+    ) -> None:
+        self._state = state
+        self._all_standing = standing
+        self._approvals = approvals
+        self._acts = acts
+        self._note = note
+
+    async def outcome(self, item: CallState) -> Outcome | None:
+        """The outcome of a call that must not run, or None when it may, perhaps with other arguments."""
+        return self._standing(item.call) or await self._pass(item)
+
+    def _standing(self, call: ToolCall) -> Outcome | None:
+        """What a call did in the failed run that this one replays, and what was not undone: it is not done twice."""
+        for each in self._all_standing:
+            if each.tool == call.tool and each.key not in self._state.stood:
+                self._state.stood.append(each.key)
+                return Outcome(content=each.content, origin=f"done before, under key {each.key}")
+        return None
+
+    async def _pass(self, item: CallState) -> Outcome | None:
+        call, policy = item.call, self._state.policy(item.call.tool)
+        if policy is None:
+            text = f"there is no tool named {call.tool!r} in this run: it came with a later version of the agent"
+            return Outcome(status=OutcomeStatus.ERROR, content=text)
+        refused = self._refused(call, policy)
+        if policy.approval and (not refused or self._approvals.asked(f"a{item.seq}")):
+            if rejected := await self._ask(item):
+                return rejected
+            refused = self._refused(call, policy)  # another call of the tool may have ended meanwhile
+        return refused
+
+    async def _ask(self, item: CallState) -> Outcome | None:
+        while True:
+            decision = await self._approvals.ask(questions.may_run(self._state, item, workflow.now()))
+            match decision.verdict:
+                case Verdict.REJECT:
+                    text = f"rejected by {decision.approver}: {decision.comment}"
+                    return Outcome(status=OutcomeStatus.REJECTED, content=text)
+                case Verdict.EDIT if not await self._edit(item, decision):
+                    continue
+                case _:
+                    return None
+
+    async def _edit(self, item: CallState, decision: ApprovalDecision) -> bool:
+        """Gives the call the edited arguments, if the tool takes them."""
+        checked = await self._acts.check(item, decision.arguments or {})
+        if checked.problem:
+            item.edits.append(checked.problem)
+            self._note(f"edit of {decision.approver} ignored: {checked.problem}")
+            return False
+        item.call = item.call.model_copy(update={"arguments": checked.arguments})
+        item.edited_by = decision.approver
+        return True
+
+    def _refused(self, call: ToolCall, policy: ToolPolicy) -> Outcome | None:
+        """A call with an effect while another of its tool is unknown: its key is new, so it would be blind."""
+        if deferred := self._state.put_off(call.tool):
+            return Outcome(status=OutcomeStatus.ERROR, content=f"refused: {questions.deferral(deferred).content}")
+        unknown = self._state.unknown(call.tool)
+        if not unknown or policy.effect is Effect.READ:
+            return None
+        text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown and waits for a person"
+        return Outcome(status=OutcomeStatus.ERROR, content=text)
