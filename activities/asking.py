@@ -38,18 +38,19 @@ class Asking:
             self._notes.append(f"turn {request.turn}: {answer.model} answered, {answer.origin}")
         return answer
 
-    async def usage(self, *, resumed: bool) -> Usage:
-        """Of the whole turn. resumed: earlier attempts may have asked as well; the ledger knows."""
-        if not resumed:
-            return self._usage
-        found = await self._runtime.ledger.results(self._request.key_base, "model", self._tag)
-        return sum((ModelAnswer.from_json(each).usage for each in found), Usage())
+    async def account(self, *, resumed: bool) -> tuple[Usage, str]:
+        """What the whole turn used, and its model: empty when it is that of the turn before, or none was asked.
 
-    @property
-    def new_model(self) -> str:
-        """The model that answered last; empty when it is that of the turn before, or none was asked."""
-        carried = self._thread.carried
-        return carried["model"] if carried.get("model", "") != carried.get("before", "") else ""
+        resumed: earlier attempts may have asked as well; the ledger knows.
+        """
+        carried, usage = self._thread.carried, self._usage
+        model = carried.get("model", "")
+        if resumed:
+            found = await self._runtime.ledger.results(self._request.key_base, "model", self._tag)
+            answers = [ModelAnswer.from_json(each) for each in found]
+            usage = sum((each.usage for each in answers), Usage())
+            model = model or (_label(answers[-1]) if answers else "")
+        return usage, model if model != carried.get("before", "") else ""
 
 
 def _label(answer: ModelAnswer) -> str:

@@ -33,6 +33,7 @@ from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.faults import Point
 from holdfast.reliability.waiting import NotYet
 from holdfast.runtime import Runtime
+from holdfast.state.checkpoints import Unstorable
 from holdfast.state.thread import Thread
 from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
@@ -81,7 +82,7 @@ class Plan:
                 return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()))
             except MalformedOutput as error:
                 raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None
-            except (graph.BadGraph, GraphRecursionError) as error:
+            except (graph.BadGraph, Unstorable, GraphRecursionError) as error:
                 words = f"agent {request.agent}: {error}"
                 raise ApplicationError(words, type=ErrorType.BAD_GRAPH, non_retryable=True) from None
 
@@ -111,12 +112,13 @@ class Plan:
             return PlanResult(questions=[_question(each) for each in asked], notes=notes)
         faults.reached(Point.DECIDED, where)
         decision = turns.decision_of(state, spec)
+        usage, model = await asking.account(resumed=resumed)
         return PlanResult(
             calls=decision.calls,
             final=decision.final,
             checkpoint=thread.head,
-            usage=await asking.usage(resumed=resumed),
-            model=asking.new_model,
+            usage=usage,
+            model=model,
             profile=spec.profile if request.turn == 1 else None,
             notes=notes,
         )
@@ -179,8 +181,8 @@ def _begin(spec: AgentSpec, request: PlanRequest, thread: Thread, down: dict[str
     if sorted(down) != told:
         notices.append(_availability(down, told))
         notes += [f"{tool} is withdrawn: {why}" for tool, why in down.items() if tool not in told]
-    before: str = thread.carried.get("model", "")
-    thread.carried = {"model": before, "before": before, "withdrawn": sorted(down)}
+    before: str = thread.carried.get("model") or thread.carried.get("before", "")
+    thread.carried = {"before": before, "withdrawn": sorted(down)}
     statuses = request.statuses or [OutcomeStatus.OK] * len(request.answers)
     told_ = list(zip(request.answers, statuses, strict=True))
     return turns.turn_input(value, told_, notices, thread.value("decision", None))

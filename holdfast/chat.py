@@ -7,7 +7,7 @@ from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
@@ -46,8 +46,9 @@ class RecordedChatModel(BaseChatModel):
             raise NotImplementedError("the recorded model knows no stop words")
         turn: Turn = self.turn
         answer = await turn.ask(messages, tools=kwargs.get("tools", ()), name=self.label)
-        (message,) = convert_to_messages([{"content": "", **answer.message}])
-        assert isinstance(message, AIMessage)
+        raw = answer.message.get("tool_calls")
+        # From there AIMessage reads the calls, those with broken arguments as well.
+        message = AIMessage(answer.text, additional_kwargs={"tool_calls": raw} if raw else {})
         read, written = answer.usage.input_tokens, answer.usage.output_tokens
         message.usage_metadata = UsageMetadata(input_tokens=read, output_tokens=written, total_tokens=read + written)
         message.response_metadata = {"model_name": answer.model, "finish_reason": answer.finish_reason}

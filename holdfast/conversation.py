@@ -29,7 +29,11 @@ def as_json(message: Any) -> Json:
         return message
     from langchain_core.messages import convert_to_openai_messages
 
-    return convert_to_openai_messages([message])[0]
+    converted = convert_to_openai_messages([message])[0]
+    if getattr(message, "invalid_tool_calls", None):
+        # Left out by the conversion, but the model has to hear of them. `RecordedChatModel` keeps them there.
+        converted["tool_calls"] = message.additional_kwargs.get("tool_calls", [])
+    return converted
 
 
 def inbox_messages(conversation: Sequence[Json], answers: Sequence[str], notices: Sequence[str]) -> list[Json]:

@@ -93,4 +93,4 @@ def check(graph: Any, agent: str) -> None:
 
 def _function(runnable: Any) -> Any:
     """What a node or a branch was made from."""
-    return getattr(runnable, "afunc", None) or getattr(runnable, "func", None) or runnable
+    return getattr(runnable, "func", None) or getattr(runnable, "afunc", None) or runnable

@@ -41,6 +41,10 @@ WRITES_A_STATEMENT = 500
 """Databases limit the parameters of a statement: 32,766 in SQLite."""
 
 
+class Unstorable(Exception):
+    """A graph's state, or what it hands to `interrupt()`, is no data that can be stored."""
+
+
 class Checkpoints(BaseCheckpointSaver[int]):
     """A checkpointer over `Database`. Asynchronous only; one may serve any number of threads and tasks at once.
 
@@ -139,7 +143,7 @@ class Checkpoints(BaseCheckpointSaver[int]):
         thread_id, ns, parent_id = _names(config)
         stored = dict(get_serializable_checkpoint_metadata(config, metadata))
         turn = str(stored["turn"]) if "turn" in stored else None
-        kind, body = self.serde.dumps_typed(checkpoint)
+        kind, body = self._dump(checkpoint)
         await self._db.run(PUT, thread_id, ns, checkpoint["id"], parent_id, turn, kind, body, json.dumps(stored))
         return _config(thread_id, ns, checkpoint["id"])
 
@@ -155,7 +159,7 @@ class Checkpoints(BaseCheckpointSaver[int]):
         # Special channels (errors, interrupts) have one slot each, below zero, where the last write counts.
         by_idx = {WRITES_IDX_MAP.get(channel, n): (channel, value) for n, (channel, value) in enumerate(writes)}
         rows = [
-            (thread_id, ns, checkpoint_id, task_id, idx, channel, *self.serde.dumps_typed(value), task_path)
+            (thread_id, ns, checkpoint_id, task_id, idx, channel, *self._dump(value), task_path)
             for idx, (channel, value) in by_idx.items()
         ]
         statements = [
@@ -166,6 +170,12 @@ class Checkpoints(BaseCheckpointSaver[int]):
             await self._db.run(sql, *params)
         else:
             await self._db.batch(statements)
+
+    def _dump(self, value: Any) -> tuple[str, bytes]:
+        try:
+            return self.serde.dumps_typed(value)
+        except TypeError as error:
+            raise Unstorable(f"what a graph keeps or asks has to be data that can be stored: {error}") from None
 
     async def adelete_thread(self, thread_id: str) -> None:
         await self._db.batch(
