@@ -18,7 +18,8 @@ from datetime import timedelta
 from typing import Any
 
 import uvloop
-from temporalio.worker import Worker
+from temporalio.common import VersioningBehavior, WorkerDeploymentVersion
+from temporalio.worker import Worker, WorkerDeploymentConfig
 
 import activities
 from agents import registry
@@ -27,7 +28,7 @@ from holdfast.cli.ending import end_process
 from holdfast.reliability import faults
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
 from holdfast.runtime import Runtime, open_runtime
-from holdfast.settings import settings
+from holdfast.settings import Settings, settings
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
@@ -71,13 +72,28 @@ def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", *
     settled: dict[str, Any] = {
         **SETTINGS,
         "interceptors": [HeartbeatInterceptor()],
-        "workflow_runner": sandbox(),
-        # Stands in half of a run's events; the default is a hash that tells a reader nothing.
-        "build_id": runtime.settings.build_id,
+        "workflow_runner": sandbox(versioned=bool(runtime.settings.deployment)),
+        **versioning(runtime.settings),
         "workflows": [] if stage else [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep],
         "activities": activities.of_stage(runtime) if stage else activities.activities(runtime),
     }
     return Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **(settled | options))
+
+
+def versioning(of: Settings) -> dict[str, Any]:
+    """The worker's options that say which build it is. Raises NotReady for a versioned one without a build id."""
+    if not of.deployment:
+        # Stands in half of a run's events; the default is a hash that tells a reader nothing.
+        return {"build_id": of.build_id}
+    if "build_id" not in of.model_fields_set:
+        raise NotReady("HOLDFAST_DEPLOYMENT needs HOLDFAST_BUILD_ID: two builds of one name would share their runs")
+    return {
+        "deployment_config": WorkerDeploymentConfig(
+            version=WorkerDeploymentVersion(of.deployment, of.build_id),
+            use_worker_versioning=True,
+            default_versioning_behavior=VersioningBehavior.PINNED,
+        )
+    }
 
 
 def chosen(queue: str | None) -> list[str]:

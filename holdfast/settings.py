@@ -48,12 +48,16 @@ class Settings(BaseSettings):
 
     home: Annotated[Path, Field(alias="HOLDFAST_HOME")] = Path(".holdfast")
     """State of the embedded stack."""
+    temporal_cli: Annotated[str, Field(alias="HOLDFAST_TEMPORAL_CLI")] = ""
+    """The `temporal` binary of the embedded stack and of the tests; empty: the one that is installed beside Python."""
     database_url: Annotated[str, Field(alias="DATABASE_URL")] = ""
     """`postgresql://…`; empty means SQLite under `home`."""
     task_queue: Annotated[str, Field(alias="HOLDFAST_TASK_QUEUE")] = "holdfast"
 
     build_id: Annotated[str, Field(alias="HOLDFAST_BUILD_ID")] = "dev"
     """Names this build in every task that its workers do; a deployment sets its version or commit."""
+    deployment: Annotated[str, Field(alias="HOLDFAST_DEPLOYMENT", pattern=r"^[^.:]*$", max_length=100)] = ""
+    """Worker Deployment of Temporal that the workers are a build of; empty: they are not versioned."""
 
     openai_base_url: Annotated[str, Field(alias="OPENAI_BASE_URL")] = "https://api.openai.com/v1"
     openai_api_key: Annotated[SecretStr, Field(alias="OPENAI_API_KEY")] = SecretStr("")

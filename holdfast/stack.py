@@ -23,6 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from holdfast.settings import settings
+
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 30.0
 """Seconds that a process may take until it answers; they share the machine while they start."""
@@ -302,7 +304,9 @@ class Stack:
 
 
 def temporal_cli() -> str:
-    """The `temporal` binary, the one of this environment first. Raises StackFailed."""
+    """The `temporal` binary: `HOLDFAST_TEMPORAL_CLI`, else the one of this environment. Raises StackFailed."""
+    if named := settings().temporal_cli:
+        return named
     beside = Path(sys.executable).parent / "temporal"
     found = str(beside) if beside.exists() else shutil.which("temporal")
     if not found:

@@ -7,7 +7,7 @@ else it is `localhost:7233`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
+from temporalio.bridge.proto.workflow_activation import WorkflowActivation
+from temporalio.bridge.proto.workflow_completion import WorkflowActivationCompletion
 from temporalio.client import Client
 from temporalio.common import SearchAttributeKey
 from temporalio.contrib.pydantic import PydanticJSONPlainPayloadConverter
@@ -124,25 +126,43 @@ def data_converter(settings: Settings, namespace: str) -> DataConverter:
 PASSED_THROUGH = ("holdfast", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "opentelemetry")
 
 
+@dataclass(frozen=True)
 class _Sandbox(SandboxedWorkflowRunner):
     """The sandbox, without asking each run for a context that our converter, codec and storage do not look at.
 
     The SDK enters the sandbox anew for every payload to ask, which was an eighth of a worker's CPU (temporalio 1.35).
     """
 
+    versioned: bool = False
+
     def create_instance(self, det: WorkflowInstanceDetails) -> WorkflowInstance:
         instance = super().create_instance(det)
         instance.get_serialization_context = lambda command_info: None
         instance.get_external_store_context = lambda command_info: _NOWHERE
+        if not self.versioned:
+            activate = instance.activate
+
+            def without_behaviour(act: WorkflowActivation) -> WorkflowActivationCompletion:
+                done = activate(act)
+                if done.HasField("successful"):
+                    # The server refuses it of a worker that is no build of a Worker Deployment.
+                    done.successful.ClearField("versioning_behavior")
+                return done
+
+            instance.activate = without_behaviour
         return instance
 
 
 _NOWHERE = StorageDriverStoreContext(target=None)
 
 
-def sandbox() -> SandboxedWorkflowRunner:
-    """The sandbox, with our library and pydantic imported once: most of a parked run's memory is its own copies."""
-    return _Sandbox(restrictions=SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH))
+def sandbox(versioned: bool = False) -> SandboxedWorkflowRunner:
+    """The sandbox, with our library and pydantic imported once: most of a parked run's memory is its own copies.
+
+    versioned: for a worker of a Worker Deployment; another one leaves out the workflows' versioning behaviour.
+    """
+    restrictions = SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH)
+    return _Sandbox(restrictions=restrictions, versioned=versioned)
 
 
 def profile() -> ClientConfigProfile:

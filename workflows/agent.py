@@ -12,7 +12,9 @@ from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
+from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
+from temporalio.workflow import ContinueAsNewVersioningBehavior
 
 with workflow.unsafe.imports_passed_through():
     from holdfast.aio import to_the_end
@@ -58,7 +60,8 @@ MAX_NOTE = 2_000
 """Bytes of a note; people and services write into them."""
 
 
-@workflow.defn(name="AgentWorkflow")
+# Pinned counts only where workers are versioned: a run in flight stays with the build that it began on.
+@workflow.defn(name="AgentWorkflow", versioning_behavior=VersioningBehavior.PINNED)
 class AgentWorkflow:
     @workflow.init
     def __init__(self, given: AgentInput) -> None:
@@ -93,7 +96,12 @@ class AgentWorkflow:
             await workflow.wait_condition(workflow.all_handlers_finished)
             # No await from here: a Signal handled now would be lost.
             carried = self._state.model_dump(mode="json", exclude_defaults=True)
-            workflow.continue_as_new(given.model_copy(update={"state": carried}))
+            # Nothing is replayed over this boundary and the state is a contract, so here a long run changes builds:
+            # one that never did would keep its first build's workers alive for ever.
+            workflow.continue_as_new(
+                given.model_copy(update={"state": carried}),
+                initial_versioning_behavior=ContinueAsNewVersioningBehavior.AUTO_UPGRADE,
+            )
         result = await to_the_end(self._close(ending))
         await workflow.wait_condition(workflow.all_handlers_finished)
         if ending.outcome is RunOutcome.CANCELLED:

@@ -20,7 +20,7 @@ from temporalio.exceptions import (
     TerminatedError,
     WorkflowAlreadyStartedError,
 )
-from temporalio.workflow import ChildWorkflowCancellationType, ParentClosePolicy
+from temporalio.workflow import ChildWorkflowCancellationType, ContinueAsNewVersioningBehavior, ParentClosePolicy
 
 with workflow.unsafe.imports_passed_through():
     from pydantic import ValidationError
@@ -79,7 +79,11 @@ class BatchWorkflow:
             # No await from here: a Signal handled now would be lost.
             self._state.listed = False  # what was listed and not started is listed again
             carried = self._state.model_dump(mode="json", exclude_defaults=True)
-            workflow.continue_as_new(given.model_copy(update={"state": carried}))
+            workflow.continue_as_new(
+                given.model_copy(update={"state": carried}),
+                # As a long run does: see AgentWorkflow.
+                initial_versioning_behavior=ContinueAsNewVersioningBehavior.AUTO_UPGRADE,
+            )
         result = await to_the_end(self._close(ending))
         if ending.outcome is RunOutcome.CANCELLED:
             raise asyncio.CancelledError(ending.reason)

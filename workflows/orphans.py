@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from temporalio import workflow
-from temporalio.common import WorkflowIDReusePolicy
+from temporalio.common import VersioningBehavior, WorkflowIDReusePolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.workflow import ParentClosePolicy
 
@@ -14,7 +14,8 @@ with workflow.unsafe.imports_passed_through():
 FIND_S = 120.0
 
 
-@workflow.defn(name="OrphanSweep")
+# Undoing must never wait for a build whose workers are gone, so any build goes on with it.
+@workflow.defn(name="OrphanSweep", versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
 class OrphanSweep:
     @workflow.run
     async def run(self, given: Sweep) -> Swept:

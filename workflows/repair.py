@@ -7,6 +7,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from temporalio import workflow
+from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
 
 with workflow.unsafe.imports_passed_through():
@@ -20,7 +21,8 @@ ASK_DEADLINE_S = 900.0
 WORDS = {"call": "replay", "undo": "undo", "settle": "settle", "ask": "ask about"}
 
 
-@workflow.defn(name="RepairWorkflow")
+# Undoing must never wait for a build whose workers are gone, so any build goes on with it.
+@workflow.defn(name="RepairWorkflow", versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
 class RepairWorkflow:
     @workflow.init
     def __init__(self, given: Repair) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from holdfast.cli import breakers
+from holdfast.cli import breakers, deployments
 from holdfast.cli.output import Refused, fail, out, print_json
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(breakers.commands, name="breakers")
+app.add_typer(deployments.commands, name="deployments")
 dlq = typer.Typer(
     help="Dead letters: what could not be processed, kept with all that a replay needs.", no_args_is_help=True
 )

@@ -14,6 +14,7 @@ from temporalio.service import RPCError
 
 from holdfast.cli.output import out, print_json
 from holdfast.cli.up import running_stack
+from holdfast.deployments import DeploymentError, describe
 from holdfast.orphans import is_scheduled, schedule
 from holdfast.settings import settings, stack_file
 from holdfast.state.database import StoreUnavailable, open_database
@@ -87,7 +88,20 @@ async def _temporal(client: Client, fix: bool) -> list[Check]:
     lacking = f"missing: {', '.join(missing)}"
     fixing = "uv run starter.py doctor --fix"
     checks.append(Check("search attributes", not missing, lacking if missing else done, fixing))
-    return [*checks, await _sweep(client, fix)]
+    return [*checks, await _sweep(client, fix), *await _builds(client)]
+
+
+async def _builds(client: Client) -> list[Check]:
+    """Whether each build of versioned workers that has runs also has workers."""
+    name = settings().deployment
+    if not name:
+        return []
+    try:
+        deployment = await describe(client, name)
+    except (DeploymentError, RPCError) as error:
+        return [Check("deployment", False, str(error), "docs/deployment.md says how versioned workers begin")]
+    found = ", ".join(f"{each.build} {each.state} ({each.open_runs} runs open)" for each in deployment.builds)
+    return [Check("deployment", not deployment.troubles, f"{name}: {found}", "; ".join(deployment.troubles))]
 
 
 async def _sweep(client: Client, fix: bool) -> Check:

@@ -1,0 +1,221 @@
+"""Versioned workers: the builds of a Worker Deployment as the server knows them, and which of them takes new runs.
+
+A run is pinned to the build that it began on; what undoes (repairs, the sweep) goes to the current build. See
+docs/deployment.md for the steps of a deploy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from temporalio.api.deployment.v1 import WorkerDeploymentVersion
+from temporalio.api.enums.v1 import RoutingConfigUpdateState, TaskQueueType, VersionDrainageStatus
+from temporalio.api.taskqueue.v1 import PollerInfo, TaskQueue
+from temporalio.api.workflowservice.v1 import (
+    DescribeTaskQueueRequest,
+    DescribeWorkerDeploymentRequest,
+    DescribeWorkerDeploymentResponse,
+    DescribeWorkerDeploymentVersionRequest,
+    SetWorkerDeploymentCurrentVersionRequest,
+    SetWorkerDeploymentRampingVersionRequest,
+)
+from temporalio.client import Client
+from temporalio.service import RPCError, RPCStatusCode
+
+SEEN_S = 75.0
+"""A worker polls at least once a minute; one that was not seen for so long is gone."""
+WAITS_S = 5.0
+"""Workers that are there take a task at once; one that waits longer has nobody."""
+SETTLE_S = 30.0
+"""How long the server may take to tell all its parts where new runs go."""
+
+
+class DeploymentError(Exception):
+    """The server cannot do what was asked. The message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build of the deployment."""
+
+    build: str
+    state: str
+    """current, ramping, draining (no new runs, some open), drained (none open), inactive (never had any)."""
+    percent: float
+    """Share of new runs that it takes, 0…100."""
+    open_runs: int
+    """Runs that can only go on with this build."""
+    workers: int
+    """Processes that polled within the last 75 s."""
+    backlog: int
+    """Tasks that wait for a worker of this build."""
+    waiting_s: float
+    """Age of the oldest of them."""
+    queues: tuple[str, ...] = ()
+
+    @property
+    def may_go(self) -> bool:
+        """Whether its workers may be stopped for good."""
+        return self.state in ("drained", "inactive") and not self.open_runs and not self.backlog
+
+    @property
+    def trouble(self) -> str:
+        """Why runs of this build do not go on; empty when they do."""
+        if self.backlog and self.waiting_s >= WAITS_S:
+            return f"{self.backlog} tasks of build {self.build} wait since {self.waiting_s:.0f} s"
+        takes = self.open_runs or self.state in ("current", "ramping")
+        return (
+            f"no worker of build {self.build} for its {self.open_runs} open runs" if takes and not self.workers else ""
+        )
+
+
+@dataclass(frozen=True)
+class Deployment:
+    name: str
+    builds: list[Build]
+    """The newest first."""
+
+    @property
+    def current(self) -> str:
+        """The build that takes new runs; empty: none, so they go to workers that are not versioned."""
+        return next((build.build for build in self.builds if build.state == "current"), "")
+
+    @property
+    def troubles(self) -> list[str]:
+        """What keeps runs from going on, each with what to do."""
+        found = [
+            f"{build.trouble}: start one with HOLDFAST_DEPLOYMENT={self.name} HOLDFAST_BUILD_ID={build.build}"
+            for build in self.builds
+            if build.trouble
+        ]
+        if not self.current:
+            found.append(
+                "no build is current: new runs wait for workers that are not versioned; "
+                "`uv run starter.py deployments promote BUILD`"
+            )
+        return found
+
+
+async def describe(client: Client, name: str) -> Deployment:
+    """The deployment with its builds. Raises DeploymentError, RPCError."""
+    told = await _describe(client, name)
+    routing = told.worker_deployment_info.routing_config
+    current = routing.current_deployment_version.build_id
+    ramping, ramp = routing.ramping_deployment_version.build_id, routing.ramping_version_percentage
+    builds = []
+    for each in told.worker_deployment_info.version_summaries:
+        build = each.deployment_version.build_id
+        percent = 0.0
+        if build == current:
+            state, percent = "current", 100.0 - ramp
+        elif build == ramping:
+            state, percent = "ramping", ramp
+        elif each.drainage_status == VersionDrainageStatus.VERSION_DRAINAGE_STATUS_DRAINING:
+            state = "draining"
+        elif each.drainage_status == VersionDrainageStatus.VERSION_DRAINAGE_STATUS_DRAINED:
+            state = "drained"
+        else:
+            state = "inactive"
+        builds.append((each.create_time.ToDatetime(), await _build(client, name, build, state, percent)))
+    return Deployment(name, [build for _, build in sorted(builds, key=lambda pair: pair[0], reverse=True)])
+
+
+async def promote(client: Client, name: str, build: str, percent: float | None, by: str) -> None:
+    """Lets a build take all new runs, or with `percent` so many of a hundred (0: none any more).
+
+    Returns when the whole server knows. Raises DeploymentError when no worker of it polls, or not all task queues.
+    """
+    try:
+        if percent is None:
+            await client.workflow_service.set_worker_deployment_current_version(
+                SetWorkerDeploymentCurrentVersionRequest(
+                    namespace=client.namespace, deployment_name=name, build_id=build, identity=by
+                )
+            )
+        else:
+            await client.workflow_service.set_worker_deployment_ramping_version(
+                SetWorkerDeploymentRampingVersionRequest(
+                    namespace=client.namespace,
+                    deployment_name=name,
+                    build_id=build if percent else "",
+                    percentage=percent,
+                    identity=by,
+                )
+            )
+    except RPCError as error:
+        raise _in_words(error, name) from None
+    deadline = time.monotonic() + SETTLE_S
+    settling = RoutingConfigUpdateState.ROUTING_CONFIG_UPDATE_STATE_IN_PROGRESS
+    while (await _describe(client, name)).worker_deployment_info.routing_config_update_state == settling:
+        if time.monotonic() > deadline:
+            raise DeploymentError(f"build {build} is set, but not all of the server knows after {SETTLE_S:.0f} s")
+        await asyncio.sleep(0.1)
+
+
+async def _describe(client: Client, name: str) -> DescribeWorkerDeploymentResponse:
+    try:
+        return await client.workflow_service.describe_worker_deployment(
+            DescribeWorkerDeploymentRequest(namespace=client.namespace, deployment_name=name)
+        )
+    except RPCError as error:
+        raise _in_words(error, name) from None
+
+
+async def _build(client: Client, name: str, build: str, state: str, percent: float) -> Build:
+    told = await client.workflow_service.describe_worker_deployment_version(
+        DescribeWorkerDeploymentVersionRequest(
+            namespace=client.namespace,
+            deployment_version=WorkerDeploymentVersion(deployment_name=name, build_id=build),
+            report_task_queue_stats=True,
+        )
+    )
+    pinned = f'TemporalWorkerDeploymentVersion="{name}:{build}" AND TemporalWorkflowVersioningBehavior="Pinned"'
+    runs = await client.count_workflows(f'{pinned} AND ExecutionStatus="Running"')
+    stats = [queue.stats for queue in told.version_task_queues]
+    queues = sorted({queue.name for queue in told.version_task_queues})
+    return Build(
+        build=build,
+        state=state,
+        percent=round(percent, 2),
+        open_runs=runs.count,
+        workers=len({poller.identity for queue in queues for poller in await _pollers(client, queue, name, build)}),
+        backlog=sum(each.approximate_backlog_count for each in stats),
+        waiting_s=max((each.approximate_backlog_age.ToTimedelta().total_seconds() for each in stats), default=0.0),
+        queues=tuple(queues),
+    )
+
+
+async def _pollers(client: Client, queue: str, name: str, build: str) -> Sequence[PollerInfo]:
+    """What polled the queue lately, of this build. The server remembers pollers for minutes after they are gone."""
+    found: list[PollerInfo] = []
+    for kind in (TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW, TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY):
+        told = await client.workflow_service.describe_task_queue(
+            DescribeTaskQueueRequest(namespace=client.namespace, task_queue=TaskQueue(name=queue), task_queue_type=kind)
+        )
+        found += [
+            poller
+            for poller in told.pollers
+            if (poller.deployment_options.deployment_name, poller.deployment_options.build_id) == (name, build)
+            and time.time() - poller.last_access_time.ToMicroseconds() / 1e6 < SEEN_S
+        ]
+    return found
+
+
+def _in_words(error: RPCError, name: str) -> DeploymentError:
+    match error.status:
+        case RPCStatusCode.UNIMPLEMENTED:
+            return DeploymentError("this server knows no Worker Deployments: they need Temporal 1.29 or newer")
+        case RPCStatusCode.NOT_FOUND:
+            todo = f"start workers with HOLDFAST_DEPLOYMENT={name} and a HOLDFAST_BUILD_ID of their own"
+            return DeploymentError(f"the server has no such build of {name!r} yet ({error.message}): {todo}")
+        case RPCStatusCode.FAILED_PRECONDITION:
+            return DeploymentError(f"not changed: {error.message}; are workers of this build on all task queues?")
+        case RPCStatusCode.PERMISSION_DENIED:
+            return DeploymentError(
+                f"not allowed: {error.message}; Worker Deployments may be disabled for the namespace"
+            )
+        case _:
+            return DeploymentError(f"not changed: {error.message}")
