@@ -19,6 +19,7 @@ from temporalio.api.workflowservice.v1 import (
     DescribeWorkerDeploymentRequest,
     DescribeWorkerDeploymentResponse,
     DescribeWorkerDeploymentVersionRequest,
+    DescribeWorkerDeploymentVersionResponse,
     SetWorkerDeploymentCurrentVersionRequest,
     SetWorkerDeploymentRampingVersionRequest,
 )
@@ -165,13 +166,17 @@ async def _describe(client: Client, name: str) -> DescribeWorkerDeploymentRespon
 
 
 async def _build(client: Client, name: str, build: str, state: str, percent: float) -> Build:
-    told = await client.workflow_service.describe_worker_deployment_version(
-        DescribeWorkerDeploymentVersionRequest(
-            namespace=client.namespace,
-            deployment_version=WorkerDeploymentVersion(deployment_name=name, build_id=build),
-            report_task_queue_stats=True,
-        )
+    request = DescribeWorkerDeploymentVersionRequest(
+        namespace=client.namespace,
+        deployment_version=WorkerDeploymentVersion(deployment_name=name, build_id=build),
+        report_task_queue_stats=True,
     )
+    try:
+        told = await client.workflow_service.describe_worker_deployment_version(request)
+    except RPCError as error:
+        if error.status is not RPCStatusCode.NOT_FOUND:
+            raise
+        told = DescribeWorkerDeploymentVersionResponse()  # announced by its first worker a moment ago
     pinned = f'TemporalWorkerDeploymentVersion="{name}:{build}" AND TemporalWorkflowVersioningBehavior="Pinned"'
     runs = await client.count_workflows(f'{pinned} AND ExecutionStatus="Running"')
     stats = [queue.stats for queue in told.version_task_queues]

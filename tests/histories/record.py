@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import tempfile
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.testing import WorkflowEnvironment
 
 from holdfast.contracts import Effect, Phase, StepSpec
+from holdfast.repairing import repair_of, start_repair
+from holdfast.repairs import Sweep, Swept
 from holdfast.services import BreakerRule, Service
+from holdfast.state.letters import Letters
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER, SEARCH_ATTRIBUTES
 from holdfast.tools import ToolFailed
@@ -141,6 +145,31 @@ async def put_off(stage: Stage, world: World) -> Handle:
     return await stage.start(spec)
 
 
+async def repaired(stage: Stage, world: World) -> Handle:
+    """A dead letter that a person has replayed."""
+    order = world.tool("order", errors=[ToolFailed("closed")])
+    step = StepSpec(name="pharmacy", tools=["order"], critical=False, role="pharmacist")
+    stage.model.script = sequence(call(("order", {})), say("all but the pharmacy"))
+    await (await stage.start(agent(order, steps=[step]))).result()
+    (letter,) = await Letters(stage.runtime.db).find()
+    repair = await repair_of(letter, stage.runtime.db, "dr.lee")
+    return await start_repair(stage.client, repair, stage.queue)
+
+
+async def swept(stage: Stage, world: World) -> Handle:
+    """A sweep that finds a terminated run."""
+    await (await waiting(stage, world)).terminate("by hand")
+    return await stage.client.start_workflow(
+        "OrphanSweep", Sweep(grace_s=0), id=f"sweep-{uuid.uuid4().hex[:8]}", task_queue=stage.queue, result_type=Swept
+    )
+
+
+async def unwound(stage: Stage, world: World) -> Handle:
+    """What that sweep starts: the run is undone, and its end recorded."""
+    found = await (await swept(stage, world)).result()
+    return stage.client.get_workflow_handle(found.found[0])
+
+
 SCENARIOS: list[Scenario] = [
     completed,
     partial,
@@ -153,6 +182,9 @@ SCENARIOS: list[Scenario] = [
     continued,
     settled,
     put_off,
+    repaired,
+    swept,
+    unwound,
 ]
 
 
@@ -178,7 +210,7 @@ async def record(client: Client, scenario: Scenario) -> None:
         migrate(store)
         async with a_stage(client, store) as stage, stage.worker(identity="recorder"):
             handle = await scenario(stage, World())
-            run_id: str | None = handle.first_execution_run_id
+            run_id: str | None = handle.first_execution_run_id or (await handle.describe()).run_id
             if scenario is not waiting:
                 try:
                     await handle.result()
