@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,10 @@ class UnknownAgent(Exception):
     """No agent of that name."""
 
 
+class BrokenAgent(Exception):
+    """A folder under `agents/` that cannot be imported, or declares what cannot run. The message says where and why."""
+
+
 _added: dict[str, AgentSpec] = {}
 _added_batches: dict[str, BatchSpec] = {}
 
@@ -23,7 +28,19 @@ _added_batches: dict[str, BatchSpec] = {}
 @cache
 def _modules() -> list[ModuleType]:
     folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/spec.py"))
-    return [import_module(f"agents.{folder}.spec") for folder in folders]
+    return [_load(folder) for folder in folders]
+
+
+def _load(folder: str) -> ModuleType:
+    try:
+        module = import_module(f"agents.{folder}.spec")
+        if not isinstance(getattr(module, "SPEC", None), AgentSpec):
+            raise TypeError("it has no SPEC = AgentSpec(…)")
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = f" ({Path(where.filename).name}, line {where.lineno})" if f"/{folder}/" in where.filename else ""
+        raise BrokenAgent(f"agents/{folder}/spec.py: {type(error).__name__}: {error}{at}") from error
+    return module
 
 
 @cache

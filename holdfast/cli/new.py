@@ -1,0 +1,50 @@
+"""`starter.py new`: a working agent to begin with."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from pathlib import Path
+
+from holdfast.cli.output import Refused, out, print_json
+from holdfast.stack import ROOT
+
+SCAFFOLD = ROOT / "holdfast" / "scaffold"
+
+
+def files(name: str) -> dict[str, str]:
+    """The files of a new agent, by their path from the checkout's root."""
+    here = f"agents/{name}"
+    made = {f"{here}/__init__.py": ""}
+    for path, template in (("spec", "spec"), ("script", "script"), (f"test_{name}", "test")):
+        made[f"{here}/{path}.py"] = (SCAFFOLD / f"{template}.txt").read_text().replace("NAME", name)
+    return made
+
+
+def new(name: str, as_json: bool) -> None:
+    """Writes a new agent under `agents/`. Raises Refused when there is something already, or the name does not fit."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name) or keyword.iskeyword(name):
+        raise Refused(
+            f"{name!r} cannot be an agent's name: up to 40 lower-case letters, digits and underscores, a letter first"
+        )
+    folder = ROOT / "agents" / name
+    if folder.exists():
+        raise Refused(f"{folder} exists already: choose another name, or edit what is there")
+    made = files(name)
+    for path, text in made.items():
+        (ROOT / path).parent.mkdir(exist_ok=True)
+        (ROOT / path).write_text(text)
+    if as_json:
+        print_json({"agent": name, "files": list(made)})
+        return
+    about = {"spec": "what it is: input, tools, steps", "script": "what the scripted model says as this agent"}
+    for path in list(made)[1:]:
+        out.print(f"{path:<{18 + 2 * len(name)}} [dim]{about.get(Path(path).stem, 'its test, on a real server')}[/dim]")
+    out.print(
+        f"\n[dim]in one terminal (an `up` that runs already takes the agent by itself):[/dim]\n"
+        f"  uv run starter.py up\n"
+        f"[dim]in another:[/dim]\n"
+        f"  uv run starter.py run {name} --follow        [dim]# it stops and asks; then, in a third:[/dim]\n"
+        f"  uv run starter.py approvals                  [dim]# what it asks, and the command that answers[/dim]\n"
+        f"  uv run pytest agents/{name}"
+    )
