@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pydantic import ValidationError
 from temporalio import activity
 
@@ -157,7 +159,9 @@ class Repairs:
             target=service.target(request.tenant) if tool.service else "",
             rule=service.breaker,
         )
-        context = ToolContext(request.key, 1, self._runtime.http, self._runtime.service_url, _no_model)
+        runtime = self._runtime
+        workspace = partial(runtime.workspace, request.agent)
+        context = ToolContext(request.key, 1, runtime.http, runtime.service_url, _no_model, workspace)
 
         async def act(attempt: int) -> object:
             return await tool.run_probe(context, arguments)

@@ -6,6 +6,7 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -165,10 +166,10 @@ class Tools:
         self, request: ToolRequest, tool: Tool, call: Call, arguments: Json, usage: list[Usage]
     ) -> Settled:
         async def act(attempt: int) -> Any:
-            return await tool.call(self._context(call.key, request.key_base, tool, attempt, usage), arguments)
+            return await tool.call(self._context(request, call.key, tool, attempt, usage), arguments)
 
         async def probe(attempt: int) -> Any:
-            return await tool.run_probe(self._context(call.key, request.key_base, tool, attempt, usage), arguments)
+            return await tool.run_probe(self._context(request, call.key, tool, attempt, usage), arguments)
 
         settled = await protected(self._runtime.guards, call, act, probe)
         if settled.state is State.DONE and any(isinstance(each, LastGood) for each in tool.fallback):
@@ -209,7 +210,7 @@ class Tools:
             if settled.state is State.UNKNOWN:
                 return await self._unknown(call.key, settled, sum(usage, Usage()))
         if tool.template_function:
-            made = await tool.run_template(self._context(request.key, request.key_base, tool, 1, usage), arguments)
+            made = await tool.run_template(self._context(request, request.key, tool, 1, usage), arguments)
             return _by(tool, made, "template", why)
         if waits:
             soonest = min(waits, key=lambda wait: wait.delay)
@@ -242,7 +243,7 @@ class Tools:
         undo_call = replace(call, key=f"{call.key}/undo", kind="undo", effect=Effect.IDEMPOTENT, retries=RETRIES)
 
         async def act(attempt: int) -> str | None:
-            return await tool.run_undo(self._context(undo_call.key, request.key_base, tool, attempt, []), undo)
+            return await tool.run_undo(self._context(request, undo_call.key, tool, attempt, []), undo)
 
         try:
             settled = await protected(self._runtime.guards, undo_call, act)
@@ -256,7 +257,7 @@ class Tools:
         note = clip(settled.result, MAX_NOTE)
         return UndoOutcome(status=UndoStatus.UNDONE, note=note, failures=settled.failures)
 
-    def _context(self, key: str, key_base: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
+    def _context(self, request: ToolRequest, key: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
         async def ask(label: str, messages: list[Json]) -> ModelAnswer:
             try:
                 answer = await ask_model(
@@ -264,7 +265,7 @@ class Tools:
                     messages,
                     [],
                     key=f"{key}/{label}",
-                    key_base=key_base,
+                    key_base=request.key_base,
                     name=f"{tool.name}/{label}",
                     digest=digest(messages),
                     timeout_s=tool.timeout_s,
@@ -284,6 +285,7 @@ class Tools:
             http=self._runtime.http,
             service_url=self._runtime.service_url,
             ask_model=ask,
+            make_workspace=partial(self._runtime.workspace, request.agent),
             position=heartbeat.position(),
             advance=heartbeat.advance,
             mcp=self._runtime.mcp,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx2
 
@@ -15,6 +16,7 @@ from holdfast.reliability.ledger import Ledger
 from holdfast.settings import Settings
 from holdfast.state.database import Database, open_database
 from holdfast.state.version import check_schema
+from holdfast.tools import ToolFailed
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,17 @@ class Runtime:
         return self.guards.ledger
 
     def service_url(self, service: str) -> str:
-        """Base address of a service. Raises KeyError for one that has no setting."""
-        return {"hospital": self.settings.hospital_url}[service]
+        """Base address of a service. Raises ToolFailed for one that has no setting."""
+        try:
+            return {"hospital": self.settings.hospital_url, **self.settings.services}[service]
+        except KeyError:
+            raise ToolFailed(f"this worker knows no address of service {service!r}: set HOLDFAST_SERVICES") from None
+
+    def workspace(self, agent: str) -> Path:
+        """The folder of an agent, made when missing."""
+        folder = self.settings.home.resolve() / "workspace" / agent
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     async def close(self) -> None:
         await self.mcp.close()

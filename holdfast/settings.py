@@ -80,6 +80,8 @@ class Settings(BaseSettings):
     """Who holds it may read what is encrypted, through `starter.py codec-server`."""
 
     hospital_url: Annotated[str, Field(alias="HOLDFAST_HOSPITAL_URL")] = "http://127.0.0.1:8090"
+    services: Annotated[dict[str, str], Field(alias="HOLDFAST_SERVICES")] = {}
+    """Base addresses of services that tools ask for by `ctx.service_url(name)`: a JSON object."""
     otlp_endpoint: Annotated[str, Field(alias="OTEL_EXPORTER_OTLP_ENDPOINT")] = ""
 
     model_first_token_s: Annotated[float, Field(alias="HOLDFAST_MODEL_FIRST_TOKEN_S")] = 20.0

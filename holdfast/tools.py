@@ -25,6 +25,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
@@ -73,12 +74,18 @@ class ToolContext:
 
     Ask before the effect, never after: a model that is gone makes the tool begin again.
     """
+    make_workspace: Callable[[], Path] = Path.cwd
     position: Any = None
     """Where an earlier attempt of a long call got to, as it told `advance`; None when none did."""
     advance: Callable[[Any], None] = lambda position: None
     """`ctx.advance(position)`: JSON data that the next attempt gets as `position`, should this one die."""
     mcp: Hub | None = None
     """The MCP servers of this process."""
+
+    @property
+    def workspace(self) -> Path:
+        """A folder of this agent's under `HOLDFAST_HOME`. Workers on several machines need a disk in common for it."""
+        return self.make_workspace()
 
 
 @dataclass(frozen=True)

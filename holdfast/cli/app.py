@@ -370,6 +370,17 @@ def codec_server(
 
 
 @app.command()
+def new(
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="its name, such as meetings")],
+    json: Json = False,
+) -> None:
+    """Write a working agent to begin with: agents/AGENT, with a script for the scripted model and a test."""
+    from holdfast.cli.new import new
+
+    new(agent, json)
+
+
+@app.command()
 def migrate(json: Json = False) -> None:
     """Bring the store's schema to what this code needs."""
     from holdfast.settings import settings
@@ -425,7 +436,7 @@ def mendable(error: Exception) -> str | None:
     from pydantic_settings import SettingsError
     from temporalio.service import RPCError
 
-    from agents.registry import UnknownAgent
+    from agents.registry import BrokenAgent, UnknownAgent
     from holdfast.claims import ClaimLost
     from holdfast.codec import PayloadUnreadable
     from holdfast.stack import StackFailed
@@ -440,6 +451,7 @@ def mendable(error: Exception) -> str | None:
         error,
         UnknownAgent
         | BadRequest
+        | BrokenAgent
         | ClaimLost
         | KeyReused
         | NoServer

@@ -7,15 +7,18 @@ import fcntl
 import json
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from rich.markup import escape
 
 from holdfast.cli.output import Refused, err, out
 from holdfast.settings import stack_file
-from holdfast.stack import Child, Stack, StackFailed
+from holdfast.stack import ROOT, Child, Stack, StackFailed
 
 SHORT_LIFE_S = 10.0
 SHORT_LIVES = 3
@@ -113,13 +116,54 @@ def _announce(stack: Stack) -> None:
 
 
 async def _watch(stack: Stack) -> None:
-    """Starts again what ends. Raises StackFailed when something ends again and again."""
+    """Starts again what ends, and what works by `agents/` when that has changed.
+
+    Raises StackFailed when something ends again and again.
+    """
     short_lives: Counter[str] = Counter()
+    loaded = seen = _agents_now()
     while True:
         for child in stack.children:
             if not child.alive:
                 await _revive(stack, child, short_lives)
         await asyncio.sleep(0.25)
+        before, seen = seen, _agents_now()
+        if seen == before != loaded:  # changed, and nobody is writing any more
+            loaded = seen
+            await _take_agents(stack)
+
+
+def _agents_now() -> dict[Path, int]:
+    """When each file under `agents/` was written last; tests aside."""
+    found = (path for path in (ROOT / "agents").rglob("*.py") if not path.name.startswith("test_"))
+    with suppress(FileNotFoundError):  # a file may go between being listed and being looked at
+        return {path: path.stat().st_mtime_ns for path in found}
+    return {}
+
+
+async def _take_agents(stack: Stack) -> None:
+    """Replaces the processes that have imported the agents, unless those there are now cannot be imported."""
+    check = [sys.executable, "-c", "from agents import registry; print(*registry.agents(), *registry.batches())"]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*check, env=stack.environment, stdout=pipe, stderr=pipe)
+    said, complaint = await process.communicate()
+    if process.returncode:
+        line = complaint.decode().strip().rpartition("\n")[2].removeprefix("agents.registry.BrokenAgent: ")
+        err.print(f"[red]agents/ has changed, but is not taken:[/red] {escape(line)}")
+        return
+    for child in stack.children:
+        if child.name == "model" or child in stack.workers:
+            child.signal(signal.SIGTERM)
+            await asyncio.to_thread(child.wait, 5.0)
+            child.signal(signal.SIGKILL)
+            child.wait(5.0)
+            child.start()
+            try:
+                await stack.until_ready(child)
+            except StackFailed as error:
+                err.print(f"[red]{error}[/red]")  # the watch starts it again, and gives up in the end
+                return
+    out.print(f"[dim]agents/ has changed; there are now: {said.decode().strip()}[/dim]")
 
 
 async def _revive(stack: Stack, child: Child, short_lives: Counter[str]) -> None:

@@ -54,7 +54,7 @@ def test_the_table_of_settings_is_the_code():
     def written(value: object) -> str:
         if isinstance(value, SecretStr):
             return value.get_secret_value()
-        if value in (None, ()):
+        if value in (None, (), {}):
             return ""
         return f"{value:g}" if isinstance(value, float) else str(value)
 

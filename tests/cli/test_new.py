@@ -1,0 +1,106 @@
+"""`new`: what it writes runs at once, in a copy of this checkout that nobody else uses."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli.new import files
+from holdfast.stack import ROOT, without_ours
+from tests.fixtures.stack import processes_of, until
+
+PARTS = ("holdfast", "workflows", "activities", "agents", "tests")
+FILES = ("starter.py", "worker.py", "pyproject.toml", "conftest.py")
+
+
+class Checkout:
+    def __init__(self, root: Path) -> None:
+        self.root, self.home = root, root / ".holdfast"
+        for part in PARTS:
+            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__", "histories"))
+        for name in FILES:
+            shutil.copy(ROOT / name, root / name)
+        self.environment = {**without_ours(os.environ), "HOLDFAST_HOME": str(self.home), "PYTHONPATH": ""}
+
+    def __call__(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command], cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=120
+        )
+
+    def json(self, *command: str) -> object:
+        done = self("starter.py", *command, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.fixture
+def up(checkout: Checkout) -> Iterator[subprocess.Popen[str]]:
+    log = (checkout.root / "up.log").open("w")
+    command = [sys.executable, "-u", "starter.py", "up"]
+    process = subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, stdout=log, stderr=log, text=True)
+    until(lambda: (checkout.home / "stack.json").exists() or process.poll() is not None)
+    yield process
+    process.terminate()
+    process.wait(60)
+    assert processes_of(checkout.home) == []
+
+
+def test_the_new_agent_runs_at_once_and_its_test_is_green(checkout: Checkout, up: subprocess.Popen[str]) -> None:
+    def said(words: str) -> bool:
+        return words in (checkout.root / "up.log").read_text()
+
+    made = checkout("starter.py", "new", "meetings")
+    assert made.returncode == 0, made.stderr
+    assert "uv run starter.py run meetings --follow" in made.stdout
+    until(lambda: said("there are now:"))
+
+    run = checkout.json("run", "meetings")["workflow_id"]  # type: ignore[index]
+    until(lambda: bool(checkout.json("approvals", run)))
+    assert checkout("starter.py", "approve", run, "--by", "you").returncode == 0
+    done = checkout("starter.py", "follow", run)
+    assert (done.returncode, "The people are invited." in done.stdout) == (0, True), done.stdout
+    assert len(list((checkout.home / "workspace" / "meetings").iterdir())) == 2
+
+    # An edit is taken while everything is up; one that is wrong is not, and the agent goes on as it was.
+    spec = checkout.root / "agents" / "meetings" / "spec.py"
+    text = spec.read_text()
+    spec.write_text(text.replace("effect=Effect.IDEMPOTENT, ", "", 1))
+    until(lambda: said("is not taken: agents/meetings/spec.py: TypeError:"))
+    broken = checkout("starter.py", "agents")
+    assert (broken.returncode, "agents/meetings/spec.py: TypeError:" in broken.stderr) == (2, True)
+    spec.write_text(text)
+
+    tested = checkout("-m", "pytest", "-n", "0", "agents/meetings")
+    assert (tested.returncode, "2 passed" in tested.stdout) == (0, True), tested.stdout + tested.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Meetings", "cannot be an agent's name"),
+        ("class", "cannot be an agent's name"),
+        ("discharge", "exists already"),
+    ],
+)
+def test_a_name_that_does_not_fit_is_refused_and_nothing_is_written(name: str, words: str) -> None:
+    before = sorted((ROOT / "agents").iterdir())
+    done = subprocess.run([sys.executable, "starter.py", "new", name], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    assert sorted((ROOT / "agents").iterdir()) == before
+
+
+def test_the_readme_shows_what_new_writes() -> None:
+    shown = re.search(r"<!-- agents/meetings/spec.py -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert shown is not None
+    assert shown[1] == files("meetings")["agents/meetings/spec.py"]
