@@ -34,6 +34,7 @@ from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
 from workflows.agent import AgentWorkflow
 from workflows.batch import BatchWorkflow
+from workflows.delivery import DeliveryWorkflow
 from workflows.orphans import OrphanSweep
 from workflows.repair import RepairWorkflow
 
@@ -74,7 +75,7 @@ def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", *
         "interceptors": [HeartbeatInterceptor()],
         "workflow_runner": sandbox(versioned=bool(runtime.settings.deployment)),
         **versioning(runtime.settings),
-        "workflows": [] if stage else [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep],
+        "workflows": [] if stage else [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep, DeliveryWorkflow],
         "activities": activities.of_stage(runtime) if stage else activities.activities(runtime),
     }
     return Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **(settled | options))

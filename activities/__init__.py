@@ -20,13 +20,14 @@ def of_stage(runtime: Runtime) -> list[Callable[..., Any]]:
 def activities(runtime: Runtime) -> list[Callable[..., Any]]:
     """All activities of a worker."""
     from activities.batches import Batches
+    from activities.hooks import Hooks
     from activities.plan import Plan
     from activities.repairs import Repairs
     from activities.runs import RunRecords
     from activities.tools import Tools
 
     tools, records = Tools(runtime), RunRecords(runtime)
-    repairs, batches = Repairs(runtime, records), Batches(runtime)
+    repairs, batches, hooks = Repairs(runtime, records), Batches(runtime), Hooks(runtime)
     return [
         Plan(runtime).plan,
         tools.tool,
@@ -43,4 +44,6 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
         repairs.survey,
         repairs.ask_probe,
         repairs.record_orphan,
+        hooks.deliver,
+        hooks.record_delivery,
     ]

@@ -9,11 +9,12 @@ from dataclasses import replace
 from datetime import timedelta
 
 from temporalio import activity
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from holdfast.reliability.chain import RetryLater
 from holdfast.reliability.errors import ErrorType, application_error, backoff, classify
 from holdfast.reliability.ledger import Fenced
+from holdfast.reliability.waiting import NotYet
 
 
 @contextmanager
@@ -28,6 +29,8 @@ def boundary() -> Iterator[None]:
     except RetryLater as later:
         # Also after an error that says stop: a `probe` tool is to be asked whether it happened.
         raise application_error(replace(later.failure, retry=True), later.delay) from None
+    except NotYet as wait:
+        raise _later(wait.why, wait.delay) from None
     except Fenced as fenced:
         # The server no longer listens to this attempt. Should it after all (the clocks may disagree), it tries again.
         raise ApplicationError(str(fenced), type=ErrorType.FENCED) from None
@@ -38,6 +41,16 @@ def boundary() -> Iterator[None]:
         failure = classify(error)
         delay = timedelta(seconds=backoff(activity.info().attempt, failure.retry_after, random.random()))
         raise ApplicationError(failure.message, type=failure.type, next_retry_delay=delay) from None
+
+
+def _later(why: str, delay: float) -> ApplicationError:
+    """The same activity is to come again, which history does not see; `why` is what its readers see meanwhile."""
+    return ApplicationError(
+        why,
+        type=ErrorType.NOT_YET,
+        next_retry_delay=timedelta(seconds=delay),
+        category=ApplicationErrorCategory.BENIGN,
+    )
 
 
 def this_workflow() -> str:

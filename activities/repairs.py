@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from functools import partial
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from temporalio import activity
 from activities.boundary import boundary
 from activities.runs import RunRecords
 from agents import registry
+from holdfast import hooks
 from holdfast.contracts import (
     Effect,
     Json,
@@ -25,8 +27,9 @@ from holdfast.contracts import (
     UndoStatus,
     Usage,
 )
+from holdfast.hooks import Hook
 from holdfast.models import ModelAnswer
-from holdfast.orphans import find_orphans, is_over
+from holdfast.orphans import find_orphans, is_over, webhook_of
 from holdfast.reliability.chain import protected
 from holdfast.reliability.ledger import Entry, Settled, State, tool_call
 from holdfast.reliability.waiting import NotYet
@@ -84,14 +87,16 @@ class Repairs:
         repair = end.repair
         with boundary():
             words, ok = "; ".join(each.words for each in end.ends), all(each.ok for each in end.ends)
-            outcome = await self._amend(end)
+            result = await self._amend(end)
             settled = any(each.action.do == "settle" for each in end.ends)
             if ok and all(each.action.happened for each in end.ends if each.action.do == "settle"):
                 state = LetterState.SETTLED if settled else LetterState.REPLAYED
                 await self._letters.close(repair.letter, state, words)
             else:
                 await self._letters.reopen(repair.letter, words, "")
-            return RepairResult(ok=ok, words=words, outcome=outcome)
+            told = result if any(each.ok for each in end.ends) else None
+            hook = await self._hook(hooks.AMENDED, repair, told)
+            return RepairResult(ok=ok, words=words, outcome=result.outcome if result else None, hook=hook)
 
     @activity.defn(name="find_orphans")
     async def find_orphans(self, sweep: Sweep) -> list[Repair]:
@@ -138,10 +143,12 @@ class Repairs:
         with boundary():
             entries = await self._ledger.entries(repair.key_base)
             result = _orphans_result(end, entries)
+            result.webhook = await webhook_of(activity.client(), repair.workflow_id)
             await self._records.record(repair.workflow_id, RunEnd(tenant=repair.tenant, result=result))
             ok = not result.pending and all(each.ok for each in end.ends)
             words = "; ".join(f"{each.action.tool}: {each.words}" for each in end.ends) or "nothing to undo"
-            return RepairResult(ok=ok, words=words, outcome=result.outcome)
+            hook = await self._hook(hooks.ENDED, repair, result)
+            return RepairResult(ok=ok, words=words, outcome=result.outcome, hook=hook)
 
     async def _ask(self, request: ToolRequest, tool: Tool, arguments: Json) -> Settled:
         """The probe as a read of its own, so that breaker and time limit stand around it like around any call."""
@@ -176,15 +183,22 @@ class Repairs:
         result = RunResult.model_validate_json(row.result)
         return row.result, result if result.key_base == repair.key_base else None
 
-    async def _amend(self, end: RepairEnd) -> RunOutcome | None:
-        """The run's outcome from now on."""
+    async def _amend(self, end: RepairEnd) -> RunResult | None:
+        """The run's result from now on; None when it has none."""
         while True:
             before, result = await self._result(end.repair)
             if result is None:
                 return None
             after = amended(result, end.ends)
             if await self._runs.amend(end.repair.workflow_id, before, after.outcome, after.model_dump_json()):
-                return after.outcome
+                return after
+
+    async def _hook(self, type: str, repair: Repair, result: RunResult | None) -> Hook | None:
+        if result is None or not result.webhook:
+            return None
+        row = await self._runs.by_workflow(repair.workflow_id)
+        request_key = row.request_key if row else ""
+        return hooks.run_is(type, result, repair.workflow_id, request_key, repair.tenant, datetime.now(UTC))
 
 
 async def _no_model(label: str, messages: list[Json]) -> ModelAnswer:

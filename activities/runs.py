@@ -107,7 +107,8 @@ def letters_of(
         found.append(letter(LetterKind.UNDO, f"{key}/undo", undo.tool, "", undo.note, context))
     before = next((each for each in held if each.kind == LetterKind.RUN), None)
     if result.outcome is RunOutcome.FAILED or (before and result.outcome.unwinds):
-        known = before.details if before else {"request_key": request_key, "replays": 0, "tries": [], "input": None}
+        first = {"request_key": request_key, "webhook": result.webhook, "replays": 0, "tries": [], "input": None}
+        known = before.details if before else first
         context = known | {
             "outcome": result.outcome,
             "input": known["input"] if end.input is None else end.input,

@@ -518,6 +518,8 @@ class RunResult(BaseModel):
     """What was odd on the way, newest last."""
     items: Items | None = None
     """Of a batch."""
+    webhook: str = ""
+    """Who is told, also of what is repaired after the end."""
 
 
 class Phase(StrEnum):
@@ -577,6 +579,8 @@ class AgentInput(BaseModel):
     trace_id: str = ""
     standing: list[Standing] = []
     """Set when a failed run is replayed: nothing of the first try is done twice."""
+    webhook: str = ""
+    """Address that is told when the run needs input and when it has ended; empty: nobody is told."""
     state: dict[str, Any] | None = None
     """Set by continue-as-new only: the dumped `RunState` of `workflows.agent`."""
 

@@ -22,7 +22,7 @@ from temporalio.client import (
 )
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast.contracts import key_base
+from holdfast.contracts import AgentInput, key_base
 from holdfast.repairs import Repair, Sweep
 from holdfast.state.database import Database
 
@@ -82,6 +82,19 @@ async def is_over(client: Client, workflow_id: str, base: str, ours: bool = True
         raise
     first = execution.raw_description.workflow_execution_info.first_run_id
     return key_base(workflow_id, first) != base or execution.status in _OVER
+
+
+async def webhook_of(client: Client, workflow_id: str) -> str:
+    """The address that a run was to tell of its end; empty without one, and for a run that the server has forgotten."""
+    try:
+        async for event in client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1):
+            payloads = event.workflow_execution_started_event_attributes.input.payloads
+            (given,) = await client.data_converter.decode(payloads, [AgentInput])
+            return given.webhook
+    except RPCError as error:
+        if error.status is not RPCStatusCode.NOT_FOUND:
+            raise
+    return ""
 
 
 # ------------------------------------------------------------------ the schedule

@@ -12,6 +12,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from agents.registry import UnknownAgent, startable
 from agents.registry import agent as find_agent
 from holdfast.contracts import Effect, RunOutcome
+from holdfast.hooks import Delivered, Hook
 from holdfast.reliability.ledger import Ledger
 from holdfast.repairs import Action, Repair, RepairResult, doubtful, refusal, standing
 from holdfast.starting import TASK_TIMEOUT, BadRequest, Started, start_run
@@ -120,12 +121,38 @@ async def replay_run(client: Client, db: Database, letter: Letter, by: str, task
             requested_by=by,
             tenant=letter.tenant,
             standing=stands,
+            webhook=details.get("webhook", ""),
         )
     except BadRequest as error:
         await letters.reopen(letter.id, f"cannot be started again: {error}", "")
         for each in owed:
             await letters.give_back(each, each.workflow_id, "")
         raise
+
+
+async def send_again(
+    client: Client, db: Database, letter: Letter, by: str, task_queue: str
+) -> WorkflowHandle[Any, Delivered]:
+    """Delivers a webhook of which there is a letter, with the id that it had. Raises BadRequest, RPCError."""
+    _refuse_closed(letter)
+    hook = Hook.model_validate(letter.details["arguments"] | {"replay": True})
+    if not await Letters(db).claim(letter.id, letter.workflow_id, f"sent again by {by}"):
+        raise BadRequest(f"{letter.id} was closed just now: `uv run starter.py dlq show {letter.id}`")
+    await Ledger(db, "").reopen(hook.key)
+    try:
+        return await client.start_workflow(
+            "DeliveryWorkflow",
+            hook,
+            id=hook.delivery_id,
+            task_queue=task_queue,
+            task_timeout=TASK_TIMEOUT,
+            id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+            static_summary=f"{hook.type} of {hook.workflow_id}",
+            result_type=Delivered,
+        )
+    except WorkflowAlreadyStartedError:
+        await Letters(db).reopen(letter.id, letter.cause, letter.note)
+        raise BadRequest(f"{letter.id} is being sent at this moment, as workflow {hook.delivery_id}") from None
 
 
 async def _never_started(client: Client, db: Database, letter: Letter) -> bool:

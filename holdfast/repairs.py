@@ -24,6 +24,7 @@ from holdfast.contracts import (
     clip,
     percent,
 )
+from holdfast.hooks import Hook
 from holdfast.reliability.ledger import Entry, State
 
 MAX_STANDING = 100_000
@@ -104,6 +105,8 @@ class RepairResult(BaseModel):
     ok: bool
     words: str
     outcome: RunOutcome | None = None
+    hook: Hook | None = None
+    """What has to be told of it."""
 
 
 class Survey(BaseModel):

@@ -9,6 +9,7 @@ by `holdfast.temporal`.
 from __future__ import annotations
 
 import os
+from base64 import b64decode
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -78,6 +79,12 @@ class Settings(BaseSettings):
     """Where to: `store`, `file:///directory` or `s3://bucket/prefix`; the first of several stores, all are read."""
     codec_token: Annotated[SecretStr, Field(alias="HOLDFAST_CODEC_TOKEN")] = SecretStr("")
     """Who holds it may read what is encrypted, through `starter.py codec-server`."""
+    webhook_url: Annotated[str, Field(alias="HOLDFAST_WEBHOOK_URL")] = ""
+    """Whom runs tell of their end and of what they need, where the one who starts a run names nobody."""
+    webhook_secret: Annotated[SecretStr, Field(alias="HOLDFAST_WEBHOOK_SECRET")] = SecretStr("")
+    """`whsec_…`; several with spaces between them, while one is replaced by the next: each signs."""
+    webhook_hosts: Annotated[str, Field(alias="HOLDFAST_WEBHOOK_HOSTS")] = ""
+    """Hosts that webhooks may be sent to, e.g. `hooks.example.com *.internal`; empty: any."""
 
     hospital_url: Annotated[str, Field(alias="HOLDFAST_HOSPITAL_URL")] = "http://127.0.0.1:8090"
     services: Annotated[dict[str, str], Field(alias="HOLDFAST_SERVICES")] = {}
@@ -127,6 +134,24 @@ class Settings(BaseSettings):
 
         addresses(value)
         return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_a_secret(cls, value: SecretStr) -> SecretStr:
+        for each in value.get_secret_value().split():
+            try:
+                key = b64decode(each.removeprefix("whsec_"), validate=True)
+            except ValueError:
+                key = b""
+            if not each.startswith("whsec_") or len(key) < 16:
+                raise ValueError(
+                    "expected `whsec_` and at least 16 random bytes in base64, e.g. of `openssl rand -base64 32`"
+                )
+        return value
+
+    @property
+    def webhook_secrets(self) -> list[str]:
+        return self.webhook_secret.get_secret_value().split()
 
     @property
     def models(self) -> tuple[ModelTarget, ...]:

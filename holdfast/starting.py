@@ -23,6 +23,8 @@ from temporalio.service import RPCError, RPCStatusCode
 from agents.registry import startable
 from holdfast.batch import BatchInput, BatchSpec
 from holdfast.contracts import AgentInput, Json, Phase, Standing, digest
+from holdfast.hooks import BadAddress, host_of
+from holdfast.settings import settings
 from holdfast.state.runs import Runs
 from holdfast.telemetry import tracing
 from holdfast.temporal import AGENT, STATUS, TENANT
@@ -61,12 +63,14 @@ async def start_run(
     requested_by: str = "",
     tenant: str = "default",
     standing: Sequence[Standing] = (),
+    webhook: str = "",
 ) -> Started:
     """Starts the run of a request, or finds the one that this key has started before, even long after it ended.
 
     agent: its name, or that of a batch. value: its input as JSON data. request_key: any text up to 200 characters;
     none means a new run.
     standing: effects of earlier tries of this work that the run must not have again.
+    webhook: address that is told of the run's end and of what it needs; empty: `HOLDFAST_WEBHOOK_URL`.
     Raises UnknownAgent, BadRequest, KeyReused (the key belongs to another input), StoreUnavailable, RPCError.
     """
     spec = startable(agent)
@@ -83,6 +87,13 @@ async def start_run(
     key = request_key or secrets.token_hex(4)
     if len(key) > 200 or not key.isprintable() or key != key.strip():
         raise BadRequest("a request key is up to 200 printable characters without space around it")
+    if webhook and isinstance(spec, BatchSpec):
+        raise BadRequest(f"{agent} is a batch, and only the run of an agent tells a webhook: name none")
+    if webhook := webhook or settings().webhook_url:
+        try:
+            host_of(webhook, settings().webhook_hosts)
+        except BadAddress as bad:
+            raise BadRequest(str(bad)) from None
     workflow_id = f"{agent}-{key}"
     with tracing.span("start run", **{"holdfast.agent": agent, "holdfast.workflow_id": workflow_id}):
         trace_id = tracing.trace_id()
@@ -105,7 +116,8 @@ async def start_run(
         if isinstance(spec, BatchSpec):
             kind, request = "BatchWorkflow", BatchInput(batch=agent, input=value, queue=spec.queue, **of)
         else:
-            kind, request = "AgentWorkflow", AgentInput(agent=agent, input=value, standing=list(standing), **of)
+            of |= {"standing": list(standing), "webhook": webhook}
+            kind, request = "AgentWorkflow", AgentInput(agent=agent, input=value, **of)
         try:
             await client.start_workflow(
                 kind,

@@ -45,6 +45,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.aside import Aside
     from workflows.calls import Calls, why
     from workflows.gate import Gate
+    from workflows.hooks import Hooks
     from workflows.judgement import judge_final, judge_turn, out_of_turns
     from workflows.parent import Parent
     from workflows.saga import unwind
@@ -74,7 +75,8 @@ class AgentWorkflow:
             # Carried as data: stable over retries, continue-as-new and Reset, and new when the id is used again.
             else RunState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
-        self._approvals = Approvals(self._state.approvals, self._note, self._changed)
+        self._hooks = Hooks(given, self._state.key_base)
+        self._approvals = Approvals(self._state.approvals, self._note, self._changed, self._hooks.asked)
         self._parent = Parent(self._state)
         self._calls = Calls(self._parked, self._parent.goes_on)
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
@@ -138,7 +140,7 @@ class AgentWorkflow:
         state = self._state
         while self._ending is None:
             if not state.calls:
-                if state.final is None and self._is_long() and self._calls.open == 0:
+                if state.final is None and self._is_long() and self._at_rest():
                     return None
                 if ending := (await self._plan() if state.final is None else await self._finish(state.final)):
                     return ending
@@ -176,6 +178,7 @@ class AgentWorkflow:
             requested_by=self._given.requested_by,
         )
         await self._calls.run("record_end", end, type(None), summary=f"record: {ending.outcome}")
+        await self._hooks.ended(result)
         return result
 
     # ------------------------------------------------------------ plan
@@ -342,7 +345,10 @@ class AgentWorkflow:
     def _continues_idle(self) -> bool:
         """Nothing is open but a human's answer or a park, and the history is long."""
         idle = self._state.approvals.blocking or self._state.phase is Phase.PARKED
-        return bool(idle) and self._calls.open == 0 and self._is_long()
+        return bool(idle) and self._at_rest() and self._is_long()
+
+    def _at_rest(self) -> bool:
+        return self._calls.open == 0 and self._hooks.idle
 
     # ------------------------------------------------------------ what the world says and sees
 

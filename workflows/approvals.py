@@ -53,12 +53,20 @@ class ApprovalsState(BaseModel):
 
 
 class Approvals:
-    """The approvals of one run. `note` records what was ignored, `changed` tells that the state is another."""
+    """The approvals of one run. `note` records what was ignored, `changed` tells that the state is another,
+    `opened` that somebody is asked something new."""
 
-    def __init__(self, state: ApprovalsState, note: Callable[[str], None], changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        state: ApprovalsState,
+        note: Callable[[str], None],
+        changed: Callable[[], None],
+        opened: Callable[[Approval], None],
+    ) -> None:
         self.state = state
         self._note = note
         self.changed = changed
+        self._opened = opened
 
     async def ask(self, approval: Approval) -> ApprovalDecision:
         """Blocks until a human decides, for days if need be; nothing is held in a worker meanwhile."""
@@ -73,6 +81,7 @@ class Approvals:
             self.state.open[approval.id] = approval
             self._keep_time()
             self.changed()
+            self._opened(approval)
 
     async def answer(self, approval_id: str) -> ApprovalDecision | None:
         """The decision; None when the request was withdrawn."""

@@ -206,6 +206,7 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
         percent=percent(state.steps()),
         models=state.models if len(state.models) > 1 else {},
         notes=state.notes[-20:],
+        webhook=given.webhook,
     )
 
 

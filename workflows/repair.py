@@ -15,6 +15,7 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.reliability.errors import ErrorType
     from holdfast.repairs import Action, ActionEnd, Repair, RepairEnd, RepairResult, Survey
     from workflows.calls import UNDO_DEADLINE_S, Calls, why
+    from workflows.hooks import send
     from workflows.progress import plain as plain
 
 ASK_DEADLINE_S = 900.0
@@ -62,6 +63,8 @@ class RepairWorkflow:
         end = RepairEnd(repair=self._given, ends=self._ends)
         result = await self._calls.run(activity, end, RepairResult, summary="record the outcome")
         self._show(result.words)
+        if result.hook:
+            await send(result.hook)
         return result
 
     async def _one(self, action: Action) -> ActionEnd:

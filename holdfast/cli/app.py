@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from holdfast.cli import breakers, deployments
+from holdfast.cli import breakers, deployments, webhooks
 from holdfast.cli.output import Refused, fail, out, print_json
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ dlq = typer.Typer(
     help="Dead letters: what could not be processed, kept with all that a replay needs.", no_args_is_help=True
 )
 app.add_typer(dlq, name="dlq")
+app.add_typer(webhooks.commands, name="webhooks")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="the run's id, as `run` printed it")]
 Approval = Annotated[
@@ -64,6 +65,9 @@ def run(
     id: Annotated[
         str, typer.Option("--id", metavar="KEY", help="request key: the same one again is the same run")
     ] = "",
+    webhook: Annotated[
+        str, typer.Option("--webhook", metavar="URL", help="is told, signed, when the run needs input and when it ends")
+    ] = "",
     wait: Annotated[
         bool, typer.Option("--wait", help="wait silently for the end; the exit status is the outcome's")
     ] = False,
@@ -78,7 +82,7 @@ def run(
         raise Refused("--wait and --follow exclude each other: --follow waits too")
     from holdfast.cli import runs
 
-    _go(runs.run(agent, input, id, wait=wait, follow_it=follow, as_json=json))
+    _go(runs.run(agent, input, id, webhook=webhook, wait=wait, follow_it=follow, as_json=json))
 
 
 @app.command("list")
@@ -259,7 +263,7 @@ def settle(
 Letter = Annotated[str, typer.Argument(metavar="LETTER", help="as `dlq list` names it")]
 Agent = Annotated[str, typer.Option("--agent", help="only of this agent")]
 ToolName = Annotated[str, typer.Option("--tool", help="only of this tool")]
-Kind = Annotated[str, typer.Option("--kind", metavar="call|undo|run", help="only of this kind")]
+Kind = Annotated[str, typer.Option("--kind", metavar="call|undo|run|hook", help="only of this kind")]
 
 
 @dlq.command("list")

@@ -17,8 +17,9 @@ from temporalio.exceptions import ApplicationError
 from holdfast.cli.output import Refused, err, out, print_json
 from holdfast.cli.runs import clock, connect, temporal_result
 from holdfast.contracts import Effect, Json, RunResult
+from holdfast.hooks import Delivered
 from holdfast.reliability.ledger import Entry, Ledger, State
-from holdfast.repairing import repair_of, replay_run, start_repair
+from holdfast.repairing import repair_of, replay_run, send_again, start_repair
 from holdfast.repairs import RepairResult, Sweep, Swept
 from holdfast.settings import settings
 from holdfast.starting import BadRequest
@@ -135,6 +136,8 @@ def headline(letter: Letter) -> str:
             return f"Step {step} of {letter.workflow_id} is left pending: call of {letter.subject}"
         case LetterKind.UNDO:
             return f"The effect of {letter.subject} in {letter.workflow_id} still stands: its compensation failed"
+        case LetterKind.HOOK:
+            return f"Nobody was told {letter.subject} of {letter.workflow_id}: {letter.details['arguments']['url']}"
         case _:
             return f"A run of agent {letter.subject} failed: {letter.workflow_id}"
 
@@ -151,7 +154,7 @@ def commands(letter: Letter, entry: Entry | None) -> list[str]:
     settling = [f"{settle} --happened [--result JSON] [--comment WHY]", f"{settle} --did-not --comment WHY"]
     replay = [f"uv run starter.py dlq replay {letter.id}"]
     drop = [f"uv run starter.py dlq drop {letter.id} --why WHY"]
-    if letter.kind == LetterKind.RUN:
+    if letter.kind in (LetterKind.RUN, LetterKind.HOOK):
         return replay + drop
     if letter.kind == LetterKind.UNDO:
         return replay + settling[:1] + drop
@@ -212,7 +215,10 @@ async def _replay_one(client: Client, db: Database, letter: Letter, by: str, as_
         if letter.kind == LetterKind.RUN:
             ok, words, where = await _run_again(client, db, letter, by)
         else:
-            handle = await start_repair(client, await repair_of(letter, db, by), settings().task_queue)
+            if letter.kind == LetterKind.HOOK:
+                handle = await send_again(client, db, letter, by, settings().task_queue)
+            else:
+                handle = await start_repair(client, await repair_of(letter, db, by), settings().task_queue)
             err.print(f"[dim]{letter.id}: {handle.id}[/dim]")
             ok, words = await wait_for(handle)
             where = handle.id
@@ -240,8 +246,8 @@ async def _run_again(client: Client, db: Database, letter: Letter, by: str) -> t
     return not result.outcome.unwinds, words, started.workflow_id
 
 
-async def wait_for(handle: WorkflowHandle[Any, RepairResult]) -> tuple[bool, str]:
-    """Waits for a repair: whether all of it went well, and what became of it."""
+async def wait_for(handle: WorkflowHandle[Any, RepairResult] | WorkflowHandle[Any, Delivered]) -> tuple[bool, str]:
+    """Waits for a repair or a delivery: whether all of it went well, and what became of it."""
     try:
         result = await handle.result()
     except WorkflowFailureError as error:
@@ -250,7 +256,8 @@ async def wait_for(handle: WorkflowHandle[Any, RepairResult]) -> tuple[bool, str
     except asyncio.CancelledError:
         err.print(f"left; it goes on as workflow {handle.id}")
         raise
-    after = f" (the run is {result.outcome} now)" if result.outcome else ""
+    outcome = result.outcome if isinstance(result, RepairResult) else None
+    after = f" (the run is {outcome} now)" if outcome else ""
     return result.ok, result.words + after
 
 

@@ -49,6 +49,7 @@ from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.runs import Run, Runs
 from holdfast.temporal import connect
+from holdfast.wording import answer_commands
 
 ANSWER = timedelta(seconds=5)
 """How long a worker may take to answer a query or an update before we go on without it."""
@@ -180,7 +181,7 @@ def status_word(execution: WorkflowExecution | None) -> str:
 # ------------------------------------------------------------------ run
 
 
-async def run(agent: str, value: str, key: str, *, wait: bool, follow_it: bool, as_json: bool) -> int:
+async def run(agent: str, value: str, key: str, *, webhook: str, wait: bool, follow_it: bool, as_json: bool) -> int:
     """Starts a run (or finds the one of this key), prints its id at once; the exit status."""
     import getpass
 
@@ -200,6 +201,7 @@ async def run(agent: str, value: str, key: str, *, wait: bool, follow_it: bool, 
             task_queue=settings().task_queue,
             request_key=key,
             requested_by=getpass.getuser(),
+            webhook=webhook,
         )
     finally:
         await db.close()
@@ -488,7 +490,7 @@ async def decide(
             raise Refused(f"{error} Without one, name the approval's id to have the answer kept for later.") from None
         wanted = [(approval.id, approval.digest) for approval in opened if approval.kind in ("tool", "refusal")]
         if not wanted and opened:
-            hint = view.answer_commands(workflow_id, opened[0])[0]
+            hint = answer_commands(workflow_id, opened[0])[0]
             asks = "asks a question" if opened[0].kind == "question" else "asks how a call ended"
             raise Refused(f"{workflow_id} {asks}, not whether something may run: uv run starter.py {hint}")
         if not wanted:

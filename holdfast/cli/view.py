@@ -20,7 +20,7 @@ from holdfast.contracts import (
     UndoStatus,
     Usage,
 )
-from holdfast.wording import in_words
+from holdfast.wording import answer_commands, in_words
 
 MARKS: dict[StepStatus, tuple[str, str]] = {
     StepStatus.TODO: ("·", "dim"),
@@ -114,17 +114,6 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
         for n, command in enumerate(answer_commands(workflow_id, approval)):
             grid.add_row("", "" if n else "answer", f"uv run starter.py {command}")
     return grid
-
-
-def answer_commands(workflow_id: str, approval: Approval) -> tuple[str, ...]:
-    """The commands that answer it, that for yes first."""
-    if approval.kind == "outcome":
-        settle = f"settle {workflow_id} {approval.id}"
-        return f"{settle} --happened --comment '…'", f"{settle} --did-not --comment '…'"
-    if approval.kind == "question":
-        return (f"answer {workflow_id} {approval.id} '…'",)
-    yes, no = f"approve {workflow_id} {approval.id}", f"reject {workflow_id} {approval.id} --reason '…'"
-    return (yes, f"edit {workflow_id} {approval.id} --set NAME=VALUE", no) if approval.kind == "tool" else (yes, no)
 
 
 def undone_view(undone: list[UndoRecord]) -> RenderableType:

@@ -37,6 +37,7 @@ Act = Callable[[int], Awaitable[Any]]
 _POINTS = {
     "tool": (Point.RESERVED, Point.EFFECT_DONE, Point.RECORDED),
     "model": (Point.MODEL_RESERVED, Point.MODEL_ANSWERED, Point.MODEL_RECORDED),
+    "hook": (Point.RESERVED, Point.EFFECT_DONE, Point.RECORDED),
     "undo": (Point.UNDO_RESERVED, Point.UNDO_DONE, Point.UNDO_RECORDED),
 }
 _STALE_S = 1.0
@@ -148,7 +149,7 @@ async def _repeatable(guards: Guards, call: Call, act: Act, tokens: Callable[[An
         notes = await entry.failed(failure)
         failures = await guards.ledger.count_failure(call, failure)
         if failure.retry and failures <= call.retries:
-            raise RetryLater(failure, _delay(failures, failure)) from error
+            raise RetryLater(failure, _delay(call, failures, failure)) from error
         if call.kind == "model":
             await guards.ledger.forget_failures(call)
         return Settled(State.FAILED, None, failure.message, failure.type, failures, notes)
@@ -262,7 +263,7 @@ async def _failed(entry: _Entry, grant: Grant, doubtful: bool, failure: Failure,
     if again and failures <= call.retries:
         await ledger.record(call, grant.attempt, state, failures, None, failure)
         await entry.failed(failure)
-        raise RetryLater(failure, _delay(failures, failure)) from error
+        raise RetryLater(failure, _delay(call, failures, failure)) from error
     settled = await _give_up(ledger, call, grant, state, failures, failure)
     return replace(settled, notes=await entry.failed(failure))
 
@@ -334,5 +335,5 @@ async def _limit(call: Call) -> AsyncIterator[None]:
         raise NoAnswer(call) from error
 
 
-def _delay(failures: int, failure: Failure) -> float:
-    return backoff(failures, failure.retry_after, random.random())
+def _delay(call: Call, failures: int, failure: Failure) -> float:
+    return backoff(failures, failure.retry_after, random.random(), call.longest_delay_s)

@@ -66,6 +66,8 @@ class ErrorType(StrEnum):
     """A bug in the tool."""
     UNKNOWN_OUTCOME = "unknown_outcome"
     """An earlier attempt was cut off, and nothing can tell whether it acted."""
+    NOT_YET = "not_yet"
+    """No failure: the same attempt is to come again later."""
     AGENT_FAILED = "agent_failed"
     """The run failed; its result is in the details."""
 
@@ -185,13 +187,13 @@ def classify(error: BaseException) -> Failure:
     return Failure(meaning.type, _message(error, meaning.type), meaning.retry, meaning.maybe_done, wait)
 
 
-def backoff(failures: int, retry_after: float | None, jitter: float) -> float:
-    """Seconds to wait after the `failures`-th failure (from 1): 0.5 doubled up to 30, ±20 %; `retry_after` when longer.
+def backoff(failures: int, retry_after: float | None, jitter: float, longest: float = LONGEST_DELAY) -> float:
+    """Seconds to wait after the `failures`-th failure (from 1): 0.5 doubled up to `longest`, ±20 %, or `retry_after`.
 
     jitter: a random number in [0, 1).
     """
     steps = min(max(failures, 1), 16) - 1  # the cap is long reached; keeps the power small
-    delay = min(LONGEST_DELAY, FIRST_DELAY * 2**steps) * (1 - JITTER + 2 * JITTER * jitter)
+    delay = min(longest, FIRST_DELAY * 2**steps) * (1 - JITTER + 2 * JITTER * jitter)
     return max(delay, retry_after or 0.0)
 
 

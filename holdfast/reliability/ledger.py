@@ -19,11 +19,11 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from holdfast.contracts import Effect, Json, digest
-from holdfast.reliability.errors import RETRIES, ErrorType, Failure
+from holdfast.reliability.errors import LONGEST_DELAY, RETRIES, ErrorType, Failure
 from holdfast.services import BreakerRule, Limit
 from holdfast.state.database import Database
 
-Kind = Literal["tool", "undo", "model"]
+Kind = Literal["tool", "undo", "model", "hook"]
 
 
 class State(StrEnum):
@@ -58,6 +58,8 @@ class Call:
     seq: int | None = None
     timeout_s: float = 10.0
     retries: int = RETRIES
+    longest_delay_s: float = LONGEST_DELAY
+    """What the pause between two tries grows to."""
     agent: str = ""
     target: str = ""
     """The breaker that guards it; empty for none."""

@@ -27,6 +27,8 @@ class LetterKind(StrEnum):
     """A compensation that failed: the effect still stands."""
     RUN = "run"
     """A run that failed."""
+    HOOK = "hook"
+    """A webhook that nobody took."""
 
 
 class LetterState(StrEnum):
@@ -116,9 +118,10 @@ class Letters:
         return [Letter(*row) for row in await self._db.all(_FIND, *filters)]
 
     async def of_workflow(self, workflow_id: str) -> list[Letter]:
-        """Those that a workflow has to do with and that are not closed."""
+        """Those that a workflow has to do with and that are not closed. Webhooks are no part of its work."""
         sql = f"SELECT {COLUMNS} FROM dead_letters WHERE workflow_id = ? AND state IN ('open', 'replaying')"
-        return [Letter(*row) for row in await self._db.all(f"{sql} ORDER BY id", workflow_id)]
+        rows = await self._db.all(f"{sql} AND kind <> 'hook' ORDER BY id", workflow_id)
+        return [Letter(*row) for row in rows]
 
     async def claim(self, id: str, workflow_id: str, note: str) -> bool:
         """Marks it as being replayed. False when it is closed, or another workflow's by now. Idempotent."""

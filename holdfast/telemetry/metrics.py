@@ -3,7 +3,7 @@
 holdfast.breaker.changes   by target and change (opened, closed, reopened)
 holdfast.waits             by reason (rate limit, breaker)
 holdfast.fallbacks         by what was stood in for, and by whom
-holdfast.dead_letters      by kind (call, undo, run)
+holdfast.dead_letters      by kind (call, undo, run, hook)
 """
 
 from __future__ import annotations

@@ -170,6 +170,27 @@ async def unwound(stage: Stage, world: World) -> Handle:
     return stage.client.get_workflow_handle(found.found[0])
 
 
+async def told(stage: Stage, world: World) -> Handle:
+    """A run that tells of its question and of its end."""
+    spec = agent(world.tool("send", approval=True))
+    stage.model.script = sequence(call(SEND), say("done"))
+    handle = await stage.start(spec, webhook="http://127.0.0.1:9/hook")
+    await asked(handle)
+    await decide(handle, "a1")
+    return handle
+
+
+async def undelivered(stage: Stage, world: World) -> Handle:
+    """What the end of such a run starts: nobody takes it, and it becomes a dead letter."""
+    spec = agent(world.tool("book"))
+    stage.model.script = sequence(call(BOOK), say("done"))
+    handle = await stage.start(spec, webhook="http://127.0.0.1:9/hook")
+    await handle.result()
+    while not (found := await Letters(stage.runtime.db).find()):
+        await asyncio.sleep(0.02)
+    return stage.client.get_workflow_handle(found[0].key.replace("/", "-"))
+
+
 SCENARIOS: list[Scenario] = [
     completed,
     partial,
@@ -185,6 +206,8 @@ SCENARIOS: list[Scenario] = [
     repaired,
     swept,
     unwound,
+    told,
+    undelivered,
 ]
 
 

@@ -1,0 +1,38 @@
+"""Delivering one webhook, apart from the run that it tells of: an address that is down holds up nobody."""
+
+from __future__ import annotations
+
+from temporalio import workflow
+from temporalio.common import VersioningBehavior
+from temporalio.exceptions import ActivityError
+
+with workflow.unsafe.imports_passed_through():
+    from holdfast.hooks import Delivered, Hook, Undelivered
+    from workflows.calls import Calls, why
+    from workflows.progress import plain
+
+SEND_S = 10.0
+DEADLINE_S = 86_400.0
+
+
+# It may try for hours: a build that is to go must not have to wait for it.
+@workflow.defn(name="DeliveryWorkflow", versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
+class DeliveryWorkflow:
+    """One activity is tried again and again, which history does not see."""
+
+    @workflow.run
+    async def run(self, hook: Hook) -> Delivered:
+        calls = Calls(lambda wait: None)
+        about = f"`{hook.type}` of run `{hook.workflow_id}` to {plain(hook.url)}, id `{hook.id}`"
+        workflow.set_current_details(about)
+        try:
+            delivered = await calls.run(
+                "deliver", hook, Delivered, summary=hook.type, timeout_s=SEND_S, deadline_s=DEADLINE_S
+            )
+        except ActivityError as error:
+            delivered = Delivered(ok=False, words=f"gave up: {why(error)}")
+        workflow.set_current_details(f"{about}\n\n{'✓' if delivered.ok else '✗'} {plain(delivered.words)}")
+        if hook.replay or not delivered.ok:
+            summary = "close the dead letter" if delivered.ok else "keep it as a dead letter"
+            await calls.run("record_delivery", Undelivered(hook=hook, delivered=delivered), type(None), summary=summary)
+        return delivered
