@@ -1,7 +1,8 @@
 """Temporal's remote codec over HTTP: the Web UI and the `temporal` command show plain text to whoever holds a token.
 
-`POST /decode` and `/encode` take and give payloads as JSON; `/download` also fetches what the claim check has put
-elsewhere. The token comes as a bearer token, or as a cookie that the page `/` sets: the Web UI cannot send a token.
+`POST /decode` and `/encode` take and give payloads as JSON. What the claim check has put elsewhere is fetched by
+`/download` and by `/decode`, except with `?preserveStorageRefs=true`, as the Web UI asks. The token comes as a bearer
+token, or as a cookie that the page `/` sets: the Web UI cannot send a token.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>Codec server</title>
 <style>body { font: 16px system-ui; max-width: 36em; margin: 4em auto } input, button { font: inherit }</style>
 <h1>Codec server</h1><p>%s</p>
 <form method="post"><label>Token <input type="password" name="token" autofocus></label> <button>Sign in</button></form>
-<p>In Temporal's Web UI, under <b>Codec Server</b>, enter this page's address as the endpoint and tick <b>Include
-cross-origin credentials</b>.</p>"""
+<p>In Temporal's Web UI, behind the glasses at the top: <b>Use my browser setting</b>, this page's address as the
+endpoint, and <b>Include cross-origin credentials</b>.</p>"""
 
 
 class _AsTheyAre(PayloadConverter):
@@ -53,20 +54,22 @@ def app(converter: DataConverter, token: str, origins: Sequence[str]) -> Starlet
     assert token, "without a token nobody may read"
     stored = replace(converter, payload_converter_class=_AsTheyAre)
 
-    async def decode(payloads: Sequence[Payload]) -> list[Payload]:
+    async def decode(payloads: Sequence[Payload], transform: Transform = stored.decode) -> list[Payload]:
         """One that cannot be read becomes words: it must not hide all others of its page."""
-        return [await _or_words(codec.decode, payload) for payload in payloads]
+        return [await _or_words(transform, payload) for payload in payloads]
 
-    async def download(payloads: Sequence[Payload]) -> list[Payload]:
-        return await stored.decode(payloads)
+    async def decode_here(payloads: Sequence[Payload]) -> list[Payload]:
+        return await decode(payloads, codec.decode)
 
-    def endpoint(path: str, transform: Transform) -> Route:
+    def endpoint(path: str, transform: Transform, preserving: Transform | None = None) -> Route:
         async def answer(request: Request) -> Response:
             if not _allowed(request, token):
                 return PlainTextResponse(f"sign in at {request.base_url}, or send the token as a bearer token", 401)
             try:
                 given = Parse(await request.body(), Payloads())
-                made = Payloads(payloads=await transform(given.payloads))
+                keeps = request.query_params.get("preserveStorageRefs") == "true"
+                chosen = preserving if preserving and keeps else transform
+                made = Payloads(payloads=await chosen(given.payloads))
             except (ParseError, UnicodeDecodeError) as error:
                 return PlainTextResponse(f"not payloads as JSON: {error}", 400)
             except (
@@ -100,8 +103,13 @@ def app(converter: DataConverter, token: str, origins: Sequence[str]) -> Starlet
         allow_headers=["authorization", "content-type", "x-namespace"],
         allow_credentials=True,
     )
-    routes = [endpoint("/encode", codec.encode), endpoint("/decode", decode), endpoint("/download", download)]
-    return Starlette(routes=[*routes, Route("/", sign_in, methods=["GET", "POST"])], middleware=[cors])
+    routes = [
+        endpoint("/encode", codec.encode),
+        endpoint("/decode", decode, preserving=decode_here),
+        endpoint("/download", stored.decode),
+        Route("/", sign_in, methods=["GET", "POST"]),
+    ]
+    return Starlette(routes=routes, middleware=[cors])
 
 
 def _allowed(request: Request, token: str) -> bool:
@@ -118,6 +126,6 @@ def _same(given: str, token: str) -> bool:
 async def _or_words(transform: Transform, payload: Payload) -> Payload:
     try:
         return (await transform([payload]))[0]
-    except PayloadUnreadable as error:
+    except (PayloadUnreadable, ClaimLost) as error:
         words = json.dumps(f"<not readable: {error}>").encode()
         return Payload(metadata={"encoding": b"json/plain"}, data=words)

@@ -141,11 +141,14 @@ class Stack:
         self._think_s = think_s
         self.logs = self.home / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.ports = _ports(self.home / "ports.json", ("temporal", "ui", "hospital", "model"))
+        self.ports = _ports(self.home / "ports.json", ("temporal", "ui", "hospital", "model", "codec"))
         self.temporal_address = f"127.0.0.1:{self.ports['temporal']}"
         self.ui_url = f"http://127.0.0.1:{self.ports['ui']}"
         self.hospital_url = f"http://127.0.0.1:{self.ports['hospital']}"
         self.model_url = f"http://127.0.0.1:{self.ports['model']}/v1"
+        readable = base.get("HOLDFAST_ENCRYPTION_KEYS") and base.get("HOLDFAST_CODEC_TOKEN")
+        self.codec_url = f"http://127.0.0.1:{self.ports['codec']}" if readable else ""
+        """The codec server, for the Web UI; empty when nothing is encrypted, or nobody may read."""
         self.store_url = base.get("DATABASE_URL") or f"sqlite:///{self.home / 'holdfast.db'}"
         self.environment = {
             **{name: value for name, value in base.items() if not name.startswith("TEMPORAL_")},
@@ -193,6 +196,9 @@ class Stack:
         if self.scripted_model:
             think = () if self._think_s is None else ("--think", str(self._think_s))
             yield self._simulation("scripted_model", "model", *think)
+        if self.codec_url:
+            at = ["--port", str(self.ports["codec"])]
+            yield self._child("codec server", [sys.executable, str(ROOT / "starter.py"), "codec-server", *at])
 
     def _simulation(self, module: str, port: str = "", *more: str) -> Child:
         name = port or module

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import uuid4
 
 import httpx2
 import pytest
@@ -15,11 +17,14 @@ import uvicorn
 from google.protobuf.json_format import MessageToDict
 from pydantic import SecretStr
 from temporalio.api.common.v1 import Payloads
+from temporalio.client import Client
 from temporalio.converter import DataConverter
+from temporalio.testing import WorkflowEnvironment
 
 from holdfast import claims, codec_server
 from holdfast.settings import Settings
 from holdfast.temporal import data_converter
+from tests.fixtures.temporal import binary
 
 UI = "http://localhost:8233"
 TOKEN = "a long and random token"
@@ -116,14 +121,15 @@ async def test_a_browser_that_has_signed_in_may_read_from_the_web_uis_page_and_f
     assert (await http.options("/decode", headers={"origin": "http://evil.example", **asks})).status_code == 400
 
 
-async def test_a_payload_that_was_put_elsewhere_is_left_alone_by_decode_and_fetched_by_download(
+async def test_a_payload_that_was_put_elsewhere_is_fetched_unless_its_reference_is_asked_for(
     http: httpx2.AsyncClient, converter: DataConverter
 ) -> None:
     given = await body(converter, SECRET * 100_000)
-    left = (await http.post("/decode", json=given, headers=BEARER)).json()
+    left = (await http.post("/decode?preserveStorageRefs=true", json=given, headers=BEARER)).json()
     assert left == given
     assert int(left["payloads"][0]["externalPayloads"][0]["sizeBytes"]) > 1_800_000
-    assert data(await http.post("/download", json=given, headers=BEARER)) == [SECRET * 100_000]
+    for path in ("/download", "/decode"):
+        assert data(await http.post(path, json=given, headers=BEARER)) == [SECRET * 100_000]
 
 
 async def test_one_payload_of_an_unknown_key_does_not_hide_the_others(
@@ -143,3 +149,28 @@ async def test_what_is_no_payload_is_refused_in_words(http: httpx2.AsyncClient, 
     raw = text.encode("utf-8", "surrogateescape")
     answer = await http.post("/decode", content=raw, headers=BEARER)
     assert (answer.status_code, "not payloads as JSON" in answer.text) == (400, True)
+
+
+async def test_the_temporal_command_reads_and_writes_through_it(
+    http: httpx2.AsyncClient, converter: DataConverter, temporal: WorkflowEnvironment
+) -> None:
+    client = await Client.connect(temporal.client.service_client.config.target_host, data_converter=converter)
+    handle = await client.start_workflow("Nobody", SECRET, id=f"w-{uuid4().hex}", task_queue="nobody")
+    codec = ["--codec-endpoint", str(http.base_url), "--codec-auth", BEARER["authorization"]]
+    at = ["--workflow-id", handle.id, "--address", client.service_client.config.target_host, *codec]
+
+    async def run(*command: str) -> str:
+        done = await asyncio.to_thread(
+            subprocess.run, [binary("temporal"), "workflow", *command, *at], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    await run("signal", "--name", "say", "--input", '"Kunigunde"')
+    raw = str((await handle.fetch_history()).to_json())
+    assert b64encode(b"Kunigunde").decode() not in raw
+    assert "binary/encrypted" not in await run("show", "--output", "json")
+    shown = await run("show", "--output", "json")
+    for word in (SECRET, "Kunigunde"):
+        assert b64encode(json.dumps(word).encode()).decode() in shown or word in shown
+    await handle.terminate()

@@ -385,6 +385,20 @@ def new(
 
 
 @app.command()
+def claims(
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="those not stored again for so long")
+    ] = 90.0,
+    drop: Annotated[bool, typer.Option("--drop", help="delete them, if no run that old is left")] = False,
+    json: Json = False,
+) -> None:
+    """Count the large payloads in the store, and delete those that no run can need any more."""
+    from holdfast.cli import claims as large_payloads
+
+    _go(large_payloads.claims(older_than, drop, json))
+
+
+@app.command()
 def migrate(json: Json = False) -> None:
     """Bring the store's schema to what this code needs."""
     from holdfast.settings import settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -9,17 +10,29 @@ from importlib.metadata import version
 import httpx2
 from rich.table import Table
 from rich.text import Text
+from temporalio.api.common.v1 import Payload
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
+from temporalio.converter import StorageDriverRetrieveContext, StorageDriverStoreContext
 from temporalio.service import RPCError
 
+from holdfast.claims import close
 from holdfast.cli.output import out, print_json
 from holdfast.cli.up import running_stack
+from holdfast.codec import parse_keys
 from holdfast.deployments import DeploymentError, describe
 from holdfast.orphans import is_scheduled, schedule
 from holdfast.settings import settings, stack_file
-from holdfast.state.database import StoreUnavailable, open_database
+from holdfast.state.database import StoreUnavailable, one_line, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
-from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, register_search_attributes
+from holdfast.temporal import (
+    Client,
+    NoServer,
+    connect,
+    data_converter,
+    missing_search_attributes,
+    profile,
+    register_search_attributes,
+)
 
 
 @dataclass
@@ -41,7 +54,7 @@ async def doctor(fix: bool, as_json: bool) -> int:
         checks.append(Check("Temporal server", False, str(error), "start it, or set TEMPORAL_ADDRESS"))
     else:
         checks += await _temporal(client, fix)
-    checks += [await _store(), await _model(), await _hospital()]
+    checks += [_encryption(), await _payload_store(), await _store(), await _model(), await _hospital()]
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
@@ -113,6 +126,39 @@ async def _sweep(client: Client, fix: bool) -> Check:
     found = "scheduled now" if made else "scheduled"
     to_do = "uv run starter.py doctor --fix: nobody undoes what a terminated run has left behind"
     return Check("orphan sweep", there, found if there else "not scheduled", to_do, needed=False)
+
+
+def _encryption() -> Check:
+    keys = list(parse_keys(settings().encryption_keys.get_secret_value()))
+    if not keys:
+        to_do = "set HOLDFAST_ENCRYPTION_KEYS to have nothing of a run readable in Temporal's database"
+        return Check("encryption", False, "off: payloads are in clear text", to_do, needed=False)
+    older = f"; also decrypts: {', '.join(keys[1:])}" if keys[1:] else ""
+    return Check("encryption", True, f"on, with key {keys[0]}{older}", needed=False)
+
+
+async def _payload_store() -> Check:
+    """Where large payloads go, tried with a small one."""
+    limit, where = settings().payload_limit, settings().payload_store
+    what = "large payloads"
+    converter = data_converter(settings(), profile().namespace or "default")
+    assert converter.external_storage
+    driver = converter.external_storage.drivers[0]
+    probe = Payload(metadata={"encoding": b"binary/plain"}, data=b"holdfast doctor")
+    try:
+        async with asyncio.timeout(10):
+            claims = await driver.store(StorageDriverStoreContext(), [probe])
+            same = await driver.retrieve(StorageDriverRetrieveContext(), claims) == [probe]
+    except TimeoutError:
+        return Check(what, False, f"{where} does not answer within 10 s", "check HOLDFAST_PAYLOAD_STORE")
+    except Exception as error:  # noqa: BLE001 - of five libraries; what it is goes to whoever asked
+        words = one_line(error.__cause__ or error) or type(error).__name__
+        to_do = "check HOLDFAST_PAYLOAD_STORE, and the store below"
+        return Check(what, False, f"{where} does not take them: {words}", to_do)
+    finally:
+        await close(converter.external_storage)
+    found = f"over {limit:,} bytes: to {where}" + ("" if same else ", which gives back something else")
+    return Check(what, same, found, "look at what stands between this machine and that place")
 
 
 async def _store() -> Check:

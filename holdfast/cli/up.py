@@ -102,6 +102,8 @@ def running_stack(home: Path) -> str | None:
 
 def _announce(stack: Stack) -> None:
     """Says where everything is."""
+    if stack.codec_url:
+        out.print(f"codec      {stack.codec_url}: sign in there with HOLDFAST_CODEC_TOKEN to read runs in the Web UI")
     model = "scripted and SIMULATED (set OPENAI_API_KEY or OPENAI_BASE_URL for a real one)"
     out.print(f"Web UI     [bold]{stack.ui_url}[/bold]")
     out.print(f"Temporal   {stack.temporal_address}")
