@@ -143,18 +143,18 @@ async def serve(stages: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs a worker of the agent platform.")
-    stages = ", ".join(registry.stages())
-    parser.add_argument(
-        "--queue",
-        metavar="STAGE",
-        help=f"serve one stage only ({stages}), or `{MAIN}`: all but these; default: everything."
-        " Their task queues are HOLDFAST_TASK_QUEUE and, below it, HOLDFAST_TASK_QUEUE.STAGE",
-    )
-    queue = parser.parse_args().queue
     try:
+        stages = ", ".join(registry.stages())
+        parser.add_argument(
+            "--queue",
+            metavar="STAGE",
+            help=f"serve one stage only ({stages}), or `{MAIN}`: all but these; default: everything."
+            " Their task queues are HOLDFAST_TASK_QUEUE and, below it, HOLDFAST_TASK_QUEUE.STAGE",
+        )
+        queue = parser.parse_args().queue
         faults.arm_from_environment()
         return uvloop.run(serve(chosen(queue)))
-    except (NoServer, NotReady, SchemaMismatch, StoreUnavailable, ValueError) as error:
+    except (NoServer, NotReady, SchemaMismatch, StoreUnavailable, registry.BrokenAgent, ValueError) as error:
         print(f"worker cannot start: {error}", file=sys.stderr)
         return 2
 

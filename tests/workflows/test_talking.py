@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import operator
+from typing import Annotated, Any
 
 import pytest
+from langgraph.graph import START, StateGraph
+from langgraph.types import interrupt
 from temporalio.client import WorkflowHandle
 
+from holdfast.agent import AgentSpec
 from holdfast.contracts import DecisionReply, Effect, Json, Phase, RunOutcome
-from holdfast.reliability.ledger import State
+from holdfast.graph import Turn, TurnState, final
+from holdfast.reliability import ledger
 from holdfast.tools import ToolContext, tool
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, at_rest, temporal_cli, until
@@ -65,7 +70,7 @@ async def test_a_call_runs_with_the_edited_arguments_and_the_model_is_told(stage
     assert (decided.approval.arguments, decided.decision.arguments) == ({"n": 1, "to": "bank"}, {"n": 7})
     entry = await stage.runtime.ledger.entry(f"{result.key_base}/1")
     assert entry is not None
-    assert (entry.state, entry.arguments) == (State.COMPENSATED, {"n": 7, "to": "bank"})
+    assert (entry.state, entry.arguments) == (ledger.State.COMPENSATED, {"n": 7, "to": "bank"})
 
 
 async def test_an_edit_that_the_tool_does_not_take_asks_again_and_says_why(lite: Stage) -> None:
@@ -107,6 +112,69 @@ async def test_edits_and_messages_survive_continue_as_new(lite: Stage, options: 
     heard = [str(m.get("content")) for m in told(lite)]
     assert heard.count("Message from nurse.kim: the family arrives at noon") == 2
     assert sum('changed the arguments to {"n": 7}' in each for each in heard) == 2
+
+
+# ------------------------------------------------------------------ answer
+
+
+def asking(*nodes: Any, **more: Any) -> AgentSpec:
+    """An agent whose graph runs these nodes side by side, then says what they have logged."""
+    graph = StateGraph(State, context_schema=Turn)
+    graph.add_node("end", lambda state: {"decision": final(", ".join(sorted(state["log"])))})
+    for node in nodes:
+        graph.add_node(node.__name__, node)
+        graph.add_edge(START, node.__name__)
+        graph.add_edge(node.__name__, "end")
+    return agent(graph=graph, **more)
+
+
+class State(TurnState):
+    log: Annotated[list[str], operator.add]
+
+
+def desk(state: State) -> Json:
+    if state["log"]:  # a turn that only has to hear something
+        return {}
+    return {"log": [f"desk {interrupt({'question': 'Which desk?', 'role': 'clerk'})}"]}
+
+
+def urgent(state: State) -> Json:
+    if state["log"]:
+        return {}
+    return {"log": [f"urgent {interrupt('Is it urgent?')}"]}
+
+
+async def test_two_branches_ask_people_and_the_turn_goes_on_with_both_answers(lite: Stage) -> None:
+    async with lite.worker():
+        handle = await lite.start(asking(desk, urgent))
+        opened = {a.why: a for a in (await until(handle, lambda s: len(s.approvals) == 2)).approvals}
+        first, second = opened["Which desk?"], opened["Is it urgent?"]
+        assert {first.id, second.id} == {"q1", "q1-2"}
+        assert (first.kind, first.role, second.role) == ("question", "clerk", "")
+        assert (await handle.describe()).raw_description.pending_activities == []  # nothing is held in a worker
+        wrong = await update(handle, "decide", {**YES, "approval_id": first.id})
+        assert (wrong.accepted, "answered with answer, not approve" in wrong.message) == (False, True)
+        empty = await update(handle, "decide", {**YES, "approval_id": first.id, "verdict": "answer"})
+        assert (empty.accepted, "`answer`" in empty.message) == (False, True)
+        answer = {"verdict": "answer", "approver": "kim"}
+        await handle.signal("message", HELLO)  # is for the next turn, and changes nothing about this one
+        await handle.signal("decide", {**answer, "approval_id": second.id, "answer": False})
+        await until(handle, lambda s: [a.id for a in s.approvals] == [first.id])
+        await handle.signal("decide", {**answer, "approval_id": first.id, "answer": "billing"})
+        result = await handle.result()
+    assert (result.outcome, result.summary) == (RunOutcome.COMPLETED, "desk billing, urgent False")
+    assert {d.approval.id: d.decision.answer for d in result.decisions} == {first.id: "billing", second.id: False}
+    assert result.turns == 2  # the message was read by a turn of its own
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cached_workflows": 0}], ids=["cached", "uncached"])
+async def test_a_question_survives_the_death_of_every_worker(lite: Stage, options: Json) -> None:
+    async with lite.worker(**options):
+        handle = await lite.start(asking(urgent))
+        await until(handle, lambda s: len(s.approvals) == 1)
+    await handle.signal("decide", {"approval_id": "q1", "verdict": "answer", "approver": "kim", "answer": {"a": [1]}})
+    async with lite.worker(**options):
+        assert (await handle.result()).summary == "urgent {'a': [1]}"
 
 
 # ------------------------------------------------------------------ message
