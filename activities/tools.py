@@ -268,7 +268,8 @@ class Tools:
                     key_base=request.key_base,
                     name=f"{tool.name}/{label}",
                     digest=digest(messages),
-                    timeout_s=tool.timeout_s,
+                    # A tool may ask often, but one that dies as the breaker's probe holds up the others for this long.
+                    timeout_s=min(tool.timeout_s, self._runtime.settings.model_total_s + 10),
                 )
             except ModelUnavailable as gone:
                 if tool.put_off or gone.failure.type not in PARKS:

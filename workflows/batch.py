@@ -339,7 +339,7 @@ def _ended(error: ChildWorkflowError) -> tuple[RunResult | None, str]:
             result = RunResult.model_validate(cause.details[0]) if cause.details else None
         except ValidationError:
             result = None
-        return result, cause.message
+        return result, cause.message.removeprefix("critical step gone: ")
     if isinstance(cause, TerminatedError):
         return None, "terminated outside"
     if isinstance(cause, CancelledError):

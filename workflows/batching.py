@@ -78,8 +78,10 @@ def judge(state: BatchState) -> Ending:
 def headline(given: BatchInput, state: BatchState, counts: Items, ending: Ending | None, now: datetime) -> str:
     """'Contracts in progress: 130/500 documents, 2 failed, 20 at work, 5 standing still. 43 a minute. ETA 9 minutes'"""
     if ending:
+        # Of a partial batch the page lists what failed.
+        reason = "" if ending.outcome is RunOutcome.PARTIAL else ending.reason
         return f"{given.batch.capitalize()} {ending.outcome}: {tally(state, counts)}" + (
-            f". {ending.reason}" if ending.reason else ""
+            f". {reason}" if reason else ""
         )
     parts = [f"{given.batch.capitalize()} in progress: {tally(state, counts)}"]
     if state.phase is Phase.COMPENSATING:

@@ -404,7 +404,8 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
             "agent": attributes.get("HoldfastAgent") or (row.agent if row else execution.id.partition("-")[0]),
             "status": row.outcome if row and row.outcome and not running else word,
             "stage": attributes.get("HoldfastStage", "") if running else "",
-            "started_at": row.created_at if row else execution.start_time.timestamp(),
+            # A row without an input was made at the run's end.
+            "started_at": row.created_at if row and row.input_digest else execution.start_time.timestamp(),
             "ended_at": execution.close_time.timestamp() if execution.close_time else None,
             "running": running,
         }

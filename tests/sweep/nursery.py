@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,7 @@ def _become(order: dict[str, Any]) -> NoReturn:
         os.dup2(to, number)
     os.environ.clear()
     os.environ.update(order["environment"])
-    sys.argv = ["worker.py"]
+    sys.argv = ["worker.py", *order["arguments"]]
     _probe_soon()
     _freeze_between_writes()
     worker.end_process(worker.main())
@@ -114,11 +114,12 @@ class Nursery:
         )
         self.workers: list[Child] = []
 
-    async def worker(self, **environment: str) -> Child:
-        """A worker with these additions to its environment; returns when it polls. Raises StackFailed."""
+    async def worker(self, *arguments: str, **environment: str) -> Child:
+        """A worker with these arguments and additions to its environment; returns when it polls. Raises StackFailed."""
         self._born += 1
         name = f"worker {self._born}"
-        child = _Forked(name, self, {**self._environment, **environment}, self._logs / f"worker-{self._born}.log")
+        environment = {**self._environment, **environment}
+        child = _Forked(name, self, arguments, environment, self._logs / f"worker-{self._born}.log")
         child.start()
         self.workers.append(child)
         await child.until(lambda: "worker ready" in child.output())
@@ -140,13 +141,16 @@ class Nursery:
 class _Forked(Child):
     """A worker that is not our own child: it can be signalled and watched, but has no exit status for us."""
 
-    def __init__(self, name: str, nursery: Nursery, environment: Mapping[str, str], log: Path) -> None:
-        super().__init__(name, ["worker.py"], environment, log)
+    def __init__(
+        self, name: str, nursery: Nursery, arguments: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> None:
+        super().__init__(name, ["worker.py", *arguments], environment, log)
         self._nursery = nursery
         self._it: psutil.Process | None = None
 
     def start(self) -> None:
-        pid = self._nursery.fork({"environment": self.environment, "log": str(self.log)})
+        order = {"arguments": self.command[1:], "environment": self.environment, "log": str(self.log)}
+        pid = self._nursery.fork(order)
         with suppress(psutil.NoSuchProcess):
             self._it = psutil.Process(pid)
 

@@ -139,7 +139,7 @@ async def test_a_bad_item_is_counted_named_and_kept_and_the_others_are_done(lite
         result = await handle.result()
     assert result.outcome is RunOutcome.PARTIAL
     assert result.items == Items(total=8, done=7, failed=1)
-    assert result.reason.startswith("1 of 8 names failed: N03 (critical step gone: work")
+    assert result.reason.startswith("1 of 8 names failed: N03 (work")
     assert "n03 is no name" in result.reason
     (letter,) = await Letters(lite.runtime.db).find()
     assert letter.workflow_id == f"{handle.id}.n03"

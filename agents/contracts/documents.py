@@ -1,0 +1,142 @@
+"""From a file to its text: plain text, Markdown and HTML; anything else is refused in words."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import unicodedata
+from dataclasses import dataclass
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+
+MAX_BYTES = 1_000_000
+PART = 24_000
+"""Characters of a text that a model is asked about at a time: some 6,000 to 8,000 tokens."""
+
+
+class Unreadable(Exception):
+    """There is no text to be had of this file. The message says why."""
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    sha256: str
+    """Of the file's bytes, in hex."""
+    bytes: int
+    kind: str
+    """`text` or `html`."""
+    encoding: str
+
+
+def read_document(path: Path) -> Document:
+    """Raises Unreadable for what cannot be read as text, OSError for what may go better another time."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise Unreadable(f"the file has {size:,} bytes, and at most {MAX_BYTES:,} are read")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise Unreadable("there is no such file any more") from None
+    except IsADirectoryError:
+        raise Unreadable("it is a folder") from None
+    except PermissionError:
+        raise Unreadable("this worker has no right to read the file") from None
+    text, encoding = decode(raw)
+    kind = "html" if _is_html(path, text) else "text"
+    text = tidy(html_text(text) if kind == "html" else text)
+    if not text:
+        raise Unreadable("the file is empty")
+    return Document(text, sha256(raw).hexdigest(), len(raw), kind, encoding)
+
+
+def decode(raw: bytes) -> tuple[str, str]:
+    """The text and the encoding: UTF-8, UTF-16 when marked as such, else Windows-1252. Raises Unreadable."""
+    if raw.startswith(b"%PDF"):
+        raise Unreadable("it is a PDF, and no reader for those is installed; convert it to text")
+    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if raw.startswith(mark):
+            return _decoded(raw, encoding)
+    if b"\0" in raw:
+        raise Unreadable("it is not text but a binary file")
+    try:
+        return raw.decode("utf-8-sig"), "utf-8"
+    except UnicodeDecodeError:
+        return _decoded(raw, "windows-1252")
+
+
+def _decoded(raw: bytes, encoding: str) -> tuple[str, str]:
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"it cannot be decoded, neither as UTF-8 nor as {encoding} (byte {error.start})") from None
+    odd = sum(unicodedata.category(each) == "Cc" and each not in "\n\r\t\f" for each in text)
+    if odd > len(text) // 100:
+        raise Unreadable("it is not text but a binary file")
+    return text, encoding
+
+
+def tidy(text: str) -> str:
+    """The same text with one kind of line end, no trailing space, and at most two blank lines in a row."""
+    lines = (line.rstrip() for line in re.sub(r"\r\n?|\f", "\n", unicodedata.normalize("NFC", text)).split("\n"))
+    return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip()
+
+
+def parts(text: str, size: int = PART) -> list[str]:
+    """The text in parts of at most `size` characters, cut between paragraphs where there are any."""
+    found, rest = [], text
+    while len(rest) > size:
+        window = rest[:size]
+        cut = max(window.rfind("\n\n"), 0) or max(window.rfind("\n"), 0) or max(window.rfind(" "), 0) or size
+        if cut < size // 2:  # a paragraph longer than half a part: rather cut within it
+            cut = max(window.rfind("\n"), window.rfind(" "), size // 2)
+        found.append(rest[:cut].strip())
+        rest = rest[cut:]
+    return [each for each in (*found, rest.strip()) if each]
+
+
+# ------------------------------------------------------------------ HTML
+
+_LINES = {"br", "li", "td", "th", "tr"}
+_BLOCKS = {"article", "aside", "blockquote", "dd", "div", "dl", "dt", "footer", "form", "header", "hr", "main", "ol"}
+_BLOCKS |= {"h1", "h2", "h3", "h4", "h5", "h6", "p", "pre", "section", "table", "ul"} | _LINES
+_SILENT = {"script", "style", "template", "title", "noscript"}
+
+
+class _Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+        self._silent = 0
+        self._pre = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._silent += tag in _SILENT
+        self._pre += tag == "pre"
+        if tag in _BLOCKS:
+            self.pieces.append("\n" if tag in _LINES else "\n\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent -= tag in _SILENT and self._silent > 0
+        self._pre -= tag == "pre" and self._pre > 0
+        if tag in _BLOCKS:
+            self.pieces.append("\n" if tag in _LINES else "\n\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.pieces.append(data if self._pre else re.sub(r"\s+", " ", data))
+
+
+def html_text(html: str) -> str:
+    """What a reader of the page sees, a line a block."""
+    parser = _Text()
+    parser.feed(html)
+    parser.close()
+    lines = (line.strip() for line in "".join(parser.pieces).split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _is_html(path: Path, text: str) -> bool:
+    head = text[:500].lstrip().lower()
+    return path.suffix.lower() in (".html", ".htm", ".xhtml") or head.startswith(("<!doctype html", "<html"))

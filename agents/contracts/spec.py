@@ -1,0 +1,142 @@
+"""The contract batch: key terms and a summary of every legal text in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+from langgraph.graph import START, StateGraph
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from agents.contracts import tools
+from agents.contracts.results import write_index
+from agents.contracts.workspace import Workspace
+from holdfast.agent import AgentSpec, StepSpec
+from holdfast.batch import BatchContext, BatchReport, BatchSpec, Item, item_id
+from holdfast.contracts import Json
+from holdfast.graph import Turn, TurnState, answers, calls, final
+from holdfast.tools import ToolRefused
+
+
+def _absolute(path: str) -> str:
+    if not Path(path).is_absolute():
+        raise ValueError("has to be an absolute path: the worker is another process, maybe on another machine")
+    return path
+
+
+AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+
+
+class ContractInput(BaseModel):
+    """One document."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: AbsolutePath
+    workspace: Annotated[AbsolutePath, Field(description="folder for the result")]
+    id: str = ""
+    name: str = ""
+
+
+class ContractsInput(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    folder: Annotated[AbsolutePath, Field(description="its files, and those below it")]
+    workspace: Annotated[str, Field(description="folder for the results; default: HOLDFAST_HOME/workspace/RUN")] = ""
+
+
+# ------------------------------------------------------------------ one document: code decides, no model
+
+
+class State(TurnState):
+    done: dict[str, Json]
+    """The result of each stage by its tool."""
+
+
+def route(state: State) -> dict[str, Any]:
+    """The next stage, with what the ones before it made."""
+    given = state["input"]
+    done = {**state.get("done", {}), **{each.tool: each.result for each in answers(state) if each.ok}}
+    if bad := next((each for each in answers(state) if not each.ok), None):
+        return {"decision": final(f"{bad.tool}: {bad.content}")}
+    workspace = given["workspace"]
+    if "read" not in done:
+        decision = calls(("read", {"path": given["path"], "workspace": workspace}))
+    elif "extract" not in done:
+        decision = calls(("extract", {"text": done["read"]["text"], "workspace": workspace}))
+    elif "summarise" not in done:
+        decision = calls(("summarise", {"terms": done["extract"]["terms"], "workspace": workspace}))
+    elif "save" not in done:
+        name = given["name"] or Path(given["path"]).name
+        result = {"document": done["read"], "extracted": done["extract"], "summarised": done["summarise"]}
+        told = {"id": given["id"] or item_id(name), "name": name, "workspace": workspace}
+        decision = calls(("save", {**told, **result}))
+    else:
+        decision = final(f"{done['save']['saved']}, extracted by {done['extract']['by']}")
+    return {"decision": decision, "done": done}
+
+
+_GRAPH = StateGraph(State, context_schema=Turn)
+_GRAPH.add_node("route", route)
+_GRAPH.add_edge(START, "route")
+
+SPEC = AgentSpec(
+    name="contract",
+    description="Extracts the key terms of one legal text and summarises them.",
+    instructions="",
+    input=ContractInput,
+    tools=(tools.read, tools.extract, tools.summarise, tools.save),
+    steps=(
+        StepSpec(name="read", title="Text", tools=["read"]),
+        StepSpec(name="extract", title="Key terms", tools=["extract"]),
+        StepSpec(name="summarise", title="Summary", tools=["summarise"]),
+        StepSpec(name="save", title="Result", tools=["save"]),
+    ),
+    deadline=timedelta(days=30),
+    graph=_GRAPH,
+)
+
+# ------------------------------------------------------------------ all documents of a folder
+
+
+def _items(given: ContractsInput, context: BatchContext) -> Sequence[Item]:
+    """Every file but hidden ones, links, and what is in the workspace."""
+    folder, place = Path(given.folder), _place(given, context)
+    if not folder.is_dir():
+        raise ToolRefused(f"there is no folder {folder} on the machine of the worker that reads")
+    names = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and not path.is_relative_to(place)
+    )
+    return [
+        Item(
+            id=(id := item_id(str(name))),
+            name=str(name),
+            input={"id": id, "name": str(name), "path": str(folder / name), "workspace": str(place)},
+        )
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+    ]
+
+
+def _report(given: ContractsInput, context: BatchContext, report: BatchReport) -> str:
+    return write_index(Workspace(_place(given, context)), report.items, report.failures, report.ended)
+
+
+def _place(given: ContractsInput, context: BatchContext) -> Path:
+    return Path(given.workspace) if given.workspace else context.workspace
+
+
+BATCH = BatchSpec(
+    name="contracts",
+    description="Key terms and a summary of every legal text in a folder, with an index.",
+    input=ContractsInput,
+    agent=SPEC,
+    items=_items,
+    report=_report,
+    queue="read",
+    unit="documents",
+)

@@ -1,0 +1,122 @@
+"""What is done with one document: read, extract, summarise, save. Each stage on a queue of its own.
+
+What a stage makes goes into the workspace under its digest, and only the digest through Temporal's history. Each is
+recorded in the ledger under its call's key, each model call inside it too: nothing that is recorded is done again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from agents.contracts import documents, prompts, terms
+from agents.contracts.documents import Unreadable
+from agents.contracts.results import json_name, markdown, markdown_name
+from agents.contracts.workspace import DiskTrouble, Workspace
+from holdfast.contracts import Effect, Json
+from holdfast.models import ModelAnswer
+from holdfast.tools import ToolContext, ToolFailed, Undo, explain, tool
+
+PATIENT = 7 * 86_400.0
+"""Seconds that a stage may take with all its waits: a model that is down over a weekend loses no document."""
+REASKS = 2
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+@tool(effect=Effect.IDEMPOTENT, service="workspace", queue="read", timeout=60, deadline=PATIENT, put_off=False)
+def read(ctx: ToolContext, path: str, workspace: str) -> Json:
+    """Read a document's text. Refuses what is no text, empty, or too large."""
+    try:
+        document = documents.read_document(Path(path))
+    except Unreadable as refused:
+        raise ToolFailed(str(refused)) from None
+    except OSError as error:
+        raise DiskTrouble(error) from None
+    return {
+        "text": Workspace(workspace).keep(document.text),
+        "sha256": document.sha256,
+        "bytes": document.bytes,
+        "characters": len(document.text),
+        "kind": document.kind,
+        "encoding": document.encoding,
+    }
+
+
+@tool(effect=Effect.IDEMPOTENT, service="model", queue="extract", timeout=3600, deadline=PATIENT, put_off=False)
+async def extract(ctx: ToolContext, text: Digest, workspace: str) -> Json:
+    """Extract the key terms, part by part, each checked against the text; put together without a model."""
+    place = Workspace(workspace)
+    parts = documents.parts(place.kept(text))
+    found, by, asked = [], set[str](), 0
+    for number, part in enumerate(parts, 1):
+        said, answer, asks = await _terms_of(ctx, part, number, len(parts))
+        found.append(said)
+        by.add(_name(answer))
+        asked += asks
+    whole, notes = terms.merged(found)
+    if len(parts) > 1:
+        notes.insert(0, f"read in {len(parts)} parts; their terms were put together by code")
+    kept = place.keep(whole.model_dump_json(indent=1))
+    return {"terms": kept, "parts": len(parts), "asked": asked, "by": ", ".join(sorted(by)), "notes": notes}
+
+
+async def _terms_of(ctx: ToolContext, part: str, number: int, of: int) -> tuple[terms.Terms, ModelAnswer, int]:
+    """The terms of one part, who said them, and in how many tries. Raises ToolFailed when none validates."""
+    messages, label = prompts.ask_terms(part, number, of), f"terms-{number}"
+    problem = ""
+    for attempt in range(REASKS + 1):
+        answer = await ctx.ask_model(f"{label}-again-{attempt}" if attempt else label, messages)
+        try:
+            return terms.parse(answer.text, part), answer, attempt + 1
+        except ValidationError as error:
+            problem = explain(error)[:1000]
+            messages = [*messages, *prompts.ask_again(answer.text, problem)]
+    raise ToolFailed(
+        f"the terms that the model gave of part {number} did not validate in {REASKS + 1} tries: {problem}"
+    )
+
+
+@tool(effect=Effect.IDEMPOTENT, service="model", queue="summarise", timeout=600, deadline=PATIENT, put_off=False)
+async def summarise(ctx: ToolContext, terms: Digest, workspace: str) -> Json:
+    """Summarise the key terms."""
+    place = Workspace(workspace)
+    answer = await ctx.ask_model("summary", prompts.ask_summary(place.kept(terms)))
+    if not (text := answer.text.strip()):
+        raise ToolFailed("the model's summary is empty")
+    return {"summary": place.keep(text), "by": _name(answer)}
+
+
+@tool(effect=Effect.IDEMPOTENT, service="workspace", queue="read", timeout=60, deadline=PATIENT, put_off=False)
+def save(
+    ctx: ToolContext, id: str, name: str, workspace: str, document: Json, extracted: Json, summarised: Json
+) -> Json:
+    """Write the document's result into the workspace, as JSON and as Markdown."""
+    place = Workspace(workspace)
+    result: Json = {
+        "document": name,
+        **{key: value for key, value in document.items() if key != "text"},
+        "parts": extracted["parts"],
+        "notes": extracted["notes"],
+        "extracted_by": extracted["by"],
+        "summarised_by": summarised["by"],
+        "summary": place.kept(summarised["summary"]),
+        "terms": json.loads(place.kept(extracted["terms"])),
+    }
+    place.write(markdown_name(id), markdown(result))
+    # The index goes by this one, so it comes last.
+    place.write(json_name(id), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return {"saved": json_name(id)}
+
+
+@save.undo
+def delete(ctx: ToolContext, undo: Undo) -> str | None:
+    place, id = Workspace(undo.arguments["workspace"]), undo.arguments["id"]
+    there = [place.delete(name) for name in (json_name(id), markdown_name(id))]
+    return f"{json_name(id)} deleted" if any(there) else None
+
+
+def _name(answer: ModelAnswer) -> str:
+    return f"{answer.model} (simulated)" if answer.simulated else answer.model

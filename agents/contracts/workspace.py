@@ -1,0 +1,85 @@
+"""The folder of a batch: results that people read, and beside them what the stages hand on, by its digest.
+
+Files are written whole or not at all, and the same content always under the same name, so a stage that is repeated
+after a crash changes nothing. Workers on several machines need the folder on a disk that they share.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.tools import ToolFailed
+
+
+class DiskTrouble(Exception):
+    """The workspace cannot be read or written for now: a full disk, a share that is gone."""
+
+    def __init__(self, error: OSError) -> None:
+        words = f"workspace: {error.strerror or error}"
+        super().__init__(words)
+        self.failure = Failure(ErrorType.UNAVAILABLE, words, retry=True)
+
+
+class Workspace:
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def keep(self, text: str) -> str:
+        """Keeps a text for the stages that follow; its digest, by which `kept` finds it. Raises DiskTrouble."""
+        raw = text.encode()
+        digest = sha256(raw).hexdigest()[:32]
+        path = self._part(digest)
+        if not path.exists():
+            self._write(path, raw)
+        return digest
+
+    def kept(self, digest: str) -> str:
+        """Raises ToolFailed when it is gone or damaged, DiskTrouble."""
+        try:
+            raw = self._part(digest).read_bytes()
+        except FileNotFoundError:
+            raise ToolFailed(f"{digest} is gone from {self.folder}") from None
+        except OSError as error:
+            raise DiskTrouble(error) from None
+        if sha256(raw).hexdigest()[:32] != digest:
+            raise ToolFailed(f"{digest} was changed in {self.folder}")
+        return raw.decode()
+
+    def write(self, name: str, text: str) -> Path:
+        """Writes a result. Raises DiskTrouble."""
+        path = self.folder / name
+        self._write(path, text.encode())
+        return path
+
+    def delete(self, name: str) -> bool:
+        """Whether there was one. Raises DiskTrouble."""
+        try:
+            (self.folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise DiskTrouble(error) from None
+        return True
+
+    def _part(self, digest: str) -> Path:
+        return self.folder / ".parts" / digest[:2] / digest
+
+    def _write(self, path: Path, raw: bytes) -> None:
+        # Of this attempt alone: one that was thought dead may be writing the same file.
+        draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError as error:
+            with suppress(OSError):  # what is left of it is hidden, and written over by nobody
+                draft.unlink(missing_ok=True)
+            raise DiskTrouble(error) from None

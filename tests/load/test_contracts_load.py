@@ -1,0 +1,22 @@
+"""A slice of `python -m tests.load.contracts`."""
+
+from pathlib import Path
+
+from agents.contracts.collect import collect
+from tests.load.batches import STAGES, Field, claims, kills
+
+
+async def test_with_a_worker_of_each_stage_killed_every_document_is_done_once_and_the_results_are_the_same(
+    tmp_path: Path,
+) -> None:
+    collect(tmp_path / "texts", 12)
+    (tmp_path / "texts" / "empty.txt").touch()
+    async with Field.open(tmp_path / "home") as field:
+        for stage in STAGES:
+            await field.hire(stage)
+        calm = await field.batch("calm", tmp_path / "texts")
+        deaths = kills(12, 1, seed=3)
+        killed = await field.batch("killed", tmp_path / "texts", deaths)
+    assert killed.result.items is not None
+    assert (killed.result.items.done, killed.result.items.failed) == (12, 1)
+    assert {words: holds for words, holds in claims(calm, killed, len(deaths)).items() if not holds} == {}
