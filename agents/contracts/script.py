@@ -29,7 +29,10 @@ _RULES: dict[str, list[tuple[str, re.Pattern[str]]]] = {
             ("public domain", r"\b(public domain|free and unencumbered|waives? all)\b"),
         ],
         "conditions": [
-            ("keep the notice", r"\b(retain|include|reproduce|appear|preserve)\w*\b.*\bnotice"),
+            (
+                "keep the notice",
+                r"\b(retain|includ|reproduc|appear|preserv)\w*\b.*\bnotice|\bnotice\b.*\b(included|appear)\b",
+            ),
             ("no use of names", r"\b(endorse|promote|advertis|publicity)\w*\b"),
             ("mark changes", r"\b(modified|changed) files?\b|\baltered source versions\b|\bprominent notice"),
             ("disclose source", r"\b(corresponding source|complete source|source code)\b.*\b(must|accompan|available)"),

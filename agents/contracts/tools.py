@@ -74,9 +74,7 @@ async def _terms_of(ctx: ToolContext, part: str, number: int, of: int) -> tuple[
         except ValidationError as error:
             problem = explain(error)[:1000]
             messages = [*messages, *prompts.ask_again(answer.text, problem)]
-    raise ToolFailed(
-        f"the terms that the model gave of part {number} did not validate in {REASKS + 1} tries: {problem}"
-    )
+    raise ToolFailed(f"the model's terms of part {number} did not validate in {REASKS + 1} tries: {problem}")
 
 
 @tool(effect=Effect.IDEMPOTENT, service="model", queue="summarise", timeout=600, deadline=PATIENT, put_off=False)

@@ -25,7 +25,8 @@ from holdfast.services import BreakerRule, Service
 from holdfast.state.letters import Letters
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER, SEARCH_ATTRIBUTES
-from holdfast.tools import ToolFailed
+from holdfast.tools import ToolContext, ToolFailed, tool
+from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.model import call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, a_stage, binary, until
 from tests.fixtures.world import World, agent
@@ -191,6 +192,48 @@ async def undelivered(stage: Stage, world: World) -> Handle:
     return stage.client.get_workflow_handle(found[0].key.replace("/", "-"))
 
 
+async def batch(stage: Stage, world: World) -> Handle:
+    """Children that stand still while a service is down, one that fails, continue-as-new."""
+    up = asyncio.Event()
+
+    @tool(effect=Effect.IDEMPOTENT, service="history", put_off=False, retries=50)
+    async def think(ctx: ToolContext, name: str) -> str:
+        """Thinks."""
+        if not up.is_set():
+            raise ConnectionRefusedError("down")
+        if name == "n05":
+            raise ToolFailed("no name")
+        return "thought"
+
+    def script(messages: list[dict[str, Any]]) -> Any:
+        return say("done") if turn(messages) > 1 else call(("think", {"name": messages[1]["content"]}))
+
+    stage.model.script = script
+    services = (Service("history", breaker=BreakerRule(failures=1, probe_after_s=2.0)),)
+    spec = agent(think, input=Work, prompt=lambda given: given.name, services=services)
+    handle = await Batch.of(spec, window=2, most_open=3, items_per_execution=4).start(stage, names(10))
+    await until(handle, lambda s: s.items is not None and s.items.parked == 3)
+    up.set()
+    return handle
+
+
+async def batch_item(stage: Stage, world: World) -> Handle:
+    """The first child of such a batch, which told it twice."""
+    handle = await batch(stage, world)
+    await handle.result()
+    return stage.client.get_workflow_handle(f"{handle.id}.n00")
+
+
+async def batch_cancelled(stage: Stage, world: World) -> Handle:
+    """Cancelled with children that wait for a person, and undo what they did."""
+    spec = agent(world.tool("book"), world.tool("send", approval=True), input=Work)
+    stage.model.script = sequence(call(BOOK), call(SEND))
+    handle = await Batch.of(spec, window=2, most_open=3).start(stage, names(5))
+    await until(handle, lambda s: s.items is not None and s.items.parked == 3)
+    await handle.cancel()
+    return handle
+
+
 SCENARIOS: list[Scenario] = [
     completed,
     partial,
@@ -208,6 +251,9 @@ SCENARIOS: list[Scenario] = [
     unwound,
     told,
     undelivered,
+    batch,
+    batch_item,
+    batch_cancelled,
 ]
 
 
@@ -233,7 +279,8 @@ async def record(client: Client, scenario: Scenario) -> None:
         migrate(store)
         async with a_stage(client, store) as stage, stage.worker(identity="recorder"):
             handle = await scenario(stage, World())
-            run_id: str | None = handle.first_execution_run_id or (await handle.describe()).run_id
+            described = (await handle.describe()).raw_description.workflow_execution_info
+            run_id: str | None = described.first_run_id
             if scenario is not waiting:
                 try:
                     await handle.result()
@@ -243,7 +290,7 @@ async def record(client: Client, scenario: Scenario) -> None:
             while run_id:
                 number += 1
                 history = await client.get_workflow_handle(handle.id, run_id=run_id).fetch_history()
-                name = scenario.__name__ + (f"_{number}" if scenario is continued else "")
+                name = scenario.__name__ + (f"_{number}" if scenario in (continued, batch) else "")
                 text = json.dumps(without_this_machine(history.to_json_dict()), indent=1, ensure_ascii=False)
                 with (HERE / f"{name}.json").open("x") as file:
                     file.write(text + "\n")

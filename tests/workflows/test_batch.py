@@ -10,65 +10,17 @@ from typing import Any
 
 import httpx2
 import pytest
-from pydantic import BaseModel
-from temporalio.client import WorkflowExecutionStatus, WorkflowHandle
+from temporalio.client import WorkflowExecutionStatus
 
-from agents import registry
 from holdfast.agent import AgentSpec, BreakerRule, Service
-from holdfast.batch import BatchContext, BatchReport, BatchSpec, Item
-from holdfast.contracts import Effect, Items, Phase, RunOutcome, RunResult
-from holdfast.starting import start_run
+from holdfast.contracts import Effect, Items, Phase, RunOutcome
 from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
-from holdfast.tools import ToolContext, ToolFailed, ToolRefused, tool
+from holdfast.tools import ToolContext, ToolFailed, tool
+from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.model import call, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, status, until
 from tests.fixtures.world import World, agent
-
-
-class Names(BaseModel):
-    names: list[str] = []
-
-
-class Work(BaseModel):
-    name: str = ""
-
-
-@dataclass
-class Batch:
-    """A batch whose items are names; it knows its reports."""
-
-    spec: BatchSpec
-    reports: list[BatchReport] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, spec: AgentSpec, **options: Any) -> Batch:
-        def items(given: Names, context: BatchContext) -> Sequence[Item]:
-            if "nothing" in given.names:
-                raise ToolRefused("there is no such folder")
-            return [Item(id=name, name=name.upper(), input={"name": name}) for name in given.names]
-
-        def report(given: Names, context: BatchContext, report: BatchReport) -> str:
-            made.reports.append(report)
-            return f"reported {report.items.ended}"
-
-        name = f"b-{uuid.uuid4().hex[:8]}"
-        declared: dict[str, Any] = {"unit": "names", "every": 4, **options}
-        batch = BatchSpec(name, "test", Names, agent=spec, items=items, report=report, **declared)
-        made = cls(registry.add_batch(batch))
-        return made
-
-    async def start(self, stage: Stage, names: Sequence[str], key: str = "") -> WorkflowHandle[Any, RunResult]:
-        value = {"names": list(names)}
-        runs = Runs(stage.runtime.db)
-        started = await start_run(
-            stage.client, runs, self.spec.name, value, task_queue=stage.queue, request_key=key, requested_by="test"
-        )
-        return stage.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
-
-
-def names(count: int) -> list[str]:
-    return [f"n{number:02}" for number in range(count)]
 
 
 @dataclass
@@ -203,7 +155,7 @@ async def test_while_a_service_is_down_others_are_begun_and_its_children_fill_no
         return [call(("fetch", given)), call(("think", given)), say("done")][turn(messages) - 1]
 
     lite.model.script = script
-    service = Service(name, breaker=BreakerRule(failures=1, probe_after_s=0.5))
+    service = Service(name, breaker=BreakerRule(failures=1, probe_after_s=2.0))
     spec = agent(fetch, think, input=Work, prompt=lambda given: given.name, services=(service,))
     batch = Batch.of(spec, window=2, most_open=6)
     async with lite.worker():
@@ -211,7 +163,7 @@ async def test_while_a_service_is_down_others_are_begun_and_its_children_fill_no
         await until(handle, lambda now: now.items is not None and now.items.parked == 6)
         assert sorted(read) == names(6)
         before = (await handle.describe()).history_length
-        await asyncio.sleep(1.5)  # each of the six has been tried again meanwhile
+        await asyncio.sleep(2.5)  # each of the six has been tried again meanwhile
         assert (await handle.describe()).history_length - before <= 1
         up.set()
         result = await handle.result()
