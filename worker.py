@@ -19,7 +19,8 @@ from typing import Any
 
 import uvloop
 from temporalio.common import VersioningBehavior, WorkerDeploymentVersion
-from temporalio.worker import Worker, WorkerDeploymentConfig
+from temporalio.service import RPCError
+from temporalio.worker import Worker, WorkerDeploymentConfig, WorkerTuner
 
 import activities
 from agents import registry
@@ -75,10 +76,25 @@ def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", *
         "interceptors": [HeartbeatInterceptor()],
         "workflow_runner": sandbox(versioned=bool(runtime.settings.deployment)),
         **versioning(runtime.settings),
+        **slots(runtime.settings),
         "workflows": [] if stage else [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep, DeliveryWorkflow],
         "activities": activities.of_stage(runtime) if stage else activities.activities(runtime),
     }
-    return Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **(settled | options))
+    settled |= options
+    if "tuner" in settled:  # which decides this itself
+        settled.pop("max_concurrent_activities", None)
+    return Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **settled)
+
+
+def slots(of: Settings) -> dict[str, Any]:
+    """The worker's options that say how much it does at a time."""
+    if of.slots == "resource":
+        return {
+            "tuner": WorkerTuner.create_resource_based(
+                target_memory_usage=of.slots_memory, target_cpu_usage=of.slots_cpu
+            )
+        }
+    return {"max_concurrent_activities": of.slots}
 
 
 def versioning(of: Settings) -> dict[str, Any]:
@@ -154,6 +170,10 @@ def main() -> int:
         queue = parser.parse_args().queue
         faults.arm_from_environment()
         return uvloop.run(serve(chosen(queue)))
+    except RPCError as error:
+        said = f"the Temporal server answered {error.status.name.lower()}: {error.message}"
+        print(f"worker cannot start: {said}; see `uv run starter.py doctor`", file=sys.stderr)
+        return 2
     except (NoServer, NotReady, SchemaMismatch, StoreUnavailable, registry.BrokenAgent, ValueError) as error:
         print(f"worker cannot start: {error}", file=sys.stderr)
         return 2

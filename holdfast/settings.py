@@ -12,7 +12,7 @@ import os
 from base64 import b64decode
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -97,6 +97,11 @@ class Settings(BaseSettings):
     """At most 130: a turn may ask three times within its activity's limit."""
     park_s: Annotated[float, Field(alias="HOLDFAST_PARK_S")] = 30.0
     """How long a run sleeps before it tries a model again that is gone."""
+    slots: Annotated[int | Literal["resource"], Field(alias="HOLDFAST_SLOTS")] = 200
+    """Activities at a time in a worker; `resource`: as many as its share of CPU and memory allows."""
+    slots_cpu: Annotated[float, Field(alias="HOLDFAST_SLOTS_CPU", gt=0, le=1)] = 0.8
+    slots_memory: Annotated[float, Field(alias="HOLDFAST_SLOTS_MEMORY", gt=0, le=1)] = 0.8
+    """Shares of the machine or container up to which `resource` takes more work."""
     drain_s: Annotated[float, Field(alias="HOLDFAST_DRAIN_S")] = 20.0
     """A worker that is told to stop finishes what is in flight, at most this long."""
 

@@ -29,13 +29,14 @@ from temporalio.converter import (
 )
 from temporalio.envconfig import ClientConfigProfile
 from temporalio.exceptions import ApplicationError
-from temporalio.service import RPCError
+from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import WorkflowInstance, WorkflowInstanceDetails
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
 from holdfast.batch import BatchInput
 from holdfast.claims import external_storage
 from holdfast.codec import EncryptionCodec, parse_keys
+from holdfast.connecting import no_connection
 from holdfast.contracts import AgentInput
 from holdfast.reliability.errors import ErrorType
 from holdfast.settings import Settings, settings
@@ -47,6 +48,8 @@ STATUS = SearchAttributeKey.for_keyword("HoldfastStatus")
 STAGE = SearchAttributeKey.for_keyword("HoldfastStage")
 TENANT = SearchAttributeKey.for_keyword("HoldfastTenant")
 SEARCH_ATTRIBUTES = (AGENT, STATUS, STAGE, TENANT)
+OPERATORS_ONLY = (RPCStatusCode.UNIMPLEMENTED, RPCStatusCode.PERMISSION_DENIED)
+"""How a server says that a call of the operator service is not for its users, as Temporal Cloud does."""
 
 
 class NoServer(Exception):
@@ -181,18 +184,31 @@ async def connect() -> Client:
             plugins=temporal_plugins(),
         )
     except RuntimeError as error:
-        raise NoServer(
-            f"no Temporal server at {where.address}: start one with `uv run starter.py up`, "
-            f"or set TEMPORAL_ADDRESS ({error})"
-        ) from None
+        raise NoServer(no_connection(where, str(error))) from None
 
 
 async def missing_search_attributes(client: Client) -> list[str]:
     """Names of ours that the namespace does not have. An upsert of one of these would block a run for good."""
-    there = await client.operator_service.list_search_attributes(
-        ListSearchAttributesRequest(namespace=client.namespace)
-    )
+    try:
+        there = await client.operator_service.list_search_attributes(
+            ListSearchAttributesRequest(namespace=client.namespace)
+        )
+    except RPCError as error:
+        if error.status not in OPERATORS_ONLY:
+            raise
+        return [key.name for key in SEARCH_ATTRIBUTES if not await _is_searchable(client, key.name)]
     return [key.name for key in SEARCH_ATTRIBUTES if key.name not in there.custom_attributes]
+
+
+async def _is_searchable(client: Client, name: str) -> bool:
+    """Asked by a search, which every user of a namespace may do."""
+    try:
+        await client.count_workflows(f'{name} = "-"')
+    except RPCError as error:
+        if error.status is RPCStatusCode.INVALID_ARGUMENT:
+            return False
+        raise
+    return True
 
 
 async def register_search_attributes(client: Client) -> list[str]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from temporalio.api.common.v1 import Payload
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
 from temporalio.converter import StorageDriverRetrieveContext, StorageDriverStoreContext
-from temporalio.service import RPCError
+from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.claims import close
 from holdfast.cli.output import out, print_json
@@ -25,6 +25,7 @@ from holdfast.settings import settings, stack_file
 from holdfast.state.database import StoreUnavailable, one_line, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import (
+    OPERATORS_ONLY,
     Client,
     NoServer,
     connect,
@@ -88,18 +89,29 @@ async def _temporal(client: Client, fix: bool) -> list[Check]:
     try:
         await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=client.namespace))
     except RPCError as error:
-        to_do = f"temporal operator namespace create --namespace {client.namespace} --address {where}"
+        to_do = "TEMPORAL_NAMESPACE names another one, or the key or certificate is not for it"
+        if error.status is RPCStatusCode.NOT_FOUND:
+            to_do = f"set TEMPORAL_NAMESPACE, or: temporal operator namespace create --namespace {client.namespace}"
         return [*checks, Check("namespace", False, f"{client.namespace}: {error.message}", to_do)]
     checks.append(Check("namespace", True, client.namespace))
     try:
         registered = await register_search_attributes(client) if fix else []
         missing = await missing_search_attributes(client)
     except RPCError as error:
-        to_do = "ask whoever runs the server to register them as keywords: see holdfast/temporal.py"
-        return [*checks, Check("search attributes", False, error.message, to_do)]
+        if error.status not in OPERATORS_ONLY:
+            raise
+        # Temporal Cloud: attributes are made in its own interface, not through the operator service.
+        registered, missing = [], await missing_search_attributes(client)
     done = f"registered now: {', '.join(registered)}" if registered else "all there"
     lacking = f"missing: {', '.join(missing)}"
     fixing = "uv run starter.py doctor --fix"
+    if missing and fix:
+        each = " ".join(f"--search-attribute {name}=Keyword" for name in missing)
+        fixing = (
+            "the server does not let you register them. Temporal Cloud: "
+            f"tcld namespace search-attributes add --namespace {client.namespace} {each}, or in its Web UI; "
+            "elsewhere ask whoever runs the server"
+        )
     checks.append(Check("search attributes", not missing, lacking if missing else done, fixing))
     return [*checks, await _sweep(client, fix), *await _builds(client)]
 

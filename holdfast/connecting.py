@@ -1,0 +1,40 @@
+"""Why there is no connection to Temporal, in words: the SDK tells it as the text of its transport's error."""
+
+from __future__ import annotations
+
+import re
+
+from cryptography import x509
+from temporalio.envconfig import ClientConfigProfile
+
+
+def no_connection(where: ClientConfigProfile, error: str) -> str:
+    """One line: what is wrong and what to do. `error`: the text of what `Client.connect` raised."""
+    secured = bool(where.api_key or (where.tls and not where.tls.disabled))
+    refused = re.search(r"code: (PermissionDenied|Unauthenticated), message: \"([^\"]*)\"", error)
+    if refused:
+        what = f"{where.address} refuses the key or the certificate ({refused[2]})"
+        return f"{what}: check TEMPORAL_API_KEY or TEMPORAL_TLS_CLIENT_CERT_PATH, and TEMPORAL_NAMESPACE"
+    if "InvalidCertificate(Expired" in error:
+        return f"the certificate of {where.address} has expired: whoever runs it has to renew it"
+    if "InvalidCertificate" in error:
+        what = f"the certificate of {where.address} is not one that this machine trusts for that name"
+        return f"{what}: set TEMPORAL_TLS_SERVER_CA_CERT_PATH and, behind another name, TEMPORAL_TLS_SERVER_NAME"
+    if "InvalidContentType" in error:
+        return f"{where.address} does not speak TLS: unset TEMPORAL_TLS* and TEMPORAL_API_KEY, or correct the address"
+    if "transport error" in error:
+        if not secured:
+            return f"{where.address} ended the connection: if it wants TLS, set TEMPORAL_TLS=true or TEMPORAL_API_KEY"
+        what = f"{where.address} ended the connection{_expiry(where)}"
+        return f"{what}: check the client certificate that it wants (TEMPORAL_TLS_CLIENT_CERT_PATH, …_KEY_PATH)"
+    start = "" if secured else "start one with `uv run starter.py up`, or "
+    return f"no Temporal server at {where.address}: {start}set TEMPORAL_ADDRESS ({error})"
+
+
+def _expiry(where: ClientConfigProfile) -> str:
+    """Until when the client certificate holds; empty without one."""
+    settled = where.tls.to_connect_tls_config() if where.tls else False
+    if isinstance(settled, bool) or not settled.client_cert:
+        return "; no client certificate is set"
+    until = x509.load_pem_x509_certificate(settled.client_cert).not_valid_after_utc
+    return f"; the client certificate is valid until {until:%Y-%m-%d %H:%M} UTC"
