@@ -255,6 +255,7 @@ def tool(
     put_off: bool = True,
     fallback: tuple[Tool | LastGood, ...] = (),
     name: str = "",
+    arguments: type[BaseModel] | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]:
     """Declares a tool.
 
@@ -267,6 +268,7 @@ def tool(
     put_off: False for an agent that has nothing else to do meanwhile: while its service or its model is gone the turn
     waits for the call.
     fallback: what stands in for the tool, in this order.
+    arguments: their schema, for a function that takes them as `**arguments`; by default read from its signature.
     Raises TypeError at import for a declaration that could not run safely.
     """
 
@@ -283,15 +285,6 @@ def tool(
                 f"tool {label}: of effect class {effect}, so it has to be async: a thread cannot be stopped"
             )
         hints = get_type_hints(function, include_extras=True)
-        parameters = list(inspect.signature(function).parameters.values())[1:]
-        fields: dict[str, Any] = {}
-        for parameter in parameters:
-            if parameter.name not in hints:
-                raise TypeError(f"tool {label}: argument {parameter.name} needs a type")
-            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-            fields[parameter.name] = (hints[parameter.name], default)
-        arguments = create_model(f"{label}_arguments", __config__=ConfigDict(extra="forbid"), **fields)
-        returns = hints.get("return", Any)
         return Tool(
             name=label,
             description=description,
@@ -307,11 +300,22 @@ def tool(
             put_off=put_off,
             fallback=tuple(fallback),
             function=function,
-            arguments=arguments,
-            result_schema=TypeAdapter(returns).json_schema(),
+            arguments=arguments or _arguments(label, function, hints),
+            result_schema=TypeAdapter(hints.get("return", Any)).json_schema(),
         )
 
     return declare
+
+
+def _arguments(label: str, function: Callable[..., Any], hints: dict[str, Any]) -> type[BaseModel]:
+    """The arguments by the function's signature, without the context."""
+    fields: dict[str, Any] = {}
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.name not in hints:
+            raise TypeError(f"tool {label}: argument {parameter.name} needs a type")
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[parameter.name] = (hints[parameter.name], default)
+    return create_model(f"{label}_arguments", __config__=ConfigDict(extra="forbid"), **fields)
 
 
 def explain(error: ValidationError) -> str:
