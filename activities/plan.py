@@ -108,8 +108,9 @@ class Plan:
             )
             context = graph.Turn(spec, request.turn, where, frozenset(down), asking)
             state = await app.ainvoke(value, thread.config, context=context, durability="sync")
+        profile = spec.profile if request.turn == 1 else None
         if asked := state.get("__interrupt__"):
-            return PlanResult(questions=[_question(each) for each in asked], notes=notes)
+            return PlanResult(questions=[_question(each) for each in asked], profile=profile, notes=notes)
         faults.reached(Point.DECIDED, where)
         decision = turns.decision_of(state, spec)
         usage, model = await asking.account(resumed=resumed)
@@ -119,7 +120,7 @@ class Plan:
             checkpoint=thread.head,
             usage=usage,
             model=model,
-            profile=spec.profile if request.turn == 1 else None,
+            profile=profile,
             notes=notes,
         )
 

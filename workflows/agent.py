@@ -221,6 +221,8 @@ class AgentWorkflow:
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: gave up: {planned.wait.why}")
         if planned.refusal:
             return await self._refused_turn(planned.refusal)
+        state.profile = planned.profile or state.profile
+        self._note(*planned.notes)
         if planned.questions:
             # The same turn goes on with the answers: what comes in meanwhile is for the next one.
             state.heard = len(request.notices)
@@ -234,8 +236,6 @@ class AgentWorkflow:
         if state.model:  # a graph may decide without one
             state.models[state.model] = state.models.get(state.model, 0) + 1
         state.usage += planned.usage
-        state.profile = planned.profile or state.profile
-        self._note(*planned.notes)
         if planned.final is not None:
             return await self._finish(planned.final)
         # Keys are allotted in decision order before anything is awaited, so a replay allots the same.

@@ -11,7 +11,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import interrupt
 from temporalio.client import WorkflowHandle
 
-from holdfast.agent import AgentSpec
+from holdfast.agent import AgentSpec, StepSpec
 from holdfast.contracts import DecisionReply, Effect, Json, Phase, RunOutcome
 from holdfast.graph import Turn, TurnState, final
 from holdfast.reliability import ledger
@@ -169,9 +169,11 @@ async def test_two_branches_ask_people_and_the_turn_goes_on_with_both_answers(li
 
 @pytest.mark.parametrize("options", [{}, {"max_cached_workflows": 0}], ids=["cached", "uncached"])
 async def test_a_question_survives_the_death_of_every_worker(lite: Stage, options: Json) -> None:
+    spec = asking(urgent, steps=[StepSpec(name="talk", tools=[], critical=False)])
     async with lite.worker(**options):
-        handle = await lite.start(asking(urgent))
-        await until(handle, lambda s: len(s.approvals) == 1)
+        handle = await lite.start(spec)
+        waiting = await until(handle, lambda s: len(s.approvals) == 1)
+        assert [step.name for step in waiting.steps] == ["talk"]  # what it is about to do is known by then
     await handle.signal("decide", {"approval_id": "q1", "verdict": "answer", "approver": "kim", "answer": {"a": [1]}})
     async with lite.worker(**options):
         assert (await handle.result()).summary == "urgent {'a': [1]}"
