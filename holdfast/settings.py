@@ -91,6 +91,9 @@ class Settings(BaseSettings):
     """Base addresses of services that tools ask for by `ctx.service_url(name)`: a JSON object."""
     otlp_endpoint: Annotated[str, Field(alias="OTEL_EXPORTER_OTLP_ENDPOINT")] = ""
 
+    mcp_token: Annotated[SecretStr, Field(alias="HOLDFAST_MCP_TOKEN")] = SecretStr("")
+    """What a client of `starter.py mcp --http` has to send as its bearer token."""
+
     model_first_token_s: Annotated[float, Field(alias="HOLDFAST_MODEL_FIRST_TOKEN_S")] = 20.0
     model_between_tokens_s: Annotated[float, Field(alias="HOLDFAST_MODEL_BETWEEN_TOKENS_S")] = 20.0
     model_total_s: Annotated[float, Field(alias="HOLDFAST_MODEL_TOTAL_S", gt=0, le=130)] = 120.0

@@ -399,6 +399,29 @@ def claims(
 
 
 @app.command()
+def mcp(
+    http: Annotated[
+        int | None,
+        typer.Option("--http", metavar="PORT", min=0, max=65535, help="serve HTTP instead of stdin and stdout"),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="the address to listen at, with --http")] = "127.0.0.1",
+    by: Annotated[str, typer.Option("--by", metavar="NAME", help="who starts runs and decides")] = "",
+    decide: Annotated[
+        bool, typer.Option("--decide/--no-decide", help="let the client answer approvals, in the name of --by")
+    ] = False,
+) -> None:
+    """Serve the platform as an MCP server: start runs, follow them, see what waits for a human.
+
+    Approvals cannot be answered unless you say --decide: an agent must not approve its own work.
+    """
+    from holdfast.cli import mcp_server
+
+    if decide and not by.strip():
+        raise Refused("--decide needs --by NAME: every decision carries the name of whoever answers for it")
+    _go(mcp_server.serve(_name(by), decide=decide, host=host, port=http))
+
+
+@app.command()
 def migrate(json: Json = False) -> None:
     """Bring the store's schema to what this code needs."""
     from holdfast.settings import settings

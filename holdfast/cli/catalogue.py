@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
+
 from rich.text import Text
 
 from agents.registry import agent as find_agent
@@ -11,20 +14,54 @@ from holdfast.agent import AgentSpec
 from holdfast.batch import BatchSpec
 from holdfast.cli.output import out, print_json
 from holdfast.contracts import Json
+from holdfast.mcp.hub import Hub
+from holdfast.mcp.spec import McpServer
+from holdfast.mcp.tool import RemoteTool
 from holdfast.tools import LastGood, Tool
+
+Down = dict[str, str]
+"""MCP servers that cannot be asked for their tools, and why."""
+ASK_S = 10.0
+"""How long a server may take to start and list its tools."""
+
+
+def _bound(specs: Iterable[AgentSpec]) -> list[tuple[AgentSpec, Down]]:
+    """The agents with the tools that their MCP servers have now."""
+
+    async def bind() -> list[tuple[AgentSpec, Down]]:
+        hub = Hub()
+        try:
+            return await asyncio.gather(*(hub.bind(spec, ASK_S) for spec in specs))
+        finally:
+            await hub.close()
+
+    return asyncio.run(bind())
+
+
+def _missing(spec: AgentSpec, server: McpServer, down: Down) -> str:
+    """What a reader should know of a server: that it does not answer, or lacks what the spec names."""
+    if server.name in down:
+        return f"its tools are not known now: {down[server.name]}"
+    lost = [name for name in {*server.effects, *server.only} if server.tool_name(name) not in spec.by_name]
+    return f"the spec names tools that it does not have: {', '.join(sorted(lost))}" if lost else ""
 
 
 def show_agents(as_json: bool) -> None:
-    specs = all_agents().values()
+    found = _bound(all_agents().values())
     if as_json:
-        print_json([*map(_agent, specs), *map(_batch, all_batches().values())])
+        agents = [_agent(spec, down) for spec, down in found]
+        print_json([*agents, *map(_batch, all_batches().values())])
         return
-    for spec in specs:
+    for spec, down in found:
         out.print(f"[bold]{spec.name}[/bold]  [dim]version {spec.version}[/dim]")
         out.print(f"  {spec.description}", markup=False)
         out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(spec).items())}", markup=False)
         steps = (step.name + ("" if step.critical else " (optional)") for step in spec.steps)
         out.print(f"  steps  {', '.join(steps)}", markup=False)
+        for server in spec.mcp:
+            tools = ", ".join(name for name in spec.by_name if server.may_have(name))
+            words = "; ".join(filter(None, (tools, _missing(spec, server, down))))
+            out.print(f"  tools of MCP server {server.name}  {words}", markup=False)
     for batch in all_batches().values():
         out.print(f"[bold]{batch.name}[/bold]  [dim]batch of {batch.agent.name}, {batch.window} at a time[/dim]")
         out.print(f"  {batch.description}", markup=False)
@@ -42,7 +79,7 @@ def _batch(spec: BatchSpec) -> Json:
     }
 
 
-def _agent(spec: AgentSpec) -> Json:
+def _agent(spec: AgentSpec, down: Down) -> Json:
     return {
         "name": spec.name,
         "version": spec.version,
@@ -50,6 +87,7 @@ def _agent(spec: AgentSpec) -> Json:
         "input": spec.input.model_json_schema(),
         "steps": [step.model_dump(mode="json") for step in spec.steps],
         "tools": list(spec.by_name),
+        "mcp": [{"server": each.name, "problem": _missing(spec, each, down)} for each in spec.mcp],
         "max_turns": spec.max_turns,
         "deadline_s": spec.deadline.total_seconds(),
     }
@@ -65,19 +103,26 @@ def _type(schema: Json) -> str:
 
 def show_tools(agent: str | None, as_json: bool) -> None:
     specs = [find_agent(agent)] if agent is not None else list(all_agents().values())
+    found = _bound(specs)
     if as_json:
-        print_json([{"agent": spec.name, **_tool(tool)} for spec in specs for tool in spec.tools])
+        print_json([{"agent": spec.name, **_tool(tool)} for spec, _ in found for tool in spec.tools])
         return
-    for spec in specs:
+    for spec, down in found:
         out.print(f"[bold]{spec.name}[/bold]")
+        for server in spec.mcp:
+            if problem := _missing(spec, server, down):
+                out.print(Text(f"  MCP server {server.name}: {problem}", "yellow"))
         for tool in spec.tools:
-            marks = [str(tool.effect), tool.service, f"{tool.timeout_s:g} s", f"{tool.retries} retries"]
+            whose = f"MCP server {tool.service}" if isinstance(tool, RemoteTool) else tool.service
+            marks = [str(tool.effect), whose, f"{tool.timeout_s:g} s", f"{tool.retries} retries"]
             marks += [f"stage {tool.queue}"] * bool(tool.queue)
             marks += ["needs approval"] * tool.approval + ["can be undone"] * tool.policy.undo
             marks += [f"{tool.per_minute} a minute"] * (tool.per_minute is not None) + _fallbacks(tool)
             out.print(Text.assemble("  ", (tool.name, "cyan"), f"  version {tool.version} · {' · '.join(marks)}"))
             out.print(Text(f"      {tool.description.splitlines()[0]}", "dim"))
-            arguments = ", ".join(f"{name}: {_type(field)}" for name, field in tool.schema["properties"].items())
+            arguments = ", ".join(
+                f"{name}: {_type(field)}" for name, field in tool.schema.get("properties", {}).items()
+            )
             out.print(Text(f"      {arguments}", "dim"))
 
 
@@ -94,6 +139,7 @@ def _tool(tool: Tool) -> Json:
         "description": tool.description,
         "effect": tool.effect,
         "service": tool.service,
+        "mcp": isinstance(tool, RemoteTool),
         "timeout_s": tool.timeout_s,
         "deadline_s": tool.deadline_s,
         "retries": tool.retries,

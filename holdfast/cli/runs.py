@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich.live import Live
@@ -50,6 +50,9 @@ from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.runs import Run, Runs
 from holdfast.temporal import connect
 from holdfast.wording import answer_commands
+
+if TYPE_CHECKING:
+    from holdfast.starting import Started
 
 ANSWER = timedelta(seconds=5)
 """How long a worker may take to answer a query or an update before we go on without it."""
@@ -185,26 +188,9 @@ async def run(agent: str, value: str, key: str, *, webhook: str, wait: bool, fol
     """Starts a run (or finds the one of this key), prints its id at once; the exit status."""
     import getpass
 
-    from holdfast.starting import start_run
-    from holdfast.state.version import check_schema
-
     data = read_input(value)
     client = await connect()
-    db = await open_database(settings().store_url)
-    try:
-        await check_schema(db)
-        started = await start_run(
-            client,
-            Runs(db),
-            agent,
-            data,
-            task_queue=settings().task_queue,
-            request_key=key,
-            requested_by=getpass.getuser(),
-            webhook=webhook,
-        )
-    finally:
-        await db.close()
+    started = await begin(client, agent, data, key, getpass.getuser(), webhook=webhook)
     url = link(client, started.workflow_id)
     told = {"workflow_id": started.workflow_id, "request_key": started.request_key, "new": started.new, "url": url}
     if as_json:
@@ -216,6 +202,28 @@ async def run(agent: str, value: str, key: str, *, webhook: str, wait: bool, fol
     if not (wait or follow_it):
         return 0
     return await follow(client, started.workflow_id, silent=wait, as_json=as_json, told=told if wait else None)
+
+
+async def begin(client: Client, agent: str, value: Json, key: str, by: str, *, webhook: str = "") -> Started:
+    """Starts a run, or finds the one of this key. Raises what `start_run` does, and SchemaMismatch."""
+    from holdfast.starting import start_run
+    from holdfast.state.version import check_schema
+
+    db = await open_database(settings().store_url)
+    try:
+        await check_schema(db)
+        return await start_run(
+            client,
+            Runs(db),
+            agent,
+            value,
+            task_queue=settings().task_queue,
+            request_key=key,
+            requested_by=by,
+            webhook=webhook,
+        )
+    finally:
+        await db.close()
 
 
 def read_input(value: str, option: str = "--input") -> Json:
@@ -305,16 +313,7 @@ async def changes(handle: Handle, every_s: float = 0.3) -> AsyncIterator[RunStat
 async def status(workflow_id: str, as_json: bool) -> int:
     client = await connect()
     known = await find(client, workflow_id)
-    source, complaint, found = "workflow", "", None
-    if not known.running and (result := await known.result()):
-        # What was repaired after the end is only there.
-        found, source = from_result(result), "store"
-    elif known.execution is not None:
-        try:
-            found = await ask(known.handle, "status", RunStatus)
-        except NoAnswer as error:
-            failing = await failing_task(client, workflow_id)
-            complaint = f"its workflow task fails and is tried again: {failing}" if failing else str(error)
+    found, source, complaint = await look(client, known)
     if as_json:
         server = status_word(known.execution)
         told: Json = {"workflow_id": workflow_id, "source": source if found else "server", "temporal": server}
@@ -337,6 +336,20 @@ async def status(workflow_id: str, as_json: bool) -> int:
     return 0
 
 
+async def look(client: Client, known: Known) -> tuple[RunStatus | None, str, str]:
+    """What a run is doing, who says so (`workflow` or `store`), and what is odd about it."""
+    if not known.running and (result := await known.result()):
+        # What was repaired after the end is only there.
+        return from_result(result), "store", ""
+    if known.execution is None:
+        return None, "workflow", ""
+    try:
+        return await ask(known.handle, "status", RunStatus), "workflow", ""
+    except NoAnswer as error:
+        failing = await failing_task(client, known.workflow_id)
+        return None, "workflow", f"its workflow task fails and is tried again: {failing}" if failing else str(error)
+
+
 def from_result(result: RunResult) -> RunStatus:
     """The status of a run that has ended."""
     return RunStatus(
@@ -357,8 +370,8 @@ def from_result(result: RunResult) -> RunStatus:
     )
 
 
-async def result(workflow_id: str, as_json: bool) -> int:
-    client = await connect()
+async def ended(client: Client, workflow_id: str) -> RunResult:
+    """How a run ended. Raises Refused when it has not, or nobody recorded it."""
     known = await find(client, workflow_id, with_row=True)
     if known.running:
         raise Refused(f"{workflow_id} is still running: `uv run starter.py follow {workflow_id}` waits for its end")
@@ -367,6 +380,11 @@ async def result(workflow_id: str, as_json: bool) -> int:
         raise Refused(
             f"{workflow_id} has no result: it is {status_word(known.execution)} in Temporal, and none is stored"
         )
+    return found
+
+
+async def result(workflow_id: str, as_json: bool) -> int:
+    found = await ended(await connect(), workflow_id)
     if as_json:
         print_json({"workflow_id": workflow_id, "result": found})
     else:
@@ -450,21 +468,9 @@ def clock(epoch: float) -> str:
 
 
 async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
-    """What waits for a human in one run, or in all that run. role: only what is addressed to it."""
-    client = await connect()
-    if workflow_id is not None:
-        ids = [(await find_running(client, workflow_id)).workflow_id]
-    else:
-        query = 'WorkflowType = "AgentWorkflow" AND ExecutionStatus = "Running"'
-        ids = [execution.id async for execution in client.list_workflows(query)]
-    found: list[tuple[str, Approval]] = []
-    for each in ids:
-        try:
-            opened = await ask(client.get_workflow_handle(each), "approvals", list[Approval])
-        except NoAnswer as error:
-            err.print(f"[yellow]note: {each}: {error}[/yellow]")
-            continue
-        found += [(each, approval) for approval in opened if role in ("", approval.role)]
+    found, notes = await waiting(await connect(), workflow_id, role)
+    for note in notes:
+        err.print(f"[yellow]note: {note}[/yellow]")
     if as_json:
         print_json([{"workflow_id": each, "approval": approval} for each, approval in found])
     elif not found:
@@ -474,6 +480,30 @@ async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
             out.print(Text(each, "bold"))
             out.print(view.approval_view(each, approval))
     return 0
+
+
+async def waiting(
+    client: Client, workflow_id: str | None = None, role: str = ""
+) -> tuple[list[tuple[str, Approval]], list[str]]:
+    """What waits for a human in one run, or in all that run, and which of them do not answer.
+
+    role: only what is addressed to it.
+    """
+    if workflow_id is not None:
+        ids = [(await find_running(client, workflow_id)).workflow_id]
+    else:
+        query = 'WorkflowType = "AgentWorkflow" AND ExecutionStatus = "Running"'
+        ids = [execution.id async for execution in client.list_workflows(query)]
+    found: list[tuple[str, Approval]] = []
+    notes: list[str] = []
+    for each in ids:
+        try:
+            opened = await ask(client.get_workflow_handle(each), "approvals", list[Approval])
+        except NoAnswer as error:
+            notes.append(f"{each}: {error}")
+            continue
+        found += [(each, approval) for approval in opened if role in ("", approval.role)]
+    return found, notes
 
 
 async def decide(

@@ -1,1 +1,1 @@
-"""MCP both ways: tools of other servers for our agents (`spec`, `hub`), and the platform as a server (`platform`)."""
+"""Tools of MCP servers for our agents. The platform as a server is a command: `holdfast.cli.mcp_server`."""
