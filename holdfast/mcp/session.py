@@ -68,6 +68,7 @@ class Session:
         while True:
             try:
                 async with self.client.listen(tools_list_changed=True) as changes:
+                    self._stale = True  # what changed before the stream was open has not been told
                     async for _ in changes:
                         self._stale = True
                 return
