@@ -77,9 +77,9 @@ async def test_a_call_to_a_server_that_died_meanwhile_is_made_on_a_new_process(n
 
 async def test_a_hung_server_is_cut_by_the_callers_limit_and_replaced(notebook: Notebook):
     connection = notebook.connection()
-    await connection.tools(20)
+    await notebook.call(connection, "slow", seconds=0.5)  # by then the list of tools is settled
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(1):
             await notebook.call(connection, "block")
     with pytest.raises(ServerDown) as caught:  # while it is found out whether it answers anything
         await connection.call(notebook.server.tool_name("look"), "v", {}, "k", connect_s=0.1)
