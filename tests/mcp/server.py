@@ -123,7 +123,7 @@ def make(journal: Path) -> MCPServer:
 
 
 async def serve_http(server: MCPServer, journal: Path, port: int) -> None:
-    """With `/status/N` the next POST to /mcp is answered N; with `/forget` all sessions are lost."""
+    """After a POST to `/status/N` the next call of a tool is answered N."""
     forced: list[int] = []
 
     @server.custom_route("/status/{status:int}", methods=["POST"])
@@ -134,7 +134,7 @@ async def serve_http(server: MCPServer, journal: Path, port: int) -> None:
     app = server.streamable_http_app()
 
     async def outer(scope: Any, receive: Any, send: Any) -> None:
-        if forced and scope["type"] == "http" and scope["path"] == "/mcp" and scope["method"] == "POST":
+        if forced and scope["type"] == "http" and (b"mcp-method", b"tools/call") in scope["headers"]:
             status = forced.pop()
             headers = {"retry-after": "7"} if status == 429 else {}
             await Response("no", status_code=status, headers=headers)(scope, receive, send)
