@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import pytest_asyncio
 from holdfast.mcp.connection import Connection
 from holdfast.mcp.spec import McpServer
 from holdfast.stack import ROOT
+from tests.fixtures.stack import until
 
 
 @dataclass
@@ -108,18 +108,15 @@ def served(tmp_path: Path, **environment: str) -> Iterator[Callable[..., Served]
     """A notebook over HTTP; call it with the rest of the spec once the server is up."""
     journal = tmp_path / "journal"
     one = Served(journal, stdio(journal))
-    one.start(**environment)
     port = journal.with_suffix(".port")
-    deadline = time.monotonic() + 30
-    while not (port.exists() and port.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
     def made(**more: Any) -> Served:
         one.server = McpServer(name(), url=f"http://127.0.0.1:{port.read_text()}/mcp", **more)
         return one
 
     try:
+        one.start(**environment)
+        until(lambda: port.exists() and port.read_text(), 90)
         yield made
     finally:
         one.stop()
