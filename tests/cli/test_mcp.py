@@ -114,7 +114,8 @@ async def test_nobody_decides_unless_the_server_was_told_to_let_them(stack: Stac
 async def test_errors_are_words_that_a_model_can_act_on(stack: Stack) -> None:
     async with over_stdio(stack, "--decide", "--by", "dr.lee") as client:
         start = {"agent": "discharge", "input": {"patient_id": "pat-1"}, "request_key": "k"}
-        assert "there are: discharge" in await refused(client, "start_run", **{**start, "agent": "nobody"})
+        unknown = await refused(client, "start_run", **{**start, "agent": "nobody"})
+        assert "no agent named 'nobody'; there are: " in unknown and "discharge" in unknown
         assert "patient_id" in await refused(client, "start_run", **{**start, "input": {}})
         assert "request_key" in await refused(client, "start_run", **{**start, "request_key": ""})
         assert "no run 'discharge-none'" in await refused(client, "status", run="discharge-none")
