@@ -19,7 +19,7 @@ from mcp.types import ToolAnnotations
 from pydantic import BaseModel, Field, ValidationError
 from temporalio.client import Client
 
-from agents.registry import agents
+from agents.registry import agents, batches
 from holdfast.cli import runs
 from holdfast.cli.output import Refused
 from holdfast.contracts import Approval, ApprovalDecision, DecisionReply, Json, RunResult, RunStatus, Verdict
@@ -168,7 +168,7 @@ def make_server(by: str, *, decide: bool) -> MCPServer:
 
 def _about_agents() -> str:
     lines = ["Start an agent's run and return its id at once; the run goes on by itself.", "", "Agents:"]
-    for spec in agents().values():
+    for spec in (*agents().values(), *batches().values()):
         fields = spec.input.model_json_schema()
         lines.append(f"- {spec.name}: {spec.description} Input schema: {_compact(fields)}")
     return "\n".join(lines)
