@@ -13,8 +13,8 @@ COPY workflows ./workflows
 COPY activities ./activities
 COPY agents ./agents
 
-# /data takes the simulated services' files; the application itself writes nothing.
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin holdfast && install -d -o holdfast /data
+# /data takes the simulated services' files, /work what agents write; the application itself writes nothing.
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin holdfast && install -d -o holdfast /data /work
 USER holdfast
 
 CMD ["python", "worker.py"]

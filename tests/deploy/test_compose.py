@@ -4,6 +4,7 @@ No engine runs here: that the images start is not shown by these tests (see docs
 """
 
 import asyncio
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from temporalio.api.enums.v1 import TaskQueueType
@@ -22,6 +24,7 @@ from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 
 from activities import activities
+from agents import registry
 from holdfast.settings import Settings
 from tests.fixtures.temporal import Stage, binary
 from workflows.agent import AgentWorkflow
@@ -63,6 +66,25 @@ def test_the_values_are_ones_that_the_settings_take(monkeypatch: pytest.MonkeyPa
     assert settings.database_url.startswith("postgresql://")
     assert settings.openai_base_url == Settings.model_fields["openai_base_url"].default
     assert settings.model == Settings.model_fields["model"].default
+
+
+def test_the_file_fits_the_compose_specification():
+    schema = json.loads((Path(__file__).parent / "schemas/compose-spec.json").read_text())
+    jsonschema.validate(COMPOSE, schema)
+
+
+def test_every_task_queue_has_a_service_that_serves_it():
+    served = [command(service)[-1] for service in OURS.values() if command(service)[1:3] == ["worker.py", "--queue"]]
+    assert sorted(served) == sorted(["main", *registry.stages()])
+
+
+def test_the_collector_takes_what_workers_send():
+    config = yaml.safe_load(COMPOSE["configs"]["collector"]["content"])
+    sent = re.sub(r"\$\{\w+:-(.*)\}", r"\1", SERVICES["worker"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    assert sent == "http://collector:" + config["receivers"]["otlp"]["protocols"]["http"]["endpoint"].split(":")[1]
+    for pipeline in config["service"]["pipelines"].values():
+        for part, names in pipeline.items():
+            assert set(names) <= set(config[part])
 
 
 def test_every_image_is_pinned_to_an_exact_version():
@@ -156,7 +178,7 @@ def test_no_secret_is_written_down():
     for name, service in SERVICES.items():
         for variable, value in service.get("environment", {}).items():
             if re.search(r"PASSWORD|PWD|KEY|SECRET", variable):
-                assert VARIABLE.search(value), f"{name}: {variable} is literal"
+                assert value is None or VARIABLE.search(value), f"{name}: {variable} is literal"
     password = re.search(r"://holdfast:(.*)@", SERVICES["worker"]["environment"]["DATABASE_URL"])
     assert password is not None
     assert password.group(1).startswith("${HOLDFAST_DB_PASSWORD:?"), "a missing password has to be an error"
