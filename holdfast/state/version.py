@@ -5,7 +5,12 @@ from __future__ import annotations
 from holdfast.state.database import Database
 
 VERSION = "0003"
-"""The migration that this code needs: the newest in `migrations/versions`. They are numbered in order."""
+"""The migration that this code needs: the newest in `migrations/versions`. They are numbered in order.
+
+The first digit is the generation. Within one, a migration only adds what older code can do without: workers of an old
+build have to start on it, for their pinned runs may take a month to end. One that older code cannot live with begins
+the next generation (`1001_…`), and may only be applied when no old build is left.
+"""
 
 
 class SchemaMismatch(Exception):
@@ -13,7 +18,7 @@ class SchemaMismatch(Exception):
 
 
 async def check_schema(db: Database) -> None:
-    """Raises SchemaMismatch unless the store has exactly the schema of this code."""
+    """Raises SchemaMismatch unless the store has the schema of this code, or a later one of its generation."""
     found = await _version(db)
     if found is None:
         raise SchemaMismatch("the store has no schema yet: run `uv run starter.py migrate`")
@@ -21,11 +26,12 @@ async def check_schema(db: Database) -> None:
         raise SchemaMismatch(
             f"the store has schema {found}, this code needs {VERSION}: run `uv run starter.py migrate`"
         )
-    refuse_newer(found)
+    if found[0] > VERSION[0]:
+        refuse_newer(found)
 
 
 def refuse_newer(found: str) -> None:
-    """Raises SchemaMismatch for a store from the future: its data may mean what this code cannot know."""
+    """Raises SchemaMismatch for a store from the future: this code cannot know its migrations."""
     if found > VERSION:
         raise SchemaMismatch(
             f"this code is older than the store (schema {VERSION} < {found}): deploy the newer version"

@@ -78,13 +78,20 @@ async def test_an_older_store_says_migrate(db: Database) -> None:
         await check_schema(db)
 
 
-async def test_a_newer_store_says_deploy_and_is_never_migrated(db: Database, store_url: str) -> None:
-    await db.run("UPDATE alembic_version SET version_num = '0999'")
-    with pytest.raises(SchemaMismatch, match=r"older than the store .*0999.*: deploy the newer version"):
-        await check_schema(db)
-    with pytest.raises(SchemaMismatch, match="deploy the newer version"):
+@pytest.mark.parametrize("found", ["0999", "1001"])
+async def test_a_newer_store_is_never_migrated(db: Database, store_url: str, found: str) -> None:
+    await db.run("UPDATE alembic_version SET version_num = ?", found)
+    with pytest.raises(SchemaMismatch, match=rf"older than the store .*{found}.*: deploy the newer version"):
         migrate(store_url)
-    assert await db.one("SELECT version_num FROM alembic_version") == ("0999",)
+    assert await db.one("SELECT version_num FROM alembic_version") == (found,)
+
+
+async def test_an_old_build_starts_on_a_newer_store_of_its_generation_only(db: Database) -> None:
+    await db.run("UPDATE alembic_version SET version_num = '0999'")
+    await check_schema(db)
+    await db.run("UPDATE alembic_version SET version_num = '1001'")
+    with pytest.raises(SchemaMismatch, match=r"older than the store .*1001.*: deploy the newer version"):
+        await check_schema(db)
 
 
 def test_no_server_is_one_clear_line() -> None:
