@@ -26,9 +26,11 @@ from tests.load.batches import STAGES, Field, Outcome, claims, kills
 console = Console(width=120, stderr=True)
 
 
-async def proof(home: Path, folder: Path, store: str, workers: int, seed: int) -> tuple[Outcome, Outcome, Json]:
+async def proof(
+    home: Path, folder: Path, store: str, workers: int, seed: int, think_s: float
+) -> tuple[Outcome, Outcome, Json]:
     """The batch without and with kills, and what holds of them."""
-    async with Field.open(home, store) as field:
+    async with Field.open(home, store, think_s) as field:
         for stage in STAGES:
             await field.hire(stage, workers)
         with console.status("without kills"):
@@ -56,7 +58,7 @@ def main() -> int:
     parser.add_argument("--store", choices=["sqlite", "postgresql"], default="postgresql")
     parser.add_argument("--kill", action="store_true", help="the proof only")
     parser.add_argument("--speed", metavar="N,N,…", help="the speed by so many workers only (default: 1,2,4)")
-    parser.add_argument("--think", type=float, default=0.15, help="seconds that the model takes, for the speed")
+    parser.add_argument("--think", type=float, default=0.15, help="seconds that the model takes (default: 0.15)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     told: Json = {"documents": options.documents, "store": options.store, "load": os.getloadavg()[0]}
@@ -80,7 +82,7 @@ def main() -> int:
         console.print(f"{found} texts of this machine; load {os.getloadavg()[0]:.1f}")
         if not options.speed:
             with _store(options.store) as url:
-                arguments = (home / "proof", folder, url, options.workers, options.seed)
+                arguments = (home / "proof", folder, url, options.workers, options.seed, options.think)
                 calm, killed, held = asyncio.run(proof(*arguments))
             note("without kills", calm)
             note(f"{killed.killed} kills", killed)

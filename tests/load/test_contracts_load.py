@@ -11,7 +11,7 @@ async def test_with_a_worker_of_each_stage_killed_every_document_is_done_once_an
 ) -> None:
     collect(tmp_path / "texts", 12)
     (tmp_path / "texts" / "empty.txt").touch()
-    async with Field.open(tmp_path / "home") as field:
+    async with Field.open(tmp_path / "home", think_s=0.1) as field:
         for stage in STAGES:
             await field.hire(stage)
         calm = await field.batch("calm", tmp_path / "texts")
