@@ -485,14 +485,16 @@ async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
 async def waiting(
     client: Client, workflow_id: str | None = None, role: str = ""
 ) -> tuple[list[tuple[str, Approval]], list[str]]:
-    """What waits for a human in one run, or in all that run, and which of them do not answer.
+    """What waits for a human in one run, in those of a batch, or in all, and which of them do not answer.
 
     role: only what is addressed to it.
     """
-    if workflow_id is not None:
-        ids = [(await find_running(client, workflow_id)).workflow_id]
+    known = await find_running(client, workflow_id) if workflow_id is not None else None
+    if known and known.execution and known.execution.workflow_type == "AgentWorkflow":
+        ids = [known.workflow_id]
     else:
         query = 'WorkflowType = "AgentWorkflow" AND ExecutionStatus = "Running"'
+        query += f' AND ParentWorkflowId = "{known.workflow_id}"' if known else ""
         ids = [execution.id async for execution in client.list_workflows(query)]
     found: list[tuple[str, Approval]] = []
     notes: list[str] = []

@@ -275,3 +275,33 @@ async def test_a_batch_replays_from_its_history_whatever_is_cached(lite: Stage, 
     async with lite.worker(max_cached_workflows=workers):
         result = await (await batch.start(lite, names(6))).result()
     assert result.items == Items(total=6, done=5, failed=1)
+
+
+async def test_an_item_whose_run_is_there_already_is_not_done_again(lite: Stage):
+    desk = Desk()
+    desk.gate.set()
+    batch = Batch.of(desk.agent(lite))
+    await lite.client.start_workflow(
+        "AgentWorkflow",
+        {"agent": batch.spec.agent.name, "input": {"name": "n01"}},
+        id=f"{batch.spec.name}-k.n01",
+        task_queue=lite.queue,
+    )
+    async with lite.worker():
+        result = await (await batch.start(lite, names(3), key="k")).result()
+    assert sorted(desk.done) == names(3)
+    assert result.reason == f"1 of 3 names failed: N01 (there is a run {batch.spec.name}-k.n01 already)"
+
+
+async def test_the_children_of_a_terminated_batch_undo_what_they_did(lite: Stage):
+    world = World()
+    spec = agent(world.tool("place"), world.tool("sign", approval=True), input=Work)
+    lite.model.script = sequence(call(("place", {})), call(("sign", {})))
+    batch = Batch.of(spec, window=2, most_open=2)
+    async with lite.worker():
+        handle = await batch.start(lite, names(5))
+        await until(handle, lambda now: now.items is not None and now.items.parked == 2)
+        await handle.terminate()
+        for name in names(2):
+            await cancelled(lite.client.get_workflow_handle(f"{handle.id}.{name}"))
+    assert world.log.count("undo place#1") == 2
