@@ -98,11 +98,11 @@ class Field:
             nursery.stop()
             stack.stop(0.0)
 
-    async def hire(self, stage: str, number: int = 1) -> None:
+    async def hire(self, stage: str, number: int = 1, **environment: str) -> None:
         """More workers of a stage; an empty one serves everything."""
         arguments = ("--queue", stage) if stage else ()
         for _ in range(number):
-            self.crew.setdefault(stage, []).append(await self.nursery.worker(*arguments))
+            self.crew.setdefault(stage, []).append(await self.nursery.worker(*arguments, **environment))
 
     def dismiss(self) -> None:
         for child in (each for group in self.crew.values() for each in group):

@@ -42,10 +42,15 @@ async def proof(
     return calm, killed, claims(calm, killed, len(deaths))
 
 
-async def speed(home: Path, folder: Path, store: str, workers: int, think_s: float) -> Outcome:
-    """The batch with so many workers, each of which serves everything."""
+async def speed(home: Path, folder: Path, store: str, workers: int, think_s: float, of: str) -> Outcome:
+    """The batch with so many workers, each of which serves everything; of: with so many of this stage.
+
+    Those do one call at a time, so that the stage is what holds up the others.
+    """
     async with Field.open(home, store, think_s) as field:
-        await field.hire("", workers)
+        for stage in STAGES if of else ("",):
+            narrow = {"HOLDFAST_SLOTS": "1"} if stage == of and of else {}
+            await field.hire(stage, workers if stage in ("", of) else 1, **narrow)
         with console.status(f"{workers} workers"):
             return await field.batch("speed", folder)
 
@@ -58,6 +63,9 @@ def main() -> int:
     parser.add_argument("--store", choices=["sqlite", "postgresql"], default="postgresql")
     parser.add_argument("--kill", action="store_true", help="the proof only")
     parser.add_argument("--speed", metavar="N,N,…", help="the speed by so many workers only (default: 1,2,4)")
+    parser.add_argument(
+        "--of", choices=STAGES[1:], default="", help="speed: of this stage, with one call at a time each"
+    )
     parser.add_argument("--think", type=float, default=0.15, help="seconds that the model takes (default: 0.15)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -88,8 +96,9 @@ def main() -> int:
             note(f"{killed.killed} kills", killed)
         for workers in () if options.kill else map(int, (options.speed or "1,2,4").split(",")):
             with _store(options.store) as url:
-                outcome = asyncio.run(speed(home / f"speed-{workers}", folder, url, workers, options.think))
-            note(f"{workers} worker{'s' * (workers > 1)}", outcome)
+                arguments = (home / f"speed-{workers}", folder, url, workers, options.think, options.of)
+                outcome = asyncio.run(speed(*arguments))
+            note(f"{workers} {options.of} worker{'s' * (workers > 1)}".replace("  ", " "), outcome)
     if options.json:
         print_json({**told, "claims": held})
     else:
