@@ -22,11 +22,21 @@ from holdfast.tools import ToolContext, ToolFailed, Undo, explain, tool
 
 PATIENT = 7 * 86_400.0
 """Seconds that a stage may take with all its waits: a model that is down over a weekend loses no document."""
+DISK = 1000
+"""Tries while the workspace is in trouble: a full disk is mended by a person, and costs no document."""
 REASKS = 2
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-@tool(effect=Effect.IDEMPOTENT, service="workspace", queue="read", timeout=60, deadline=PATIENT, put_off=False)
+@tool(
+    effect=Effect.IDEMPOTENT,
+    service="workspace",
+    queue="read",
+    timeout=60,
+    deadline=PATIENT,
+    retries=DISK,
+    put_off=False,
+)
 def read(ctx: ToolContext, path: str, workspace: str) -> Json:
     """Read a document's text. Refuses what is no text, empty, or too large."""
     try:
@@ -45,7 +55,15 @@ def read(ctx: ToolContext, path: str, workspace: str) -> Json:
     }
 
 
-@tool(effect=Effect.IDEMPOTENT, service="model", queue="extract", timeout=3600, deadline=PATIENT, put_off=False)
+@tool(
+    effect=Effect.IDEMPOTENT,
+    service="model",
+    queue="extract",
+    timeout=3600,
+    deadline=PATIENT,
+    retries=DISK,
+    put_off=False,
+)
 async def extract(ctx: ToolContext, text: Digest, workspace: str) -> Json:
     """Extract the key terms, part by part, each checked against the text; put together without a model."""
     place = Workspace(workspace)
@@ -77,7 +95,15 @@ async def _terms_of(ctx: ToolContext, part: str, number: int, of: int) -> tuple[
     raise ToolFailed(f"the model's terms of part {number} did not validate in {REASKS + 1} tries: {problem}")
 
 
-@tool(effect=Effect.IDEMPOTENT, service="model", queue="summarise", timeout=600, deadline=PATIENT, put_off=False)
+@tool(
+    effect=Effect.IDEMPOTENT,
+    service="model",
+    queue="summarise",
+    timeout=600,
+    deadline=PATIENT,
+    retries=DISK,
+    put_off=False,
+)
 async def summarise(ctx: ToolContext, terms: Digest, workspace: str) -> Json:
     """Summarise the key terms."""
     place = Workspace(workspace)
@@ -87,7 +113,15 @@ async def summarise(ctx: ToolContext, terms: Digest, workspace: str) -> Json:
     return {"summary": place.keep(text), "by": _name(answer)}
 
 
-@tool(effect=Effect.IDEMPOTENT, service="workspace", queue="read", timeout=60, deadline=PATIENT, put_off=False)
+@tool(
+    effect=Effect.IDEMPOTENT,
+    service="workspace",
+    queue="read",
+    timeout=60,
+    deadline=PATIENT,
+    retries=DISK,
+    put_off=False,
+)
 def save(
     ctx: ToolContext, id: str, name: str, workspace: str, document: Json, extracted: Json, summarised: Json
 ) -> Json:

@@ -332,3 +332,18 @@ async def test_a_saved_result_is_deleted_again_by_its_undo(tmp_path: Path) -> No
 async def test_a_relative_folder_is_refused_at_the_door(lite: Stage) -> None:
     with pytest.raises(BadRequest, match="has to be an absolute path"):
         await start_run(lite.client, Runs(lite.runtime.db), "contracts", {"folder": "texts"}, task_queue=lite.queue)
+
+
+async def test_a_workspace_that_cannot_be_written_is_waited_for(lite: Stage, texts: Path) -> None:
+    out = texts.parent / "out"
+    out.touch()  # a file where the folder should be
+    lite.model.script = answering(lambda n: say(one_clause()))
+    async with workers(lite):
+        handle = await start(lite, texts / "a.txt", agent="contract")
+        async with asyncio.timeout(30):
+            while not any(each.attempt > 1 for each in (await handle.describe()).raw_description.pending_activities):
+                await asyncio.sleep(0.02)
+        out.unlink()
+        result = await handle.result()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert result.failures >= 1

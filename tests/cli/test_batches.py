@@ -124,3 +124,11 @@ def test_an_unknown_stage_is_one_line_that_names_those_there_are(stack: Stack) -
         "worker cannot start: --queue extrakt: there is no such stage; the agents' tools name:"
         " main, extract, read, summarise"
     ]
+
+
+def test_nothing_waits_in_a_batch_that_asks_nobody(stack: Stack, cli: Cli, folder: Path) -> None:
+    key = uuid4().hex[:8]
+    assert cli("run", "contracts", "--input", str(folder), "--id", key, HOLDFAST_TASK_QUEUE=key).returncode == 0
+    asked = cli("approvals", f"contracts-{key}", "--json")
+    assert (asked.returncode, json.loads(asked.stdout)) == (0, [])
+    cli("cancel", f"contracts-{key}")
