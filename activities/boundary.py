@@ -15,6 +15,10 @@ from holdfast.reliability.chain import RetryLater
 from holdfast.reliability.errors import ErrorType, application_error, backoff, classify
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
+from holdfast.tools import NotReady
+
+LONGEST_POLL_S = 60.0
+"""What the pause between two questions grows to, from 1 s, where a tool names none."""
 
 
 @contextmanager
@@ -31,6 +35,11 @@ def boundary() -> Iterator[None]:
         raise application_error(replace(later.failure, retry=True), later.delay) from None
     except NotYet as wait:
         raise _later(wait.why, wait.delay) from None
+    except NotReady as later:
+        delay = later.after
+        if delay is None:
+            delay = backoff(activity.info().attempt + 1, None, random.random(), LONGEST_POLL_S)
+        raise _later(later.why, delay) from None
     except Fenced as fenced:
         # The server no longer listens to this attempt. Should it after all (the clocks may disagree), it tries again.
         raise ApplicationError(str(fenced), type=ErrorType.FENCED) from None

@@ -287,8 +287,8 @@ class Tools:
             service_url=self._runtime.service_url,
             ask_model=ask,
             make_workspace=partial(self._runtime.workspace, request.agent),
-            position=heartbeat.position(),
-            advance=heartbeat.advance,
+            position=heartbeat.position(key),
+            advance=partial(heartbeat.advance, key),
             mcp=self._runtime.mcp,
         )
 

@@ -48,6 +48,22 @@ class ToolFailed(Exception):
     """Raised by a tool that certainly did nothing and never will. Not retried."""
 
 
+class NotReady(Exception):
+    """Raised by a tool that has begun something and asks how far it is: `raise NotReady("job 17 is at 40 %")`.
+
+    No failure: the tool is called again, with the position that it told, until it returns or its deadline passes.
+    """
+
+    def __init__(self, why: str, *, after: float | None = None, position: Any = None) -> None:
+        """after: seconds until then; None: 1 s, doubled to a minute. position: JSON data, else as told to `advance`."""
+        if after is not None and not 0 <= after < float("inf"):
+            raise ValueError(f"NotReady(after={after}): expected seconds from now")
+        super().__init__(why)
+        self.why = why
+        self.after = after
+        self.position = position
+
+
 @dataclass(frozen=True)
 class Undo:
     """What a compensation gets. `result` is None for an unknown outcome: ask by `key`, cope with 'never happened'."""
@@ -76,7 +92,7 @@ class ToolContext:
     """
     make_workspace: Callable[[], Path] = Path.cwd
     position: Any = None
-    """Where an earlier attempt of a long call got to, as it told `advance`; None when none did."""
+    """Where an earlier attempt of a long call got to, as it told `advance` or `NotReady`; None when none did."""
     advance: Callable[[Any], None] = lambda position: None
     """`ctx.advance(position)`: JSON data that the next attempt gets as `position`, should this one die."""
     mcp: Hub | None = None

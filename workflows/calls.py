@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from temporalio import workflow
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import ActivityError
+from temporalio.exceptions import ActivityError, ApplicationError, TimeoutError
 
 from holdfast.contracts import Wait
 
@@ -87,5 +87,8 @@ class Calls:
 
 
 def why(error: ActivityError) -> str:
-    """What was wrong, without Temporal's own words around it."""
-    return str(getattr(error.cause, "message", None) or error.cause or error)
+    """What was wrong, without Temporal's own words around it: when time was up, what the last attempt said."""
+    cause = error.cause
+    if isinstance(cause, TimeoutError) and isinstance(cause.cause, ApplicationError):
+        cause = cause.cause
+    return str(getattr(cause, "message", None) or cause or error)

@@ -45,6 +45,7 @@ from holdfast.contracts import (
     RunStatus,
     Verdict,
 )
+from holdfast.reliability.errors import ErrorType
 from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.runs import Run, Runs
@@ -314,21 +315,24 @@ async def status(workflow_id: str, as_json: bool) -> int:
     client = await connect()
     known = await find(client, workflow_id)
     found, source, complaint = await look(client, known)
+    open_ones = await in_flight(client, known.execution)
     if as_json:
         server = status_word(known.execution)
         told: Json = {"workflow_id": workflow_id, "source": source if found else "server", "temporal": server}
-        print_json({**told, "status": found, "note": complaint})
+        print_json({**told, "status": found, "in_flight": open_ones, "note": complaint})
         return 0
     if found is not None:
         out.print(view.status_view(workflow_id, found))
     else:
-        row, execution = known.row or await stored(workflow_id), known.execution
-        out.print(Text(workflow_id, "bold"), Text(status_word(execution), "cyan"))
+        row = known.row or await stored(workflow_id)
+        out.print(Text(workflow_id, "bold"), Text(status_word(known.execution), "cyan"))
         if row is not None:
             out.print(f"agent {row.agent}, asked for by {row.requested_by or 'unknown'} at {clock(row.created_at)}")
-        for activity in execution.raw_description.pending_activities if execution is not None else ():
-            failure = f": {await words(client, activity.last_failure)}" if activity.HasField("last_failure") else ""
-            out.print(f"in flight: {activity.activity_type.name}, attempt {activity.attempt}{failure}", markup=False)
+    for each in open_ones:
+        if found is None or each["said"]:  # what simply runs stands in the status already
+            again = f", again at {clock(each['next_at'])}" if each["next_at"] else ""
+            said = f": {each['said']}" if each["said"] else ""
+            out.print(f"in flight: {each['activity']}, attempt {each['attempt']}{again}{said}", markup=False)
     if complaint:
         err.print(f"[yellow]note: {complaint}[/yellow]")
     if known.execution is not None:
@@ -348,6 +352,22 @@ async def look(client: Client, known: Known) -> tuple[RunStatus | None, str, str
     except NoAnswer as error:
         failing = await failing_task(client, known.workflow_id)
         return None, "workflow", f"its workflow task fails and is tried again: {failing}" if failing else str(error)
+
+
+async def in_flight(client: Client, execution: WorkflowExecutionDescription | None) -> list[Json]:
+    """The open activities: what the last attempt said (a failure, or "not ready"), and when the next one begins."""
+    found: list[Json] = []
+    for each in execution.raw_description.pending_activities if execution is not None else ():
+        said = await words(client, each.last_failure) if each.HasField("last_failure") else ""
+        found.append(
+            {
+                "activity": each.activity_type.name,
+                "attempt": each.attempt,
+                "said": said.removeprefix(f"{ErrorType.NOT_YET}: "),
+                "next_at": each.next_attempt_schedule_time.seconds or None,
+            }
+        )
+    return found
 
 
 def from_result(result: RunResult) -> RunStatus:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.contracts import Effect
-from holdfast.reliability import faults, lease
+from holdfast.reliability import faults, heartbeat, lease
 from holdfast.reliability.breaker import Breaker, Change, Pass
 from holdfast.reliability.errors import ErrorType, Failure, backoff, classify
 from holdfast.reliability.faults import Point
@@ -30,6 +30,7 @@ from holdfast.reliability.waiting import NotYet
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
 from holdfast.telemetry import metrics
+from holdfast.tools import NotReady
 
 Act = Callable[[int], Awaitable[Any]]
 """Does the call. Gets the attempt's number, returns JSON data."""
@@ -111,7 +112,7 @@ async def protected(
 
     DONE with the result; FAILED: it certainly did not happen and trying again will not help; UNKNOWN: it may have
     happened and must not be tried blindly. tokens: what a result has used of a token limit.
-    Raises NotYet, RetryLater, KeyConflict, and Fenced when another attempt took over.
+    Raises NotYet, NotReady, RetryLater, KeyConflict, and Fenced when another attempt took over.
     """
     recorded = _POINTS[call.kind][2]
     if call.effect is Effect.READ:
@@ -140,6 +141,13 @@ async def _repeatable(guards: Guards, call: Call, act: Act, tokens: Callable[[An
             await guards.breaker.check(entry.passed)
         async with _limit(call):
             result = await act(1)
+    except NotReady as later:
+        _still_mine(call)
+        await entry.succeeded(0)  # it was answered
+        if look.failures:
+            await guards.ledger.forget_failures(call)
+        _told_position(call, later)
+        raise
     except (RetryLater, NotYet, Fenced):
         await entry.left()  # a call inside this one failed and was counted there, or went to another attempt
         raise
@@ -210,6 +218,7 @@ async def _act(
     """Acts under the reservation. `since`: the monotonic time at which it was asked for."""
     call, ledger = entry.call, entry.guards.ledger
     doubtful = grant.doubtful
+    heartbeat.resume(call.key, grant.position)
     if doubtful and call.effect is Effect.MANUAL:
         await entry.left()
         message = "an earlier attempt was cut off; whether it happened is not known"
@@ -232,6 +241,8 @@ async def _act(
             result = await act(grant.attempt)
     except Fenced:
         raise
+    except NotReady as later:
+        return await _not_ready(entry, grant, later)
     except (RetryLater, NotYet):
         # A model call inside this one did not come to its answer. Whether this one had acted by then only the tool
         # knows: a `manual` one is taken at its word (`ToolContext.ask_model`), the others can afford the doubt.
@@ -251,13 +262,35 @@ async def _done(entry: _Entry, grant: Grant, result: Any, tokens: Callable[[Any]
     return replace(settled, notes=await entry.succeeded(tokens(result)))
 
 
+async def _not_ready(entry: _Entry, grant: Grant, later: NotReady) -> Settled:
+    """Keeps the position for the next attempt, and raises NotReady again."""
+    call = entry.call
+    position = _told_position(call, later)
+    if position is None and call.effect is Effect.MANUAL:
+        # The next attempt could not tell asking from doing it twice.
+        why = f"{call.name} is not ready and told no position, which a tool of class manual has to"
+        return await _failed(entry, grant, True, Failure(ErrorType.INTERNAL, why, maybe_done=True), later)
+    await entry.guards.ledger.not_ready(call, grant.attempt, later.why, position)
+    await entry.succeeded(0)  # it was answered
+    raise later
+
+
+def _told_position(call: Call, later: NotReady) -> Any:
+    if later.position is not None:
+        heartbeat.advance(call.key, later.position)
+        return later.position
+    return heartbeat.position(call.key)
+
+
 async def _failed(entry: _Entry, grant: Grant, doubtful: bool, failure: Failure, error: Exception) -> Settled:
     """Counts the failure; raises RetryLater or settles."""
     call, ledger = entry.call, entry.guards.ledger
-    doubtful = doubtful or failure.maybe_done
+    # With a position the effect is done, and only the tool itself can say that it came to nothing.
+    begun = grant.position is not None
+    doubtful = doubtful or failure.maybe_done or (begun and failure.type is not ErrorType.TOOL_FAILED)
     state = State.UNKNOWN if doubtful else State.FAILED
     failures = grant.failures + 1
-    blind = doubtful and call.effect is Effect.MANUAL
+    blind = doubtful and call.effect is Effect.MANUAL and not begun
     # After an ambiguous failure a `probe` tool may always be asked about again, even where the error itself says stop.
     again = (failure.retry or (doubtful and call.effect is Effect.PROBE)) and not blind
     if again and failures <= call.retries:

@@ -15,26 +15,37 @@ from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, 
 from holdfast.reliability import lease
 
 _position: ContextVar[list[Any] | None] = ContextVar("position", default=None)
-"""What the beats of this activity carry: nothing, or one position."""
+"""What the beats of this activity carry: nothing, or one position, with the key of its call."""
 
 
-def position() -> Any:
-    """Where the attempt before this one got to; None when it told nothing, or outside of an activity."""
+def position(key: str) -> Any:
+    """Where the call of this key got to, in this activity; None when it told nothing. Stand-ins have their own."""
     told = _position.get()
-    return told[-1] if told else None
+    return told[-1][1] if told and told[-1][0] == key else None
 
 
-def advance(position: Any) -> None:
-    """Tells how far the activity has come: JSON data. The server hears at once; from a thread, with the next beat."""
+def resume(key: str, position: Any) -> None:
+    """Begins where an earlier activity got to, unless this one has got further."""
+    told = _position.get()
+    if told is None:
+        _position.set(told := [])  # without a beat, for this attempt alone
+    if position is not None and not (told and told[-1][0] == key):
+        told[:] = [[key, position]]
+
+
+def advance(key: str, position: Any) -> None:
+    """Tells how far the call has come: JSON data. The server hears at once; from a thread, with the next beat."""
     told = _position.get()
     if told is None:
         return
-    told[:] = [position]
+    told[:] = [[key, position]]
+    if not activity.in_activity() or not activity.info().heartbeat_timeout:
+        return
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return  # a sync tool's thread, where Temporal cannot be told
-    activity.heartbeat(position)
+    activity.heartbeat(*told)
 
 
 class HeartbeatInterceptor(Interceptor):
@@ -53,7 +64,7 @@ class _Beating(ActivityInboundInterceptor):
         interval = timeout.total_seconds() / 4
         held = lease.Lease(timeout.total_seconds())
         lease.current.set(held)
-        told = list(activity.info().heartbeat_details)[-1:]
+        told = [each for each in activity.info().heartbeat_details[-1:] if isinstance(each, list) and len(each) == 2]
         _position.set(told)
 
         def beat() -> None:

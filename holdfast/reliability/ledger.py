@@ -79,6 +79,8 @@ class Grant:
     """An earlier attempt may have acted."""
     breaker_failures: int = 0
     """What the breaker has counted, which a success has to take back."""
+    position: Any = None
+    """Set when an earlier attempt has done the effect and said that its result is not ready: what is left is asking."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ _RESERVE = f"""{_INSERT}) SELECT {_NEW}, 'RESERVED', 1, 0 WHERE NOT EXISTS ({_SH
 ON CONFLICT (key) DO UPDATE SET prior = effects.state, state = 'RESERVED', attempt = effects.attempt + 1,
     worker = excluded.worker, reserved_at = excluded.reserved_at
 WHERE effects.result IS NULL AND effects.digest = excluded.digest
-RETURNING attempt, failures, prior, (SELECT b.failures FROM breakers b WHERE b.target = ?)"""
+RETURNING attempt, failures, prior, position, (SELECT b.failures FROM breakers b WHERE b.target = ?)"""
 
 _LOOK = """
 SELECT e.state, e.digest, e.result, e.failures, b.failures, b.state, b.paused_until
@@ -160,6 +162,10 @@ _LOG = """log = CASE WHEN length(COALESCE(effects.log, '')) < 20000
 
 _RECORD = f"""
 UPDATE effects SET state = ?, result = ?, error = ?, failures = ?, settled_at = ?, {_LOG}
+WHERE key = ? AND attempt = ? AND state = 'RESERVED'"""
+
+_NOT_READY = """
+UPDATE effects SET state = 'UNKNOWN', failures = 0, error = ?, position = ?
 WHERE key = ? AND attempt = ? AND state = 'RESERVED'"""
 
 _COUNT_FAILURE = f"""{_INSERT}, settled_at, error, log) VALUES ({_NEW}, 'FAILED', 1, 1, ?, ?, ?)
@@ -190,7 +196,8 @@ UPDATE effects SET state = ?, result = ?, attempt = attempt + 1, settled_at = ?
 WHERE key = ? AND state IN ('RESERVED', 'UNKNOWN', 'FAILED') AND (result IS NULL OR result <> ?)"""
 
 _REOPEN = """
-UPDATE effects SET result = NULL, failures = 0, attempt = attempt + 1
+UPDATE effects SET result = NULL, failures = 0, attempt = attempt + 1,
+    position = CASE state WHEN 'FAILED' THEN NULL ELSE position END
 WHERE key = ? AND state IN ('FAILED', 'UNKNOWN')"""
 
 _COLUMNS = (
@@ -216,8 +223,11 @@ class Ledger:
         guard = "" if admitted else call.target
         row = await self._db.one(_RESERVE, *self._columns(call), time.time(), guard, now, call.target)
         if row is not None:
-            attempt, failures, prior, breaker_failures = row
-            return Grant(attempt, failures, prior in (State.RESERVED, State.UNKNOWN), breaker_failures or 0)
+            attempt, failures, prior, position, breaker_failures = row
+            # One that was cut off while it asked has done no more than the one before it.
+            doubtful = prior in (State.RESERVED, State.UNKNOWN) and position is None
+            at = None if position is None else json.loads(position)
+            return Grant(attempt, failures, doubtful, breaker_failures or 0, at)
         found = await self._db.one("SELECT state, digest, result, failures FROM effects WHERE key = ?", call.key)
         if found is None or (found[1] == call.digest and found[2] is None):
             if not admitted:
@@ -266,6 +276,12 @@ class Ledger:
         dump = settled.dump() if settled else None
         changed = await self._db.run(_RECORD, state, dump, error, failures, time.time(), log, call.key, attempt)
         if changed != 1:
+            raise Fenced(f"another attempt has taken over {call.key}")
+
+    async def not_ready(self, call: Call, attempt: int, why: str, position: Any) -> None:
+        """Records that the effect is done and its result is not there yet: no failure. Raises Fenced."""
+        at = None if position is None else json.dumps(position)
+        if await self._db.run(_NOT_READY, why, at, call.key, attempt) != 1:
             raise Fenced(f"another attempt has taken over {call.key}")
 
     async def keep(self, call: Call, result: Any) -> Settled:

@@ -75,6 +75,7 @@ effects = Table(
     Column("settled_at", Double),
     Column("agent", Text),
     Column("log", Text),
+    Column("position", Text),
     Index("effects_key_base", "key_base"),
 )
 """The ledger: one row an idempotency key. `log` has a JSON line for each attempt that failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -86,7 +87,7 @@ async def position(handle: WorkflowHandle[Any, Any]) -> tuple[int, int] | None:
     """The process that has the run's open activity, and how far the server has heard that it has come."""
     for each in (await handle.describe()).raw_description.pending_activities:
         for told in each.heartbeat_details.payloads:
-            return int(each.last_worker_identity.partition("@")[0]), int(told.data)
+            return int(each.last_worker_identity.partition("@")[0]), json.loads(told.data)[1]
     return None
 
 

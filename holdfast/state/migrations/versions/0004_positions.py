@@ -1,0 +1,11 @@
+"""Where a call that is not ready yet goes on, kept in the ledger."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    op.add_column("effects", sa.Column("position", sa.Text))
