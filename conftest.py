@@ -1,1 +1,1 @@
-pytest_plugins = ["tests.fixtures.store", "tests.fixtures.temporal", "tests.fixtures.stack"]
+pytest_plugins = ["tests.fixtures.store", "tests.fixtures.temporal", "tests.fixtures.stack", "tests.fixtures.checkout"]

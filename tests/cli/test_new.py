@@ -1,47 +1,16 @@
 """`new`: what it writes runs at once, in a copy of this checkout that nobody else uses."""
 
-import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from holdfast.cli.new import files
-from holdfast.stack import ROOT, without_ours
+from holdfast.stack import ROOT
+from tests.fixtures.checkout import Checkout
 from tests.fixtures.stack import processes_of, until
-
-PARTS = ("holdfast", "workflows", "activities", "agents", "tests")
-FILES = ("starter.py", "worker.py", "pyproject.toml", "conftest.py")
-
-
-class Checkout:
-    def __init__(self, root: Path) -> None:
-        self.root, self.home = root, root / ".holdfast"
-        for part in PARTS:
-            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__", "histories"))
-        for name in FILES:
-            shutil.copy(ROOT / name, root / name)
-        self.environment = {**without_ours(os.environ), "HOLDFAST_HOME": str(self.home), "PYTHONPATH": ""}
-
-    def __call__(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *command], cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=120
-        )
-
-    def json(self, *command: str) -> object:
-        done = self("starter.py", *command, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path)
 
 
 @pytest.fixture

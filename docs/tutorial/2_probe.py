@@ -1,0 +1,57 @@
+"""What meetings is: it reserves a room over HTTP, and can ask whether an invitation went out."""
+
+from pydantic import BaseModel
+
+from holdfast.agent import AgentSpec, Effect, StepSpec
+from holdfast.tools import ToolContext, Undo, tool
+
+
+class Meeting(BaseModel):
+    topic: str = "Roadmap"
+    people: list[str] = ["ada@example.com", "bo@example.com"]
+
+
+@tool(effect=Effect.IDEMPOTENT, service="rooms")
+async def reserve_room(ctx: ToolContext, topic: str, seats: int) -> dict[str, str]:
+    """Reserve a room with so many seats."""
+    url = f"{ctx.service_url('rooms')}/bookings"
+    answer = await ctx.http.post(url, json={"topic": topic, "seats": seats}, headers={"Idempotency-Key": ctx.key})
+    answer.raise_for_status()
+    return answer.json()
+
+
+@reserve_room.undo
+async def release_room(ctx: ToolContext, undo: Undo) -> str | None:
+    answer = await ctx.http.delete(f"{ctx.service_url('rooms')}/bookings", params={"key": undo.key})
+    if answer.status_code == 404:
+        return None  # it never happened
+    answer.raise_for_status()
+    return "room released"
+
+
+@tool(effect=Effect.PROBE, service="mail", approval=True)
+async def invite(ctx: ToolContext, people: list[str], text: str) -> dict[str, bool]:
+    """Send the invitation. A person has to approve it."""
+    body = {"reference": ctx.key, "people": people, "text": text}
+    answer = await ctx.http.post(f"{ctx.service_url('mail')}/invitations", json=body)
+    answer.raise_for_status()
+    return answer.json()
+
+
+@invite.probe
+async def invited(ctx: ToolContext, people: list[str], text: str) -> dict[str, bool] | None:
+    answer = await ctx.http.get(f"{ctx.service_url('mail')}/invitations", params={"reference": ctx.key})
+    if answer.status_code == 404:
+        return None  # it was not sent
+    answer.raise_for_status()
+    return answer.json()
+
+
+SPEC = AgentSpec(
+    name="meetings",
+    description="Reserves a room and invites people to it.",
+    instructions="You are meetings. Reserve a room for the meeting, invite the people to it, then say how it ended.",
+    input=Meeting,
+    tools=(reserve_room, invite),
+    steps=(StepSpec(name="room", tools=["reserve_room"]), StepSpec(name="invitation", tools=["invite"])),
+)

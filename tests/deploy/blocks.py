@@ -1,0 +1,58 @@
+"""The code of README and docs: fenced blocks with the comments above them, and the commands that are named."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.stack import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_BLOCK = re.compile(
+    r"^((?: *<!-- [^\n]* -->\n)*)( *)```(\w*)\n(.*?)^ *```$|^<!-- (Ctrl-C: \w+) -->$", re.MULTILINE | re.DOTALL
+)
+_LINE = re.compile(r"^ *(?:\$ )?((?:\w+='[^']*' |\w+=\S+ )*(?:\\\n *)?uv run starter\.py(?:\\\n|.)*)$", re.MULTILINE)
+_INLINE = re.compile(r"`(?:[^`\n]* )?starter\.py ([^`]+)`")
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+    said: dict[str, str]
+    """What the comments above it say: `key: value; key: value`; a value is empty for a word alone."""
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path, *languages: str) -> Iterator[Block]:
+    """The fenced blocks of these languages, and the comments that stand for a key pressed, in their order."""
+    text = page.read_text()
+    for found in _BLOCK.finditer(text):
+        comments, indent, language, code, key = found.groups()
+        said: dict[str, str] = {}
+        for comment in re.findall(r"<!-- (.*?) -->", comments or "") + ([key] if key else []):
+            for part in comment.split("; "):
+                name, _, value = part.partition(": ")
+                said[name] = value
+        if key or language in languages:
+            code = re.sub(rf"^{indent}", "", code or "", flags=re.MULTILINE)
+            yield Block(page, text.count("\n", 0, found.start()) + 1, language or "", code, said)
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str], bool]]:
+    """Every `starter.py …` that the page names: as it stands there, its arguments, whether it is to be typed."""
+    text = page.read_text()
+    for found in _LINE.finditer(text):
+        words = shlex.split(found[1].replace("\\\n", " "), comments=True)
+        words = words[words.index("starter.py") + 1 :]
+        ends = (at for at, word in enumerate(words) if word in ("|", ">", "&&", "&"))
+        yield found[0].strip(), words[: next(ends, len(words))], True
+    for found in _INLINE.finditer(text):
+        words = re.sub(r"[\[\]]", "", found[1]).replace("|", " ")
+        yield found[0], shlex.split(words), False
