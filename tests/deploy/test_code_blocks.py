@@ -1,8 +1,9 @@
 """The code in README and docs is code that runs, and its commands are ones that there are.
 
-A block of Python says by a comment above it what it is: `<!-- path -->` a part of that file, which is tested where it
-lies; `<!-- fragment -->` something that does not stand alone. Any other compiles, names nothing unknown, and imports
-what there is. The tutorial's commands are run: see test_tutorial.py.
+A block of Python says by a comment above it what it is: `<!-- path -->` a part of that file but for its indentation,
+which
+is tested where it lies; `<!-- fragment -->` something that does not stand alone. Any other compiles, names nothing
+unknown, and imports what there is. The tutorial's commands are run: see test_tutorial.py.
 """
 
 import ast
@@ -31,7 +32,7 @@ def test_code_and_commands_are_found():
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_a_block_of_python_is_code_that_runs(block: Block):
     if (path := next((each for each in block.said if each.endswith(".py")), None)) is not None:
-        assert block.text in _file(path), f"{block} is no part of {path}"
+        assert _unindented(block.text) in _unindented(_file(path)), f"{block} is no part of {path}"
         return
     tree = compile(block.text, str(block), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if "fragment" in block.said:
@@ -50,6 +51,10 @@ def _file(path: str) -> str:
     if (ROOT / path).exists():
         return (ROOT / path).read_text()
     return files(Path(path).parts[1])[path]  # what `new` writes
+
+
+def _unindented(text: str) -> str:
+    return "\n".join(line.strip() for line in text.strip().splitlines())
 
 
 def _names_are_known(block: Block) -> None:
