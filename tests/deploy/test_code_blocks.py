@@ -1,9 +1,8 @@
 """The code in README and docs is code that runs, and its commands are ones that there are.
 
-A block of Python says by a comment above it what it is: `<!-- path -->` a part of that file but for its indentation,
-which
-is tested where it lies; `<!-- fragment -->` something that does not stand alone. Any other compiles, names nothing
-unknown, and imports what there is. The tutorial's commands are run: see test_tutorial.py.
+A block of Python may say by a comment above it what it is: `<!-- path -->` a part of that file but for its indentation,
+tested where the file is; `<!-- fragment -->` something that does not stand alone. Any other compiles and imports what
+there is, and one that has imports names nothing unknown. The tutorial's commands are run: see test_tutorial.py.
 """
 
 import ast
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer._click.exceptions import ClickException, MissingParameter
+from typer._click.exceptions import BadOptionUsage, ClickException, MissingParameter
 from typer.main import get_command
 
 from holdfast.cli.app import app
@@ -37,7 +36,8 @@ def test_a_block_of_python_is_code_that_runs(block: Block):
     tree = compile(block.text, str(block), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if "fragment" in block.said:
         return
-    _names_are_known(block)
+    if any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body):
+        _names_are_known(block)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module or "")
@@ -70,7 +70,7 @@ def test_the_commands_of_a_page_have_the_options_that_it_tells(page: Path):
 
 
 def _complaint(words: list[str], typed: bool) -> str:
-    """What the command line says of these arguments; a command that is only mentioned may lack some."""
+    """What the command line says of these arguments; one that is only mentioned may lack some."""
     command = get_command(app)
     try:
         while words != ["…"]:
@@ -79,7 +79,7 @@ def _complaint(words: list[str], typed: bool) -> str:
             if not words or not hasattr(command, "resolve_command"):
                 break
             _, command, words = command.resolve_command(context, words)  # pyright: ignore[reportAttributeAccessIssue]
-    except MissingParameter as error:
+    except (MissingParameter, BadOptionUsage) as error:
         return error.format_message() if typed else ""
     except ClickException as error:
         return error.format_message()
