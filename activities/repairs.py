@@ -112,7 +112,10 @@ class Repairs:
             if ended or not await is_over(activity.client(), repair.workflow_id, repair.key_base):
                 return Survey(alive=True)
             rows = left_behind(repair.key_base, await self._ledger.entries(repair.key_base))
-            return Survey(actions=[action for row in rows if (action := _unwinding(repair.agent, row))])
+            return Survey(
+                actions=[action for row in rows if (action := _unwinding(repair.agent, row))],
+                webhook=await webhook_of(activity.client(), repair.workflow_id),
+            )
 
     @activity.defn(name="ask_probe")
     async def ask_probe(self, request: ToolRequest) -> Outcome:
@@ -143,7 +146,7 @@ class Repairs:
         with boundary():
             entries = await self._ledger.entries(repair.key_base)
             result = _orphans_result(end, entries)
-            result.webhook = await webhook_of(activity.client(), repair.workflow_id)
+            result.webhook = end.webhook
             await self._records.record(repair.workflow_id, RunEnd(tenant=repair.tenant, result=result))
             ok = not result.pending and all(each.ok for each in end.ends)
             words = "; ".join(f"{each.action.tool}: {each.words}" for each in end.ends) or "nothing to undo"

@@ -97,6 +97,8 @@ class RepairEnd(BaseModel):
 
     repair: Repair
     ends: list[ActionEnd] = []
+    webhook: str = ""
+    """Of a run that could not tell its end itself: whom it was to tell."""
 
 
 class RepairResult(BaseModel):
@@ -114,6 +116,7 @@ class Survey(BaseModel):
 
     alive: bool = False
     actions: list[Action] = []
+    webhook: str = ""
 
 
 class Sweep(BaseModel):

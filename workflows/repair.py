@@ -51,16 +51,16 @@ class RepairWorkflow:
             self._show(words)
             return RepairResult(ok=True, words=words)
         await self._do(survey.actions)
-        return await self._record("record_orphan")
+        return await self._record("record_orphan", survey.webhook)
 
     async def _do(self, actions: list[Action]) -> None:
         for action in actions:
             self._show(_name(action))
             self._ends.append(await self._one(action))
 
-    async def _record(self, activity: str) -> RepairResult:
+    async def _record(self, activity: str, webhook: str = "") -> RepairResult:
         self._show("recording the outcome")
-        end = RepairEnd(repair=self._given, ends=self._ends)
+        end = RepairEnd(repair=self._given, ends=self._ends, webhook=webhook)
         result = await self._calls.run(activity, end, RepairResult, summary="record the outcome")
         self._show(result.words)
         if result.hook:
