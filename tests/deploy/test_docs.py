@@ -102,3 +102,10 @@ def test_every_task_that_is_told_exists():
     for page in PAGES:
         for name in re.findall(r"\bpoe (\w+)", page.read_text()):
             assert name in tasks, f"{page.name}: poe {name}"
+
+
+def test_the_counters_that_are_told_are_those_that_are_sent():
+    sent = set(re.findall(r'"(holdfast\.[a-z_.]+)"', (ROOT / "holdfast/telemetry/metrics.py").read_text()))
+    page = (ROOT / "docs/operations.md").read_text()
+    assert {counter.strip("`") for counter, _, _ in rows(page, "### Counters")} == sent
+    assert set(re.findall(r"holdfast_\w+", page)) == {f"{name.replace('.', '_')}_total" for name in sent}
