@@ -34,13 +34,14 @@ from langgraph.types import Command
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Json, OutcomeStatus
 from holdfast.conversation import again, as_json, inbox_messages, parse
-from holdfast.models import ModelAnswer
 from holdfast.reliability import faults
 from holdfast.reliability.faults import Point
 from holdfast.tools import Tool
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
+
+    from holdfast.models import ModelAnswer
 
 
 class BadGraph(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, ValidationError
 
@@ -17,8 +17,10 @@ from agents.contracts.documents import Unreadable
 from agents.contracts.results import json_name, markdown, markdown_name
 from agents.contracts.workspace import DiskTrouble, Workspace
 from holdfast.contracts import Effect, Json
-from holdfast.models import ModelAnswer
 from holdfast.tools import ToolContext, ToolFailed, Undo, explain, tool
+
+if TYPE_CHECKING:
+    from holdfast.models import ModelAnswer
 
 PATIENT = 7 * 86_400.0
 """Seconds that a stage may take with all its waits: a model that is down over a weekend loses no document."""
