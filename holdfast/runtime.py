@@ -38,7 +38,9 @@ class Runtime:
         try:
             return {"hospital": self.settings.hospital_url, **self.settings.services}[service]
         except KeyError:
-            raise ToolFailed(f"this worker knows no address of service {service!r}: set HOLDFAST_SERVICES") from None
+            setting = f'HOLDFAST_SERVICES=\'{{"{service}": "http://…"}}\''
+            words = f"no address of service {service!r}: set {setting} for the workers (or `up`), and start them again"
+            raise ToolFailed(words) from None
 
     def workspace(self, agent: str) -> Path:
         """The folder of an agent, made when missing."""

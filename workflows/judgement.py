@@ -27,10 +27,12 @@ def judge_final(state: RunState, final: str) -> Ending | str:
         )
     if gone := _gone(steps):
         return gone
-    if missing := ", ".join(s.name for s in steps if s.critical and s.status is StepStatus.TODO):
+    todo = [s for s in steps if s.critical and s.status is StepStatus.TODO]
+    if missing := ", ".join(s.name for s in todo):
         state.refusals += 1
         if state.refusals >= MAX_REFUSALS:
-            return Ending(RunOutcome.FAILED, f"critical step gone: {missing} never got an outcome", final)
+            why = "".join(f"; {s.name}: {s.detail}" for s in todo if s.detail)
+            return Ending(RunOutcome.FAILED, f"critical step gone: {missing} never got an outcome{why}", final)
         return f"Finishing is refused: these critical steps have no outcome yet: {missing}. Do them, then finish."
     if pending := state.pending():
         return Ending(RunOutcome.PARTIAL, awaiting(steps, pending), final)

@@ -87,7 +87,9 @@ def evidence(state: RunState) -> str:
     steps = state.steps()
     ahead = (StepStatus.TODO, StepStatus.ACTIVE, StepStatus.WAITING)
     behind = [s for s in steps if s.status not in ahead]
-    said = [f"{s.name} {s.status}" + (f" ({s.role})" if s.status is StepStatus.PENDING else "") for s in behind]
+    said = [
+        f"{s.name} {s.status}" + (f" ({s.role})" if s.status is StepStatus.PENDING and s.role else "") for s in behind
+    ]
     return f"{_done(steps)}/{len(steps)} steps complete: {', '.join(said)}" if steps else f"turn {state.turn}"
 
 
@@ -148,7 +150,11 @@ def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
         f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, verdict, **more)}\n```"
         for what, (verdict, more) in answers.items()
     )
-    parts = [f"{head}\n{plain(approval.why)}", arguments, f"When asked: {plain(approval.evidence)}", commands]
+    how = (
+        f"Answer by `uv run starter.py approvals {workflow_id}`, or with the Temporal CLI (`--address` of this server):"
+    )
+    asked = f"When asked: {plain(approval.evidence)}"
+    parts = [f"{head}\n{plain(approval.why)}", arguments, asked, how, commands]
     return "\n\n".join(part for part in parts if part)
 
 

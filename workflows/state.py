@@ -98,6 +98,8 @@ class RunState(BaseModel):
     profile: Profile | None = None
     ends: dict[str, ToolEnd] = {}
     """By tool."""
+    refused: dict[str, str] = {}
+    """By tool: what the last call was told that ended in an error, while there is no end."""
     saga: list[UndoRecord] = []
     approvals: ApprovalsState = ApprovalsState()
     notes: list[str] = []
@@ -134,6 +136,9 @@ class RunState(BaseModel):
             detail = "" if outcome.status is OutcomeStatus.OK else (outcome.reason or outcome.content)[:300]
             end = ToolEnd(status=outcome.status, seq=item.seq, detail=detail, origin=outcome.origin)
             self.ends[item.call.tool] = end
+            self.refused.pop(item.call.tool, None)
+        else:
+            self.refused[item.call.tool] = outcome.content[:300]
 
     def unknown(self, tool: str) -> int | None:
         """The call of this tool whose outcome is unknown, if there is one."""
@@ -221,7 +226,8 @@ class RunState(BaseModel):
         questions = [a for a in self.approvals.open.values() if a.subject in spec.tools]
         waiting = {a.subject for a in questions if a.kind == "tool"}
         undone = {r.tool for r in self.saga if r.status is UndoStatus.UNDONE}
-        detail = worst.detail if worst else ""
+        refused = (self.refused[tool] for tool in spec.tools if tool in self.refused and tool not in self.ends)
+        detail = worst.detail if worst else "; ".join(refused)
         if worst and worst.status is OutcomeStatus.DEFERRED:  # when it is tried again changes with every try
             detail = next((each.words for each in self.deferred if each.call.tool in spec.tools), detail)
         status = StepStatus.TODO

@@ -38,6 +38,7 @@ from holdfast.contracts import (
     Verdict,
 )
 from holdfast.reliability.ledger import Entry, Ledger
+from holdfast.settings import settings
 from holdfast.simulation.hospital import EffectRow, HospitalRecord
 from holdfast.simulation.scripted_model import ModelRecord
 from holdfast.stack import Child, Stack, temporal_cli, without_ours
@@ -78,6 +79,7 @@ async def demo(*, fail: bool, yes: bool, keep: bool) -> int:
         stack = Stack(Path(home), without_ours(os.environ), durable=False, think_s=THINK_S)
         os.environ.clear()
         os.environ.update(stack.environment)
+        settings.cache_clear()  # whoever has read them by now has read those of this machine
         code = 130
         try:
             with cancelled_by_signal():

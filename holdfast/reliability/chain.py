@@ -12,8 +12,10 @@ counts it. A crash, a deploy or a wait counts nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +33,8 @@ from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
 from holdfast.telemetry import metrics
 from holdfast.tools import NotReady
+
+log = logging.getLogger(__name__)
 
 Act = Callable[[int], Awaitable[Any]]
 """Does the call. Gets the attempt's number, returns JSON data."""
@@ -153,7 +157,7 @@ async def _repeatable(guards: Guards, call: Call, act: Act, tokens: Callable[[An
         raise
     except Exception as error:
         _still_mine(call)  # frozen meanwhile: its time-out says nothing about the service
-        failure = classify(error)
+        failure = _classified(call, error)
         notes = await entry.failed(failure)
         failures = await guards.ledger.count_failure(call, failure)
         if failure.retry and failures <= call.retries:
@@ -251,9 +255,18 @@ async def _act(
         await entry.left()
         raise
     except Exception as error:  # noqa: BLE001 - every failure of somebody else's code is classified, none is swallowed
-        return await _failed(entry, grant, doubtful, classify(error), error)
+        return await _failed(entry, grant, doubtful, _classified(call, error), error)
     faults.reached(answered, call.name)
     return await _done(entry, grant, result, tokens)
+
+
+def _classified(call: Call, error: Exception) -> Failure:
+    failure = classify(error)
+    if failure.type is ErrorType.INTERNAL:
+        # Its frames only: what an exception says may hold anything.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        log.error("bug in %s (key %s): %s\n%s", call.name, call.key, type(error).__name__, frames)
+    return failure
 
 
 async def _done(entry: _Entry, grant: Grant, result: Any, tokens: Callable[[Any], int]) -> Settled:

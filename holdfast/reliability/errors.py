@@ -13,6 +13,7 @@ import json
 import math
 import re
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -288,6 +289,8 @@ def _message(error: BaseException, type: ErrorType) -> str:
         # Ours are written for their reader, most often the model; of others the name says more than the words.
         ours = isinstance(error, ToolRefused | ToolFailed)
         text = words if ours and words else f"{name}: {words}".removesuffix(": ").removesuffix(".")
+        if type is ErrorType.INTERNAL and (place := where(error)):
+            text = f"{text} ({place})"
     else:
         url = urlsplit(str(response.request.url))
         text = f"{response.request.method} {url.scheme}://{url.hostname}{url.path} answered {response.status_code}"
@@ -299,6 +302,17 @@ def _message(error: BaseException, type: ErrorType) -> str:
                 text = text.replace(sent, "…")
     text = " ".join(_CREDENTIAL.sub("…", text).split())
     return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"
+
+
+def where(error: BaseException) -> str:
+    """Where in an agent's code a bug was met: 'agents/expenses/spec.py, line 38'; else where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/agents/" in frame.filename] or frames
+    if not own:
+        return ""
+    name = own[-1].filename
+    short = f"agents/{name.rpartition('/agents/')[2]}" if "/agents/" in name else name.rpartition("/")[2]
+    return f"{short}, line {own[-1].lineno}"
 
 
 def _body(error: Any, response: Any) -> str:
