@@ -28,7 +28,9 @@ def no_connection(where: ClientConfigProfile, error: str) -> str:
         what = f"{where.address} ended the connection{_expiry(where)}"
         return f"{what}: check the client certificate that it wants (TEMPORAL_TLS_CLIENT_CERT_PATH, …_KEY_PATH)"
     start = "" if secured else "start one with `uv run starter.py up`, or "
-    return f"no Temporal server at {where.address}: {start}set TEMPORAL_ADDRESS ({error})"
+    reasons = re.findall(r'\b(?:message|error): "([^"]*)"', error)
+    why = f" ({reasons[-1]})" if reasons else ""
+    return f"no Temporal server at {where.address}{why}: {start}set TEMPORAL_ADDRESS"
 
 
 def _expiry(where: ClientConfigProfile) -> str:

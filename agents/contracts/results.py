@@ -98,7 +98,7 @@ def _cell(text: str) -> str:
 
 def _index(results: Sequence[tuple[str, Json]], items: Items, failures: Sequence[ItemFailure], ended: bool) -> str:
     state = "" if ended else ", so far"
-    parts = [f"# {items.done} of {items.total} documents{state}"]
+    parts = [f"# {items.done} of {items.total} document{'' if items.total == 1 else 's'}{state}"]
     by = Counter(result["extracted_by"] for _, result in results)
     parts.append("\n".join(f"- {count} extracted by {_plain(name)}" for name, count in sorted(by.items())))
     if items.failed:

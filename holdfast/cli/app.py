@@ -176,7 +176,8 @@ def edit(
         str, typer.Argument(metavar="[APPROVAL_ID]", help="the approval; needed when several are open")
     ] = "",
     set: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="one argument; JSON, else a text")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="one argument, JSON or else a text; repeatable"),
     ] = None,
     arguments: Annotated[
         str, typer.Option("--arguments", metavar="JSON|FILE|-", help="all arguments, instead of those asked for")
@@ -211,7 +212,9 @@ def answer(
 def message(
     run: Run,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="what to say; - reads it from stdin")],
-    by: By = "",
+    by: Annotated[
+        str, typer.Option("--by", metavar="NAME", help="who speaks (default: the user of this machine)")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Say something to a run while it works. Its next turn reads it; a call in flight is not interrupted."""
@@ -449,7 +452,17 @@ def doctor(
 
 def _go(command: Coroutine[Any, Any, int]) -> None:
     """Runs an async command; its result is the exit status."""
+    if "temporalio.runtime" in sys.modules:  # imported by what asks a server
+        _only_errors()
     raise typer.Exit(asyncio.run(command))
+
+
+def _only_errors() -> None:
+    """Temporal's client tells of each of its retries on stderr otherwise, in a developer's words."""
+    from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
+
+    quiet = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
+    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=quiet)))
 
 
 def main() -> int:
@@ -459,7 +472,10 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except TyperException as error:
-        fail(f"{getattr(error, 'format_message', error.__str__)()} (see `uv run starter.py --help`)")
+        context = getattr(error, "ctx", None)
+        command = context.command_path.partition(" ")[2] if context else ""
+        see = " ".join(filter(None, ("uv run starter.py", command, "--help")))
+        fail(f"{getattr(error, 'format_message', error.__str__)()} (see `{see}`)")
         return 2
     except Exception as error:  # noqa: BLE001 - the last resort, and nothing is swallowed
         if (message := mendable(error)) is not None:

@@ -114,8 +114,13 @@ def _show(rows: list[Row], now: float) -> None:
             words += ", paused"
         state = Text(words, colours[row.state])
         since = f"{seconds(max(0.0, now - row.since))} ago" if row.since else ""
-        table.add_row(Text(row.target), state, since, str(row.failures), _next(row, now), Text(row.reason))
+        table.add_row(Text(row.target), state, since, str(row.failures), _next(row, now), Text(_reason(row)))
     out.print(table)
+
+
+def _reason(row: Row) -> str:
+    """Of a closed breaker, why it was open the last time."""
+    return f"last: {row.reason}" if row.reason and row.state == "closed" else row.reason
 
 
 def _next(row: Row, now: float) -> str:

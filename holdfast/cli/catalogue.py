@@ -12,7 +12,7 @@ from agents.registry import agents as all_agents
 from agents.registry import batches as all_batches
 from holdfast.agent import AgentSpec
 from holdfast.batch import BatchSpec
-from holdfast.cli.output import out, print_json
+from holdfast.cli.output import counted, out, print_json
 from holdfast.contracts import Json
 from holdfast.mcp.hub import Hub
 from holdfast.mcp.spec import McpServer
@@ -57,7 +57,8 @@ def show_agents(as_json: bool) -> None:
         out.print(f"  {spec.description}", markup=False)
         out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(spec).items())}", markup=False)
         steps = (step.name + ("" if step.critical else " (optional)") for step in spec.steps)
-        out.print(f"  steps  {', '.join(steps)}", markup=False)
+        if spec.steps:
+            out.print(f"  steps  {', '.join(steps)}", markup=False)
         for server in spec.mcp:
             tools = ", ".join(name for name in spec.by_name if server.may_have(name))
             words = "; ".join(filter(None, (tools, _missing(spec, server, down))))
@@ -114,7 +115,8 @@ def show_tools(agent: str | None, as_json: bool) -> None:
                 out.print(Text(f"  MCP server {server.name}: {problem}", "yellow"))
         for tool in spec.tools:
             whose = f"MCP server {tool.service}" if isinstance(tool, RemoteTool) else tool.service
-            marks = [str(tool.effect), whose, f"{tool.timeout_s:g} s", f"{tool.retries} retries"]
+            marks = [str(tool.effect), *filter(None, [whose]), f"{tool.timeout_s:g} s"]
+            marks.append(counted(tool.retries, "retry", "retries"))
             marks += [f"stage {tool.queue}"] * bool(tool.queue)
             marks += ["needs approval"] * tool.approval + ["can be undone"] * tool.policy.undo
             marks += [f"{tool.per_minute} a minute"] * (tool.per_minute is not None) + _fallbacks(tool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from rich.text import Text
 from temporalio.api.common.v1 import Payload
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
 from temporalio.converter import StorageDriverRetrieveContext, StorageDriverStoreContext
+from temporalio.envconfig import ClientConfigProfile
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.claims import close
@@ -47,6 +49,16 @@ class Check:
     needed: bool = True
 
 
+BROUGHT = {
+    "Temporal server": ("TEMPORAL_ADDRESS",),
+    "large payloads": ("HOLDFAST_PAYLOAD_STORE", "DATABASE_URL"),
+    "store": ("DATABASE_URL",),
+    "model": ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
+    "hospital (simulated)": ("HOLDFAST_HOSPITAL_URL",),
+}
+"""What the embedded stack brings along, and the variables by which somebody has it elsewhere."""
+
+
 async def doctor(fix: bool, as_json: bool) -> int:
     checks = [_versions(), _stack()]
     try:
@@ -60,12 +72,22 @@ async def doctor(fix: bool, as_json: bool) -> int:
         print_json([asdict(check) for check in checks])
     else:
         table = Table(box=None, pad_edge=False, show_header=False)
-        for check in checks:
+        for check in _told_once(checks):
             mark = Text("✓", "green") if check.ok else Text("✗", "red") if check.needed else Text("·", "dim")
             words = check.found + (f"\n→ {check.to_do}" if check.to_do and not check.ok else "")
             table.add_row(mark, check.what, Text(words))
         out.print(table)
     return 0 if all(check.ok for check in checks if check.needed) else 1
+
+
+def _told_once(checks: list[Check]) -> list[Check]:
+    """The checks for a reader. Where nothing runs at all, what is missing for that reason alone is one finding."""
+    failed = {check.what for check in checks if not check.ok}
+    if not {"embedded stack", "Temporal server"} <= failed or ClientConfigProfile.load().address:
+        return checks
+    follow = [what for what, variables in BROUGHT.items() if what in failed and not {*variables} & {*os.environ}]
+    nothing = Check("embedded stack", False, f"nothing runs here: no {', '.join(follow)}", "uv run starter.py up")
+    return [nothing if each.what == "embedded stack" else each for each in checks if each.what not in follow]
 
 
 def _versions() -> Check:

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError
 
-from holdfast.cli.output import Refused, err, out, print_json
+from holdfast.cli.output import Refused, counted, err, out, print_json
 from holdfast.cli.runs import clock, connect, temporal_result
 from holdfast.contracts import Effect, Json, RunResult
 from holdfast.hooks import Delivered
@@ -80,14 +80,13 @@ async def listing(wanted: Filter, as_json: bool) -> int:
     if not found:
         out.print("no dead letters" + (" that fit" if wanted else ""))
         return 0
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("letter", "state", "what", "run", "for", "since", "cause"):
-        table.add_column(column, no_wrap=column in ("letter", "run"))
     for each in found:
         state = Text(each.state, COLOURS[LetterState(each.state)])
-        cause = each.cause if len(each.cause) <= 80 else each.cause[:79] + "…"
-        table.add_row(each.id, state, each.subject, each.workflow_id, each.role, clock(each.created_at), Text(cause))
-    out.print(table)
+        review = f", for {each.role} review" if each.role else ""
+        out.print(Text(each.id, "bold"), state, Text(f"since {clock(each.created_at)}{review}"))
+        # In full: the cause may be all that a person needs to act.
+        for line in (headline(each), f"cause: {each.cause}"):
+            out.print(Padding(Text(line), (0, 0, 0, 2)))
     out.print("[dim]uv run starter.py dlq show LETTER[/dim]")
     return 0
 
@@ -203,8 +202,8 @@ def confirm(chosen: list[Letter]) -> None:
     for letter in chosen:
         err.print(f"{letter.id}: {headline(letter)}: {letter.cause}", markup=False)
     if not sys.stdin.isatty():
-        raise Refused(f"replaying {len(chosen)} dead letters needs --yes where nobody can be asked")
-    err.print(f"replay {len(chosen)} dead letters? [y/N] ", end="", markup=False)
+        raise Refused(f"replaying {counted(len(chosen), 'dead letter')} needs --yes where nobody can be asked")
+    err.print(f"replay {counted(len(chosen), 'dead letter')}? [y/N] ", end="", markup=False)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Refused("nothing was replayed")
 

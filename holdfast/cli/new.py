@@ -40,11 +40,12 @@ def new(name: str, as_json: bool) -> None:
     about = {"spec": "what it is: input, tools, steps", "script": "what the scripted model says as this agent"}
     for path in list(made)[1:]:
         out.print(f"{path:<{18 + 2 * len(name)}} [dim]{about.get(Path(path).stem, 'its test, on a real server')}[/dim]")
+    follow = f"uv run starter.py run {name} --follow"
     out.print(
         f"\n[dim]in one terminal (an `up` that runs already takes the agent by itself):[/dim]\n"
         f"  uv run starter.py up\n"
         f"[dim]in another:[/dim]\n"
-        f"  uv run starter.py run {name} --follow        [dim]# it stops and asks; then, in a third:[/dim]\n"
-        f"  uv run starter.py approvals                  [dim]# what it asks, and the command that answers[/dim]\n"
+        f"  {follow}  [dim]# it stops and asks; then, in a third:[/dim]\n"
+        f"  {'uv run starter.py approvals':<{len(follow)}}  [dim]# what it asks, and the command that answers[/dim]\n"
         f"  uv run pytest agents/{name}"
     )

@@ -31,9 +31,14 @@ def fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 dead letter`, `2 dead letters`. many: the plural, when it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def money(usd: float, unpriced: int = 0) -> str:
     """`$0.0123`; calls without a known price are named and not counted as free."""
-    return f"${usd:.4f}" + (f" + {unpriced} unpriced calls" if unpriced else "")
+    return f"${usd:.4f}" + (f" + {counted(unpriced, 'unpriced call')}" if unpriced else "")
 
 
 def seconds(value: float) -> str:

@@ -133,10 +133,19 @@ async def find(client: Client, workflow_id: str, *, with_row: bool = False) -> K
     if execution is None or with_row:
         row = await stored(workflow_id)
     if execution is None and row is None:
-        raise Refused(f"no run {workflow_id!r}: `uv run starter.py list` shows those there are")
+        raise Refused(f"no run {workflow_id!r}: {await _meant(workflow_id)}")
     if execution is not None and execution.workflow_type not in ("AgentWorkflow", "BatchWorkflow"):
         raise Refused(f"{workflow_id} is a workflow of type {execution.workflow_type}, not a run of an agent")
     return Known(workflow_id, handle, execution, row)
+
+
+async def _meant(key: str) -> str:
+    """What to do about an id that is no run's: it may be the request key of one."""
+    with suppress(StoreUnavailable):
+        async with open_runs() as runs:
+            if row := await runs.get(key):
+                return f"did you mean {row.workflow_id}?"
+    return "`uv run starter.py list` shows those there are"
 
 
 async def find_running(client: Client, workflow_id: str) -> Known:
@@ -199,10 +208,22 @@ async def run(agent: str, value: str, key: str, *, webhook: str, wait: bool, fol
             print_json(told)
     else:
         print(started.workflow_id, flush=True)
-        err.print(f"[dim]{url}{'' if started.new else '  (started before, with the same key)'}[/dim]")
+        before = (
+            "" if started.new else f"  (started before with the same key{await _ended(client, started.workflow_id)})"
+        )
+        err.print(f"[dim]{url}{before}[/dim]")
     if not (wait or follow_it):
         return 0
     return await follow(client, started.workflow_id, silent=wait, as_json=as_json, told=told if wait else None)
+
+
+async def _ended(client: Client, workflow_id: str) -> str:
+    """`; it ended failed`; empty while it runs."""
+    known = await find(client, workflow_id, with_row=True)
+    if known.running:
+        return ""
+    outcome = known.row.outcome if known.row else None
+    return f"; it ended {outcome or status_word(known.execution)}"
 
 
 async def begin(client: Client, agent: str, value: Json, key: str, by: str, *, webhook: str = "") -> Started:
@@ -276,7 +297,8 @@ async def follow(
 
 
 async def _watch(handle: Handle, as_json: bool) -> None:
-    """Shows every change of the status until the run ends."""
+    """Shows every change of the status until the run ends; without a terminal, also how to answer what is asked."""
+    asked: set[str] = set()
     with Live(console=out, auto_refresh=False, transient=True) as live:
         async for status in changes(handle):
             if isinstance(status, str):
@@ -287,6 +309,13 @@ async def _watch(handle: Handle, as_json: bool) -> None:
                 live.update(view.status_view(handle.id, status), refresh=True)
             else:
                 out.print(view.plain_line(status), markup=False)
+                for approval in status.approvals:
+                    if approval.id not in asked:
+                        asked.add(approval.id)
+                        see = f"uv run starter.py approvals {handle.id}"
+                        err.print(
+                            f"asks: {approval.subject} ({approval.id}); to read and answer it: {see}", markup=False
+                        )
 
 
 async def changes(handle: Handle, every_s: float = 0.3) -> AsyncIterator[RunStatus | str]:

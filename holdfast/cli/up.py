@@ -7,22 +7,14 @@ import fcntl
 import json
 import os
 import signal
-import sys
-import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from rich.markup import escape
-
 from holdfast.cli.output import Refused, err, out
+from holdfast.cli.watch import Watch
 from holdfast.settings import stack_file
-from holdfast.stack import ROOT, Child, Stack, StackFailed
-
-SHORT_LIFE_S = 10.0
-SHORT_LIVES = 3
-"""A process that ends so often within so short a time each is not started again."""
+from holdfast.stack import Stack
 
 
 async def up() -> int:
@@ -39,7 +31,7 @@ async def up() -> int:
                 await stack.start()
                 stack.publish()
                 _announce(stack)
-                await _watch(stack)
+                await Watch(stack).run()
         except asyncio.CancelledError:
             out.print("\nstopping …")
         finally:
@@ -115,69 +107,3 @@ def _announce(stack: Stack) -> None:
             whose = "this stack leaves it alone" if what == "server" else "the other commands need it set as well"
             err.print(f"[yellow]note: {name} names a {what} of your own: {whose}[/yellow]")
     out.print("[dim]ready; Ctrl-C ends all of it[/dim]")
-
-
-async def _watch(stack: Stack) -> None:
-    """Starts again what ends, and what works by `agents/` when that has changed.
-
-    Raises StackFailed when something ends again and again.
-    """
-    short_lives: Counter[str] = Counter()
-    loaded = seen = _agents_now()
-    while True:
-        for child in stack.children:
-            if not child.alive:
-                await _revive(stack, child, short_lives)
-        await asyncio.sleep(0.25)
-        before, seen = seen, _agents_now()
-        if seen == before != loaded:  # changed, and nobody is writing any more
-            loaded = seen
-            await _take_agents(stack)
-
-
-def _agents_now() -> dict[Path, int]:
-    """When each file under `agents/` was written last; tests aside."""
-    found = (path for path in (ROOT / "agents").rglob("*.py") if not path.name.startswith("test_"))
-    with suppress(FileNotFoundError):  # a file may go between being listed and being looked at
-        return {path: path.stat().st_mtime_ns for path in found}
-    return {}
-
-
-async def _take_agents(stack: Stack) -> None:
-    """Replaces the processes that have imported the agents, unless those there are now cannot be imported."""
-    check = [sys.executable, "-c", "from agents import registry; print(*registry.agents(), *registry.batches())"]
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*check, env=stack.environment, stdout=pipe, stderr=pipe)
-    said, complaint = await process.communicate()
-    if process.returncode:
-        line = complaint.decode().strip().rpartition("\n")[2].removeprefix("agents.registry.BrokenAgent: ")
-        err.print(f"[red]agents/ has changed, but is not taken:[/red] {escape(line)}")
-        return
-    for child in stack.children:
-        if child.name == "model" or child in stack.workers:
-            child.signal(signal.SIGTERM)
-            await asyncio.to_thread(child.wait, 5.0)
-            child.signal(signal.SIGKILL)
-            child.wait(5.0)
-            child.start()
-            try:
-                await stack.until_ready(child)
-            except StackFailed as error:
-                err.print(f"[red]{error}[/red]")  # the watch starts it again, and gives up in the end
-                return
-    out.print(f"[dim]agents/ has changed; there are now: {said.decode().strip()}[/dim]")
-
-
-async def _revive(stack: Stack, child: Child, short_lives: Counter[str]) -> None:
-    lived = time.monotonic() - child.started_at
-    short_lives[child.name] = short_lives[child.name] + 1 if lived < SHORT_LIFE_S else 0
-    if short_lives[child.name] >= SHORT_LIVES:
-        raise StackFailed(child.complaint("keeps ending"))
-    status = child.exit_code
-    child.start()
-    try:
-        await stack.until_ready(child)
-    except StackFailed as error:
-        err.print(f"[red]{error}[/red]")  # counted above when it is met again
-    else:
-        out.print(f"[yellow]{child.name} had ended (status {status}) and was started again[/yellow]")

@@ -120,10 +120,14 @@ def undone_view(undone: list[UndoRecord]) -> RenderableType:
     """The compensations in the order in which they run: the last effect first."""
     table = Table.grid(padding=(0, 2))
     table.add_column(width=3, justify="right")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for entry in reversed(undone):
         style = "red" if entry.status is UndoStatus.FAILED else "magenta"
         words = UNDO_WORDS[entry.status] + (f": {entry.note}" if entry.note else "")
-        table.add_row(Text("↶", style), Text(entry.tool, style), Text(shortened(words)))
+        if entry.status is not UndoStatus.FAILED:  # what a person must act on is shown in full
+            words = shortened(words)
+        table.add_row(Text("↶", style), Text(entry.tool, style), Text(words))
     return table
 
 

@@ -8,12 +8,14 @@ Everything that it writes for people begins with `LABEL`.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from holdfast.contracts import Json
@@ -21,26 +23,75 @@ from holdfast.contracts import Json
 LABEL = "[simulated model] "
 
 AGENTS = Path(__file__).parents[2] / "agents"
+_LOG = logging.getLogger(__name__)
 
 Call = tuple[str, Json]
 """A tool and its arguments."""
 Script = Callable[[Sequence[Json], Sequence[Json]], Json | None]
 
 
+class ScriptFailed(Exception):
+    """An agent's script cannot be imported, or raised. The message names the file, the error and the line."""
+
+
 def decide(messages: Sequence[Json], tools: Sequence[Json]) -> Json:
-    """The assistant message that follows. `messages` and `tools` as in a chat completion request."""
-    for script in _scripts():
-        if (message := script(messages, tools)) is not None:
-            return message
+    """The assistant message that follows. `messages` and `tools` as in a chat completion request.
+
+    Raises ScriptFailed when a script fails and no other one knows the conversation.
+    """
+    failed: ScriptFailed | None = None
+    for name in _names():
+        try:
+            message = _run(name, messages, tools)
+        except ScriptFailed as error:
+            # Any agent's script is asked about every conversation: a broken one must not stop the others.
+            _LOG.warning("%s", error, exc_info=error.__cause__)
+            failed = failed or error
+        else:
+            if message is not None:
+                return message
+    if failed:
+        raise failed
     talk = Talk.of(messages)
     if calls := _fillable(talk, tools):
         return ask(talk, *calls)
     return say(_stand_in(talk))
 
 
+def scripts() -> list[Script]:
+    """All scripts. Raises ScriptFailed for one that cannot be imported."""
+    return [_script(name) for name in _names()]
+
+
 @cache
-def _scripts() -> list[Script]:
-    return [import_module(f"agents.{path.parent.name}.script").decide for path in sorted(AGENTS.glob("*/script.py"))]
+def _names() -> list[str]:
+    return [path.parent.name for path in sorted(AGENTS.glob("*/script.py"))]
+
+
+@cache
+def _script(name: str) -> Script:
+    try:
+        return import_module(f"agents.{name}.script").decide
+    except Exception as error:
+        raise ScriptFailed(_words(name, error)) from error
+
+
+def _run(name: str, messages: Sequence[Json], tools: Sequence[Json]) -> Json | None:
+    script = _script(name)
+    try:
+        message = script(messages, tools)
+        if not isinstance(message, dict | None):
+            raise TypeError(f"decide gave back {type(message).__name__}, neither a message nor None")
+    except Exception as error:
+        raise ScriptFailed(_words(name, error)) from error
+    return message
+
+
+def _words(name: str, error: Exception) -> str:
+    at = f"agents/{name}/script.py"
+    lines = [each.lineno for each in extract_tb(error.__traceback__) if each.filename.endswith(at)]
+    line = f" (line {lines[-1]})" if lines else ""
+    return f"the script of {at} failed: {type(error).__name__}: {error}{line}"
 
 
 def ask(talk: Talk, *calls: Call) -> Json:

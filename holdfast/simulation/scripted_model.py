@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from holdfast.contracts import Json
 from holdfast.simulation.faults import FaultBoard, refusal, under
-from holdfast.simulation.script import decide
+from holdfast.simulation.script import ScriptFailed, decide
 from holdfast.simulation.serve import Database, arguments, read_rows, serve
 from holdfast.tools import explain
 
@@ -128,7 +128,11 @@ class ScriptedModel:
             asked = Completion.model_validate_json(await request.body())
         except ValidationError as error:
             return refusal(400, explain(error))
-        message = decide(asked.messages, asked.tools)
+        try:
+            message = decide(asked.messages, asked.tools)
+        except ScriptFailed as error:
+            # Not a 500: the model is well, and trying again does not mend a script.
+            return refusal(400, str(error))
         read, written = tokens([asked.messages, asked.tools]), tokens(message)
         row = self._db.write(
             "INSERT INTO calls (key, received_at, input_tokens, output_tokens) VALUES (?, ?, ?, ?)",

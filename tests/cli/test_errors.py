@@ -1,7 +1,11 @@
 """Wrong use, no server, unknown ids: one clear line on stderr, exit status 2, no traceback."""
 
+import os
+from pathlib import Path
+
 import pytest
 
+from holdfast.stack import without_ours
 from tests.fixtures.stack import Cli
 
 NOWHERE = {"TEMPORAL_ADDRESS": "127.0.0.1:1"}
@@ -26,7 +30,8 @@ WRONG = {
     "approvals of unknown": (["approvals", "nobody-1"], "starter.py list"),
     "approve unknown": (["approve", "nobody-1"], "starter.py list"),
     "cancel unknown": (["cancel", "nobody-1"], "starter.py list"),
-    "reject without reason": (["reject", "nobody-1"], "--reason"),
+    "reject without reason": (["reject", "nobody-1"], "(see `uv run starter.py reject --help`)"),
+    "breakers trip without a target": (["breakers", "trip"], "(see `uv run starter.py breakers trip --help`)"),
     "reject with an empty reason": (["reject", "nobody-1", "--reason", " "], "--reason is empty"),
     "tools of unknown": (["tools", "nobody"], "there are: discharge"),
 }
@@ -57,6 +62,26 @@ def test_wrong_use(cli: Cli, name: str) -> None:
 def test_no_server(cli: Cli, arguments: list[str]) -> None:
     done = cli(*arguments, **NOWHERE)
     is_one_clear_line(done.returncode, done.stderr, "starter.py up")
+    assert "(Connection refused)" in done.stderr
+    assert "tonic" not in done.stderr
+
+
+def test_where_nothing_runs_doctor_says_so_once(tmp_path: Path) -> None:
+    done = Cli({**without_ours(os.environ), "HOLDFAST_HOME": str(tmp_path)})("doctor")
+    assert done.returncode == 1
+    words = " ".join(done.stdout.split())
+    assert "nothing runs here: no Temporal server, large payloads, store, model, hospital (simulated)" in words
+    assert words.count("✗") == words.count("starter.py up") == 1
+
+
+def test_a_request_key_in_place_of_the_run_is_recognized(cli: Cli) -> None:
+    key = "a-key-not-an-id"
+    start = ("run", "triage", "-i", '{"text": "I feel dizzy since I take the new tablets."}', "--id", key)
+    assert cli(*start, "--wait").returncode == 0
+    assert "(started before with the same key; it ended completed)" in cli(*start).stderr
+    for command in ("status", "cancel", "result"):
+        done = cli(command, key)
+        is_one_clear_line(done.returncode, done.stderr, f"no run '{key}': did you mean triage-{key}?")
 
 
 @pytest.mark.parametrize(

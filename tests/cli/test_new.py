@@ -3,36 +3,20 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from holdfast.cli.new import files
 from holdfast.stack import ROOT
 from tests.fixtures.checkout import Checkout
-from tests.fixtures.stack import processes_of, until
-
-
-@pytest.fixture
-def up(checkout: Checkout) -> Iterator[subprocess.Popen[str]]:
-    log = (checkout.root / "up.log").open("w")
-    command = [sys.executable, "-u", "starter.py", "up"]
-    process = subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, stdout=log, stderr=log, text=True)
-    until(lambda: (checkout.home / "stack.json").exists() or process.poll() is not None)
-    yield process
-    process.terminate()
-    process.wait(60)
-    assert processes_of(checkout.home) == []
+from tests.fixtures.stack import until
 
 
 def test_the_new_agent_runs_at_once_and_its_test_is_green(checkout: Checkout, up: subprocess.Popen[str]) -> None:
-    def said(words: str) -> bool:
-        return words in (checkout.root / "up.log").read_text()
-
     made = checkout("starter.py", "new", "meetings")
     assert made.returncode == 0, made.stderr
     assert "uv run starter.py run meetings --follow" in made.stdout
-    until(lambda: said("there are now:"))
+    until(lambda: checkout.said("meetings/script.py, meetings/spec.py), taken at "))
 
     run = checkout.json("run", "meetings")["workflow_id"]  # type: ignore[index]
     until(lambda: bool(checkout.json("approvals", run)))
@@ -45,7 +29,7 @@ def test_the_new_agent_runs_at_once_and_its_test_is_green(checkout: Checkout, up
     spec = checkout.root / "agents" / "meetings" / "spec.py"
     text = spec.read_text()
     spec.write_text(text.replace("effect=Effect.IDEMPOTENT, ", "", 1))
-    until(lambda: said("is not taken: agents/meetings/spec.py: TypeError:"))
+    until(lambda: checkout.said("is not taken: agents/meetings/spec.py: TypeError:"))
     broken = checkout("starter.py", "agents")
     assert (broken.returncode, "agents/meetings/spec.py: TypeError:" in broken.stderr) == (2, True)
     spec.write_text(text)

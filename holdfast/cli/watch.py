@@ -1,0 +1,149 @@
+"""What `up` does while it runs: starts again what ends, and takes a change under `agents/`.
+
+A mistake under `agents/` never ends the stack. A change that cannot be imported is not taken; a process that cannot
+start because of one waits for the next change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from rich.markup import escape
+
+from holdfast.cli.output import err, out
+from holdfast.stack import ROOT, Child, Stack, StackFailed
+
+SHORT_LIFE_S = 10.0
+SHORT_LIVES = 3
+"""A process that ends so often within so short a time each is not started again."""
+
+IMPORT_S = 60.0
+"""How long importing `agents/` may take: an import that waits for something would hold up the watch."""
+
+AGENTS = ROOT / "agents"
+IMPORT = "from agents import registry as r; r.agents(), r.batches(), r.stages(), r.service('')"
+IMPORT_SCRIPTS = "from holdfast.simulation import script; script.scripts()"
+
+Files = dict[Path, int]
+"""When each file was written last."""
+
+
+class Watch:
+    """Over a stack that has started."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._short_lives: Counter[str] = Counter()
+        self._waiting: set[Child] = set()
+        """What cannot start because of `agents/`."""
+        self._taken = self._tried = agents_now()
+
+    async def run(self) -> NoReturn:
+        """Raises StackFailed when something ends again and again, for another reason than what is in `agents/`."""
+        seen = self._tried
+        while True:
+            for child in self._stack.children:
+                if not child.alive and child not in self._waiting:
+                    await self._revive(child)
+            await asyncio.sleep(0.25)
+            before, seen = seen, agents_now()
+            if seen == before != self._tried:  # changed, and nobody is writing any more
+                self._tried = seen
+                await self._take(seen)
+
+    async def _take(self, files: Files) -> None:
+        """Replaces the processes that have imported the agents, unless those there are now cannot be imported."""
+        if complaint := await self._complaint(self._stack.scripted_model):
+            err.print(f"[red]agents/ has changed, but is not taken:[/red] {escape(complaint)}")
+            return
+        for child in self._stack.children:
+            if child.name == "model" or child in self._stack.workers:
+                child.signal(signal.SIGTERM)
+                await asyncio.to_thread(child.wait, 5.0)
+                child.signal(signal.SIGKILL)
+                child.wait(5.0)
+                self._waiting.discard(child)
+                await self._start(child)
+        if not self._waiting:
+            out.print(f"[dim]agents/ has changed ({_changed(self._taken, files)}), taken at {_clock()}[/dim]")
+            self._taken = files
+
+    async def _revive(self, child: Child) -> None:
+        lived = time.monotonic() - child.started_at
+        self._short_lives[child.name] = self._short_lives[child.name] + 1 if lived < SHORT_LIFE_S else 0
+        if self._short_lives[child.name] >= SHORT_LIVES:
+            raise StackFailed(child.complaint("keeps ending"))
+        status = child.exit_code
+        if await self._start(child):
+            out.print(f"[yellow]{child.name} had ended (status {status}) and was started again[/yellow]")
+
+    async def _start(self, child: Child) -> bool:
+        """Whether it is ready. When it is not, it waits for `agents/` to change, or `_revive` meets it again."""
+        before = agents_now()
+        child.start()
+        try:
+            await self._stack.until_ready(child)
+        except StackFailed as error:
+            now = agents_now()
+            complaint = await self._complaint(scripts=False) if child in self._stack.workers else ""
+            if complaint:
+                self._waiting.add(child)
+                self._tried = now
+                err.print(f"[yellow]{child.name} waits:[/yellow] {escape(complaint)}; save the file and it goes on")
+            else:
+                err.print(f"[red]{escape(str(error))}[/red]")
+            if complaint or now != before:  # the files that it met may be others than those there are now
+                self._short_lives[child.name] = 0
+            return False
+        return True
+
+    async def _complaint(self, scripts: bool) -> str:
+        """Why `agents/` cannot be imported as it is now, in a line; empty when it can."""
+        code = f"{IMPORT}; {IMPORT_SCRIPTS}" if scripts else IMPORT
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code),
+            env=self._stack.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(IMPORT_S):
+                _, said = await process.communicate()
+        except TimeoutError:
+            return f"importing agents/ takes longer than {IMPORT_S:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+        if not process.returncode:
+            return ""
+        line = said.decode(errors="replace").strip().rpartition("\n")[2]
+        for name in ("agents.registry.BrokenAgent", "holdfast.simulation.script.ScriptFailed"):
+            line = line.removeprefix(f"{name}: ")
+        return line or f"importing agents/ ends the process with status {process.returncode}"
+
+
+def agents_now() -> Files:
+    """When each file under `agents/` was written last; tests aside."""
+    found = (path for path in AGENTS.rglob("*.py") if not path.name.startswith("test_"))
+    with suppress(FileNotFoundError):  # a file may go between being listed and being looked at
+        return {path: path.stat().st_mtime_ns for path in found}
+    return {}
+
+
+def _changed(before: Files, after: Files) -> str:
+    """`expenses/spec.py`: which files differ, the first three of them."""
+    names = sorted({str(path.relative_to(AGENTS)) for path, _ in before.items() ^ after.items()})
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _clock() -> str:
+    return f"{datetime.now().astimezone():%H:%M:%S}"

@@ -1,0 +1,62 @@
+"""A mistake under `agents/` while `up` runs: said in a line, and everything else goes on."""
+
+import subprocess
+
+import psutil
+import pytest
+
+from tests.fixtures.checkout import Checkout
+from tests.fixtures.stack import processes_of, until
+
+pytestmark = pytest.mark.timeout(300)
+TRIAGE = '{"text": "I feel dizzy since I take the new tablets."}'
+BROKEN_AFTER_THE_CHECK = """
+from pathlib import Path
+Path(__file__).write_text("SPEC = nothing")
+"""
+
+
+def worker(checkout: Checkout) -> list[psutil.Process]:
+    return [each for each in processes_of(checkout.home) if "worker.py" in " ".join(each.cmdline())]
+
+
+def test_a_broken_spec_never_takes_the_stack_down(checkout: Checkout, up: subprocess.Popen[str]) -> None:
+    spec = checkout.root / "agents" / "triage" / "spec.py"
+    good = spec.read_text()
+
+    spec.write_text("SPEC = nobody")
+    until(lambda: checkout.said("is not taken: agents/triage/spec.py: NameError: name 'nobody' is not defined"))
+    (killed,) = worker(checkout)
+    killed.kill()
+    until(lambda: checkout.said("worker 1 waits: agents/triage/spec.py: NameError: name 'nobody' is not defined"))
+    assert checkout.said("(spec.py, line 1); save the file and it goes on")
+    assert checkout.json("list") == []
+
+    # The check passes, and what the worker then imports is broken.
+    spec.write_text(good + BROKEN_AFTER_THE_CHECK)
+    until(lambda: checkout.said("worker 1 waits: agents/triage/spec.py: NameError: name 'nothing'"))
+    assert not checkout.said("taken at ")
+
+    spec.write_text(good)
+    until(lambda: checkout.said("agents/ has changed (triage/spec.py), taken at "))
+    assert len(worker(checkout)) == 1
+    assert checkout("starter.py", "run", "triage", "-i", TRIAGE, "--wait").returncode == 0
+    assert up.poll() is None
+
+
+def test_a_bug_in_a_script_fails_the_run_with_its_line_and_leaves_the_model_to_the_others(
+    checkout: Checkout, up: subprocess.Popen[str]
+) -> None:
+    assert checkout("starter.py", "new", "expenses").returncode == 0
+    script = checkout.root / "agents" / "expenses" / "script.py"
+    script.write_text(script.read_text().replace('talk.data["topic"]', 'talk.data["whom"]'))
+    until(lambda: checkout.said("expenses/spec.py), taken at "))
+
+    done = checkout("starter.py", "run", "expenses", "--follow")
+    assert done.returncode == 1
+    line = script.read_text().split('"whom"')[0].count("\n") + 1
+    words = f"the script of agents/expenses/script.py failed: KeyError: 'whom' (line {line})"
+    assert words in done.stdout, done.stdout
+    assert f"{words}\nTraceback" in (checkout.home / "logs" / "model.log").read_text()
+    assert checkout.json("breakers") == []
+    assert checkout("starter.py", "run", "triage", "-i", TRIAGE, "--wait").returncode == 0
