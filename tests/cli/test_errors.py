@@ -15,7 +15,7 @@ WRONG = {
     "no agent": (["run"], "AGENT"),
     "unknown command": (["runn"], "runn"),
     "unknown option": (["list", "--jsn"], "--jsn"),
-    "unknown agent": (["run", "nobody"], "there are: discharge"),
+    "unknown agent": (["run", "nobody"], "there are: contract, discharge"),
     "missing field": (["run", "discharge"], "patient_id: Field required"),
     "wrong type": (["run", "discharge", "-i", '{"patient_id": 7}'], "patient_id: Input should be a valid string"),
     "unknown field": (["run", "discharge", "-i", '{"patient_id": "pat-1", "colour": 1}'], "colour"),
@@ -33,7 +33,7 @@ WRONG = {
     "reject without reason": (["reject", "nobody-1"], "(see `uv run starter.py reject --help`)"),
     "breakers trip without a target": (["breakers", "trip"], "(see `uv run starter.py breakers trip --help`)"),
     "reject with an empty reason": (["reject", "nobody-1", "--reason", " "], "--reason is empty"),
-    "tools of unknown": (["tools", "nobody"], "there are: discharge"),
+    "tools of unknown": (["tools", "nobody"], "there are: contract, discharge"),
 }
 
 

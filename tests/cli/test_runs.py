@@ -41,6 +41,21 @@ def test_ten_starters_at_once_make_one_run(stack: Stack, cli: Cli, key: str) -> 
     assert [each["workflow_id"] for each in listed].count(f"discharge-{key}") == 1
 
 
+def test_following_without_a_terminal_says_once_how_to_answer_each_request(cli: Cli, key: str) -> None:
+    run = start_and_wait_for_the_question(cli, key)
+    following = cli.start("follow", run)
+    assert following.stdout is not None
+    said = ""
+    while said.count(f"; to read and answer it: uv run starter.py approvals {run}\n") < 2:
+        line = following.stdout.readline()
+        assert line, said
+        said += line
+    assert cli("approve", run, "--by", "dr.lee").returncode == 0
+    said += following.communicate(timeout=60)[0]
+    assert following.returncode == 0
+    assert said.count("asks: notify_patient") == said.count("asks: notify_providers") == 1
+
+
 def test_life_of_a_run(cli: Cli, key: str) -> None:
     run = start_and_wait_for_the_question(cli, key)
 
