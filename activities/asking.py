@@ -54,5 +54,4 @@ class Asking:
 
 
 def _label(answer: ModelAnswer) -> str:
-    name = f"{answer.model} (simulated)" if answer.simulated else answer.model
-    return f"{name} (fallback)" if answer.origin else name
+    return f"{answer.label} (fallback)" if answer.origin else answer.label

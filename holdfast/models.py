@@ -59,6 +59,11 @@ class ModelAnswer:
     """Why it was not the first model that answered; empty when it was."""
 
     @property
+    def label(self) -> str:
+        """The model's name as people read it: a simulated one says so."""
+        return f"{self.model} (simulated)" if self.simulated else self.model
+
+    @property
     def text(self) -> str:
         """What the model said in words: content, or its refusal."""
         return self.message.get("content") or self.message.get("refusal") or ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from temporalio import workflow
@@ -31,6 +31,8 @@ VERDICTS = {
     "outcome": (Verdict.HAPPENED, Verdict.DID_NOT),
     "question": (Verdict.ANSWER,),
 }
+
+T = TypeVar("T", bound=BaseModel)
 
 MAX_DECISION = 2_000_000
 """Bytes of a decision as JSON. What Temporal itself takes: so no history holds a larger one that was accepted."""
@@ -163,14 +165,10 @@ def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:
     """The decision, or what is wrong with it in words."""
     if (size := len(json.dumps(payload, default=str, ensure_ascii=False).encode())) > MAX_DECISION:
         return f"it has {size:,} bytes, and at most {MAX_DECISION:,} are taken"
-    if len(payload) != 1 or not isinstance(payload[0], dict):
-        got = json.dumps(payload[0] if len(payload) == 1 else list(payload), default=str)[:200]
-        example = '{"approval_id": "…", "verdict": "approve", "approver": "…"}'
-        return f"expected one JSON object like {example}, got {got}"
-    try:
-        decision = ApprovalDecision.model_validate(payload[0])
-    except ValidationError as error:
-        return explain(error)
+    example = '{"approval_id": "…", "verdict": "approve", "approver": "…"}'
+    decision = parse(ApprovalDecision, payload, example)
+    if isinstance(decision, str):
+        return decision
     if decision.verdict is Verdict.REJECT and not decision.comment:
         return "a rejection needs its reason in `comment`: the agent reads it"
     if (decision.verdict is Verdict.EDIT) != (decision.arguments is not None):
@@ -178,3 +176,14 @@ def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:
     if (decision.verdict is Verdict.ANSWER) != (decision.answer is not None):
         return "verdict answer and `answer` go together: a text, or other JSON"
     return decision
+
+
+def parse(kind: type[T], payload: tuple[Any, ...], example: str) -> T | str:
+    """What a person sent, as this kind, or what is wrong with it in words: one JSON object is expected."""
+    if len(payload) != 1 or not isinstance(payload[0], dict):
+        got = json.dumps(payload[0] if len(payload) == 1 else list(payload), default=str)[:200]
+        return f"expected one JSON object like {example}, got {got}"
+    try:
+        return kind.model_validate(payload[0])
+    except ValidationError as error:
+        return explain(error)

@@ -7,6 +7,7 @@ recorded in the ledger under its call's key, each model call inside it too: noth
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,18 +28,11 @@ PATIENT = 7 * 86_400.0
 DISK = 1000
 """Tries while the workspace is in trouble: a full disk is mended by a person, and costs no document."""
 REASKS = 2
+_stage = partial(tool, effect=Effect.IDEMPOTENT, deadline=PATIENT, retries=DISK, put_off=False)
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-@tool(
-    effect=Effect.IDEMPOTENT,
-    service="workspace",
-    queue="read",
-    timeout=60,
-    deadline=PATIENT,
-    retries=DISK,
-    put_off=False,
-)
+@_stage(service="workspace", queue="read", timeout=60)
 def read(ctx: ToolContext, path: str, workspace: str) -> Json:
     """Read a document's text. Refuses what is no text, empty, or too large."""
     try:
@@ -57,15 +51,7 @@ def read(ctx: ToolContext, path: str, workspace: str) -> Json:
     }
 
 
-@tool(
-    effect=Effect.IDEMPOTENT,
-    service="model",
-    queue="extract",
-    timeout=3600,
-    deadline=PATIENT,
-    retries=DISK,
-    put_off=False,
-)
+@_stage(service="model", queue="extract", timeout=3600)
 async def extract(ctx: ToolContext, text: Digest, workspace: str) -> Json:
     """Extract the key terms, part by part, each checked against the text; put together without a model."""
     place = Workspace(workspace)
@@ -74,7 +60,7 @@ async def extract(ctx: ToolContext, text: Digest, workspace: str) -> Json:
     for number, part in enumerate(parts, 1):
         said, answer, asks = await _terms_of(ctx, part, number, len(parts))
         found.append(said)
-        by.add(_name(answer))
+        by.add(answer.label)
         asked += asks
     whole, notes = terms.merged(found)
     if len(parts) > 1:
@@ -97,33 +83,17 @@ async def _terms_of(ctx: ToolContext, part: str, number: int, of: int) -> tuple[
     raise ToolFailed(f"the model's terms of part {number} did not validate in {REASKS + 1} tries: {problem}")
 
 
-@tool(
-    effect=Effect.IDEMPOTENT,
-    service="model",
-    queue="summarise",
-    timeout=600,
-    deadline=PATIENT,
-    retries=DISK,
-    put_off=False,
-)
+@_stage(service="model", queue="summarise", timeout=600)
 async def summarise(ctx: ToolContext, terms: Digest, workspace: str) -> Json:
     """Summarise the key terms."""
     place = Workspace(workspace)
     answer = await ctx.ask_model("summary", prompts.ask_summary(place.kept(terms)))
     if not (text := answer.text.strip()):
         raise ToolFailed("the model's summary is empty")
-    return {"summary": place.keep(text), "by": _name(answer)}
+    return {"summary": place.keep(text), "by": answer.label}
 
 
-@tool(
-    effect=Effect.IDEMPOTENT,
-    service="workspace",
-    queue="read",
-    timeout=60,
-    deadline=PATIENT,
-    retries=DISK,
-    put_off=False,
-)
+@_stage(service="workspace", queue="read", timeout=60)
 def save(
     ctx: ToolContext, id: str, name: str, workspace: str, document: Json, extracted: Json, summarised: Json
 ) -> Json:
@@ -150,7 +120,3 @@ def delete(ctx: ToolContext, undo: Undo) -> str | None:
     place, id = Workspace(undo.arguments["workspace"]), undo.arguments["id"]
     there = [place.delete(name) for name in (json_name(id), markdown_name(id))]
     return f"{json_name(id)} deleted" if any(there) else None
-
-
-def _name(answer: ModelAnswer) -> str:
-    return f"{answer.model} (simulated)" if answer.simulated else answer.model

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ from holdfast.cli.runs import in_flight
 from holdfast.contracts import Effect, OutcomeStatus, RunOutcome
 from holdfast.reliability.ledger import Ledger, State
 from holdfast.services import BreakerRule, Service
-from holdfast.stack import Child, without_ours
 from holdfast.tools import NotReady, ToolContext, tool
 from tests.activities.polling_worker import SPEC, rendering
+from tests.activities.processes import workers
 from tests.fixtures.jobs import Jobs
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until
@@ -62,31 +58,6 @@ async def test_history_is_the_same_for_one_poll_and_for_many(lite: Stage) -> Non
         assert await events(once) == await events(often)
 
 
-@asynccontextmanager
-async def workers(stage: Stage, home: Path) -> AsyncIterator[dict[int, Child]]:
-    """Two worker processes, by process id."""
-    settings = stage.runtime.settings
-    environment = {
-        **without_ours(os.environ),
-        "HOLDFAST_HOME": str(home),
-        "TEMPORAL_ADDRESS": stage.client.service_client.config.target_host,
-        "HOLDFAST_TASK_QUEUE": stage.queue,
-        "DATABASE_URL": settings.store_url,
-        "OPENAI_BASE_URL": settings.openai_base_url,
-        "OPENAI_API_KEY": "test",
-    }
-    command = [sys.executable, "-m", "tests.activities.polling_worker"]
-    both = [Child(f"worker {n}", command, environment, home / f"worker-{n}.log") for n in range(2)]
-    try:
-        for each in both:
-            each.start()
-        yield {each.pid: each for each in both}
-    finally:
-        for each in both:
-            each.signal(signal.SIGKILL)
-            each.wait(5)
-
-
 async def at_work(handle: WorkflowHandle[Any, Any]) -> int:
     """The process that has polled last."""
     (pending,) = (await handle.describe()).raw_description.pending_activities
@@ -97,7 +68,10 @@ async def at_work(handle: WorkflowHandle[Any, Any]) -> int:
 async def test_a_worker_that_is_killed_leaves_the_job_to_another_which_does_not_submit_it_again(
     lite: Stage, tmp_path: Path, hangs_at: int, after: float
 ) -> None:
-    async with Jobs(polls_needed=12, hangs_at=hangs_at).serve() as jobs, workers(lite, tmp_path) as processes:
+    async with (
+        Jobs(polls_needed=12, hangs_at=hangs_at).serve() as jobs,
+        workers(lite, tmp_path, "polling_worker") as processes,
+    ):
         lite.model.script = sequence(call(("render", {"url": jobs.url, "after": after})), say("done"))
         handle = await lite.start(SPEC)
         async with asyncio.timeout(60):

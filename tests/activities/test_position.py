@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,9 +20,9 @@ from starlette.routing import Route
 from temporalio.client import WorkflowHandle
 
 from holdfast.contracts import Effect
-from holdfast.stack import Child, without_ours
 from holdfast.tools import ToolContext, tool
 from tests.activities.long_worker import SPEC
+from tests.activities.processes import workers
 from tests.fixtures.model import Message, call, say, sequence
 from tests.fixtures.temporal import Stage
 from tests.fixtures.world import World, agent
@@ -58,31 +56,6 @@ class Archive:
             await task
 
 
-@asynccontextmanager
-async def workers(stage: Stage, home: Path) -> AsyncIterator[dict[int, Child]]:
-    """Two worker processes, by process id. Both, because whichever has not got the work has had its start by then."""
-    settings = stage.runtime.settings
-    environment = {
-        **without_ours(os.environ),
-        "HOLDFAST_HOME": str(home),
-        "TEMPORAL_ADDRESS": stage.client.service_client.config.target_host,
-        "HOLDFAST_TASK_QUEUE": stage.queue,
-        "DATABASE_URL": settings.store_url,
-        "OPENAI_BASE_URL": settings.openai_base_url,
-        "OPENAI_API_KEY": "test",
-    }
-    command = [sys.executable, "-m", "tests.activities.long_worker"]
-    both = [Child(f"worker {n}", command, environment, home / f"worker-{n}.log") for n in range(2)]
-    try:
-        for each in both:
-            each.start()
-        yield {each.pid: each for each in both}
-    finally:
-        for each in both:
-            each.signal(signal.SIGKILL)
-            each.wait(5)
-
-
 async def position(handle: WorkflowHandle[Any, Any]) -> tuple[int, int] | None:
     """The process that has the run's open activity, and how far the server has heard that it has come."""
     for each in (await handle.describe()).raw_description.pending_activities:
@@ -95,7 +68,7 @@ async def test_after_its_worker_was_killed_a_long_call_goes_on_from_its_last_pos
     lite: Stage, tmp_path: Path
 ) -> None:
     archive = Archive()
-    async with archive.serve() as url, workers(lite, tmp_path) as processes:
+    async with archive.serve() as url, workers(lite, tmp_path, "long_worker") as processes:
         lite.model.script = sequence(call(("copy_pages", {"url": url, "pages": 6})), say("done"))
         handle = await lite.start(SPEC)
         async with asyncio.timeout(60):
