@@ -131,6 +131,7 @@ async def serve(stages: list[str]) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect()
     await check(client)
+    registry.load_graphs()
     drain, queue = settings().drain_s, settings().task_queue
     runtime = await open_runtime(settings())
     workers = [

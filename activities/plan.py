@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from langgraph.errors import GraphRecursionError
-from langgraph.graph import StateGraph
-from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Interrupt
 from pydantic import ValidationError
 from temporalio import activity
@@ -23,7 +20,7 @@ from temporalio.exceptions import ApplicationError
 from activities.asking import Asking
 from activities.boundary import boundary, this_workflow
 from agents import registry
-from holdfast import graph, loop, turns
+from holdfast import graph, turns
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Json, OutcomeStatus, PlanRequest, PlanResult, Question, absolute, digest
 from holdfast.conversation import MalformedOutput
@@ -38,8 +35,6 @@ from holdfast.state.thread import Thread
 from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
 from holdfast.tools import explain
-
-_DEFAULT = loop.build()
 
 PARKS = {
     ErrorType.RATE_LIMITED,
@@ -98,7 +93,7 @@ class Plan:
         resumed = await thread.open()
         notes: list[str] = []
         asking = Asking(self._runtime, request, tag, thread, notes)
-        app = _compiled(spec.graph).copy({"checkpointer": thread})
+        app = turns.compiled(spec.graph, spec.name).copy({"checkpointer": thread})
         snapshot = await app.aget_state(thread.config) if resumed else None
         if snapshot and not snapshot.tasks:
             state = snapshot.values
@@ -151,11 +146,6 @@ def _availability(down: dict[str, str], told: list[str]) -> str:
     lines = [f"Not available for now: {tool} ({why}). Go on with what does not need it." for tool, why in down.items()]
     lines += [f"Available again: {tool}." for tool in told if tool not in down]
     return "\n".join(lines)
-
-
-@cache
-def _compiled(own: StateGraph[Any, Any, Any, Any] | None) -> CompiledStateGraph[Any, Any, Any, Any]:
-    return (own or _DEFAULT).compile()
 
 
 def _spec(name: str) -> AgentSpec:

@@ -37,10 +37,27 @@ def _load(folder: str) -> ModuleType:
         if not isinstance(getattr(module, "SPEC", None), AgentSpec):
             raise TypeError("it has no SPEC = AgentSpec(…)")
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        at = f" ({Path(where.filename).name}, line {where.lineno})" if f"/{folder}/" in where.filename else ""
-        raise BrokenAgent(f"agents/{folder}/spec.py: {type(error).__name__}: {error}{at}") from error
+        raise _broken(f"agents/{folder}/spec.py", error) from error
     return module
+
+
+def _broken(file: str, error: Exception) -> BrokenAgent:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    near = str(Path(file).parent)
+    at = f" ({Path(where.filename).name}, line {where.lineno})" if f"/{near}/" in where.filename else ""
+    return BrokenAgent(f"{file}: {type(error).__name__}: {error}{at}")
+
+
+def load_graphs() -> None:
+    """For who runs the agents: imports the graphs that specs only name. Raises BrokenAgent for one that cannot run."""
+    from holdfast.turns import compiled  # costs the import of LangGraph
+
+    for spec in agents().values():
+        if isinstance(spec.graph, str):
+            try:
+                compiled(spec.graph, spec.name)
+            except Exception as error:
+                raise _broken(spec.graph.partition(":")[0].replace(".", "/") + ".py", error) from error
 
 
 @cache

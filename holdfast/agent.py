@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -44,8 +45,11 @@ class AgentSpec:
     turns_per_execution: int = 100
     services: tuple[Service, ...] = ()
     """Limits and breakers of the services that its tools use, where the defaults do not fit."""
-    graph: StateGraph[Any, Any, Any, Any] | None = None
-    """A graph of one's own, not compiled; see `holdfast.graph`. Without one a model decides in a loop."""
+    graph: StateGraph[Any, Any, Any, Any] | str | None = None
+    """A graph of one's own, not compiled; see `holdfast.graph`. Without one a model decides in a loop.
+
+    As "package.module:name" it is imported by workers alone: LangGraph would cost each command a second of CPU.
+    """
     mcp: tuple[McpServer, ...] = ()
     """Servers whose tools the agent has as well. Which those are is known once they are asked (`holdfast.mcp.hub`)."""
     by_name: dict[str, Tool] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -60,7 +64,10 @@ class AgentSpec:
         for step in self.steps:
             if unknown := [name for name in step.tools if self.tool(name) is None]:
                 raise TypeError(f"agent {self.name}: step {step.name} names unknown tools {unknown}")
-        if self.graph is not None:
+        if isinstance(self.graph, str):
+            if not re.fullmatch(r"[\w.]+:\w+", self.graph):
+                raise TypeError(f"agent {self.name}: its graph is named {self.graph!r}, not like package.module:name")
+        elif self.graph is not None:
             from holdfast.turns import check  # it needs this module
 
             check(self.graph, self.name)

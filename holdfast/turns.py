@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any, is_typeddict
 
 from langgraph.graph import START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
 from pydantic import ValidationError
 
+from holdfast import loop
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Decision, Json, OutcomeStatus, ToolCall
 from holdfast.conversation import as_json, said
@@ -65,6 +69,19 @@ def _by_code(call: Json, spec: AgentSpec) -> ToolCall:
         raise BadGraph(
             f"node {call['by']} calls {tool.name} with arguments that do not fit: {explain(error)}"
         ) from None
+
+
+@cache
+def compiled(own: StateGraph[Any, Any, Any, Any] | str | None, agent: str) -> CompiledStateGraph[Any, Any, Any, Any]:
+    """An agent's graph, ready to run. Raises TypeError for one that cannot, and what the import of a named one does."""
+    if own is None:
+        return loop.build().compile()
+    if isinstance(own, str):
+        module, _, name = own.partition(":")
+        found: Any = getattr(import_module(module), name, None)
+        check(found, agent)
+        return found.compile()
+    return own.compile()
 
 
 def check(graph: Any, agent: str) -> None:

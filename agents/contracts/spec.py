@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from langgraph.graph import START, StateGraph
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from agents.contracts import tools
@@ -15,8 +14,6 @@ from agents.contracts.results import write_index
 from agents.contracts.workspace import Workspace
 from holdfast.agent import AgentSpec, StepSpec
 from holdfast.batch import BatchContext, BatchReport, BatchSpec, Item, item_id
-from holdfast.contracts import Json
-from holdfast.graph import Turn, TurnState, answers, calls, final
 from holdfast.tools import ToolRefused
 
 
@@ -47,41 +44,6 @@ class ContractsInput(BaseModel):
     workspace: Annotated[str, Field(description="folder for the results; default: HOLDFAST_HOME/workspace/RUN")] = ""
 
 
-# ------------------------------------------------------------------ one document: code decides, no model
-
-
-class State(TurnState):
-    done: dict[str, Json]
-    """The result of each stage by its tool."""
-
-
-def route(state: State) -> dict[str, Any]:
-    """The next stage, with what the ones before it made."""
-    given = state["input"]
-    done = {**state.get("done", {}), **{each.tool: each.result for each in answers(state) if each.ok}}
-    if bad := next((each for each in answers(state) if not each.ok), None):
-        return {"decision": final(f"{bad.tool}: {bad.content}")}
-    workspace = given["workspace"]
-    if "read" not in done:
-        decision = calls(("read", {"path": given["path"], "workspace": workspace}))
-    elif "extract" not in done:
-        decision = calls(("extract", {"text": done["read"]["text"], "workspace": workspace}))
-    elif "summarise" not in done:
-        decision = calls(("summarise", {"terms": done["extract"]["terms"], "workspace": workspace}))
-    elif "save" not in done:
-        name = given["name"] or Path(given["path"]).name
-        result = {"document": done["read"], "extracted": done["extract"], "summarised": done["summarise"]}
-        told = {"id": given["id"] or item_id(name), "name": name, "workspace": workspace}
-        decision = calls(("save", {**told, **result}))
-    else:
-        decision = final(f"{done['save']['saved']}, extracted by {done['extract']['by']}")
-    return {"decision": decision, "done": done}
-
-
-_GRAPH = StateGraph(State, context_schema=Turn)
-_GRAPH.add_node("route", route)
-_GRAPH.add_edge(START, "route")
-
 SPEC = AgentSpec(
     name="contract",
     description="Extracts the key terms of one legal text and summarises them.",
@@ -95,7 +57,7 @@ SPEC = AgentSpec(
         StepSpec(name="save", title="Result", tools=["save"]),
     ),
     deadline=timedelta(days=30),
-    graph=_GRAPH,
+    graph="agents.contracts.graph:GRAPH",
 )
 
 # ------------------------------------------------------------------ all documents of a folder

@@ -6,26 +6,13 @@ model is unsure, a person says which desk.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from typing import Annotated
 
-from langgraph.graph import START, StateGraph
-from langgraph.runtime import Runtime
-from langgraph.types import interrupt
 from pydantic import BaseModel, ConfigDict, Field
 
-from agents.triage.prompts import CLASSIFY, DESKS
+from agents.triage.prompts import CLASSIFY
 from agents.triage.tools import clinic_facts, open_ticket, send_reply
 from holdfast.agent import AgentSpec
-from holdfast.graph import Turn, begin_at, tools
-from holdfast.loop import Conversation
-from holdfast.tools import Tool
-
-TOOLS: dict[str, tuple[Tool, ...]] = {
-    "clinical": (open_ticket,),
-    "appointments": (clinic_facts, open_ticket, send_reply),
-    "billing": (clinic_facts, send_reply),
-}
 
 
 class Mail(BaseModel):
@@ -35,56 +22,11 @@ class Mail(BaseModel):
     sender: Annotated[str, Field(min_length=1, max_length=200)] = "unknown sender"
 
 
-class State(Conversation):
-    desk: str
-
-
-async def classify(state: State, runtime: Runtime[Turn]) -> dict[str, Any]:
-    mail = {"role": "user", "content": json.dumps(state["input"], ensure_ascii=False)}
-    answer = await runtime.context.ask([{"role": "system", "content": CLASSIFY}, mail], tools=())
-    desk = _desk(answer.text)
-    question = "Which desk is this message for?"
-    while desk not in DESKS:
-        # Runs again from the top when it is answered; the model's answer is recorded and not asked for again.
-        reply = interrupt({"question": question, "desks": list(DESKS), "mail": state["input"], "role": "front desk"})
-        desk = _desk(reply)
-        question = f"{reply!r} is no desk. Which of these is the message for?"
-    return {"desk": desk, "messages": [mail]}
-
-
-def _desk(words: Any) -> str:
-    """The desk that an answer names: its last word, because models like to introduce it."""
-    return words.lower().strip(" .\n").split()[-1] if isinstance(words, str) and words.strip(" .\n") else ""
-
-
-def answers_for(desk: str) -> Any:
-    """The node of a desk: its own instructions and tools over the one conversation."""
-
-    async def node(state: State, runtime: Runtime[Turn]) -> dict[str, Any]:
-        system = {"role": "system", "content": DESKS[desk]}
-        answer = await runtime.context.ask([system, *state["messages"]], tools=TOOLS[desk])
-        return {"messages": [answer.message]}
-
-    return node
-
-
-def build() -> StateGraph[Any, Any, Any, Any]:
-    graph = StateGraph(State, context_schema=Turn)
-    graph.add_node("classify", classify)
-    graph.add_conditional_edges(START, begin_at("classify"), ["classify", *(f"{desk}_tools" for desk in DESKS)])
-    graph.add_conditional_edges("classify", lambda state: state["desk"], list(DESKS))
-    for desk in DESKS:
-        graph.add_node(desk, answers_for(desk))
-        graph.add_node(f"{desk}_tools", tools(then=desk, offered=TOOLS[desk]))
-        graph.add_edge(desk, f"{desk}_tools")
-    return graph
-
-
 SPEC = AgentSpec(
     name="triage",
     description="Sorts a clinic's mail: classifies a message, then the desk that it is for answers it.",
     instructions=CLASSIFY,
     input=Mail,
     tools=(clinic_facts, open_ticket, send_reply),
-    graph=build(),
+    graph="agents.triage.graph:GRAPH",
 )

@@ -11,8 +11,9 @@ import pytest
 import pytest_asyncio
 from temporalio.client import WorkflowHandle
 
+from agents.triage.graph import TOOLS
 from agents.triage.script import classify, decide
-from agents.triage.spec import SPEC, TOOLS
+from agents.triage.spec import SPEC
 from agents.triage.tools import open_ticket, withdraw_ticket
 from holdfast.contracts import Approval, RunOutcome
 from holdfast.simulation import script
