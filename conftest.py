@@ -1,8 +1,15 @@
 import os
 import sys
 
+from hypothesis import settings
+
 # Some images forbid bytecode. A suite that starts a thousand Python processes would spend half its time compiling.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# The suite looks for surprises a little at each run; `--hypothesis-profile=long` does so for minutes.
+settings.register_profile("short", max_examples=40, deadline=None)
+settings.register_profile("long", max_examples=1000, deadline=None)
+settings.load_profile("short")
 
 pytest_plugins = ["tests.fixtures.store", "tests.fixtures.temporal", "tests.fixtures.stack", "tests.fixtures.checkout"]

@@ -22,10 +22,11 @@ from temporalio.client import Client, WorkflowHandle
 from temporalio.worker import Worker
 
 from holdfast.contracts import RunOutcome
-from holdfast.deployments import SEEN_S, Build, Deployment, DeploymentError, describe, promote
+from holdfast.deployments import Build, Deployment, DeploymentError, describe, promote
 from holdfast.settings import Settings
 from holdfast.stack import Child, Stack, StackFailed, without_ours
 from holdfast.temporal import DATA_CONVERTER
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.stack import Cli
 from tests.fixtures.temporal import Stage
@@ -78,8 +79,8 @@ async def start(stack: Stack, client: Client, name: str) -> Child:
     return worker
 
 
-async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 40) -> None:
-    async with asyncio.timeout(seconds):
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
         while not await holds():
             await asyncio.sleep(0.1)
 
@@ -132,13 +133,13 @@ async def test_a_run_finishes_on_its_build_and_new_ones_begin_on_the_current(ver
     assert cli("deployments", "drained", "b1").returncode != 0
 
     old.signal(signal.SIGTERM)
-    assert old.wait(30)
+    assert old.wait(PATIENCE_S)
     await decide(first, approvals)  # kept by the server; no worker of the other build takes it
 
     async def missed() -> bool:
         return any("build b1" in each for each in (await describe(client, "ward")).troubles)
 
-    await until(missed, SEEN_S + 30)  # within seconds, but for a 1.29 server, which counts no backlog of a build
+    await until(missed)  # within seconds, but for a 1.29 server, which counts no backlog of a build
     assert await builds_of(first) == {"b1"}
     listed = cli("deployments", "--json")
     assert listed.returncode == 1

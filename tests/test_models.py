@@ -16,6 +16,7 @@ from holdfast.contracts import Json, Usage
 from holdfast.models import ModelAnswer, ModelClient, ModelUnavailable
 from holdfast.reliability.errors import ErrorType, Failure, classify
 from holdfast.settings import Settings
+from tests.fixtures.clock import PATIENCE_S
 from tests.reliability.wire import END, STREAM, Pause, Step, Then, Wire, answer, event, free_port, piece, wire
 
 KEY = "4f1c0ffee-of-a-shape-unknown"
@@ -138,7 +139,8 @@ async def test_connection_is_used_again() -> None:
     assert (len(server.requests), server.connections) == (5, 1)
 
 
-async def test_two_hundred_calls_at_once() -> None:
+async def test_two_hundred_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdfast.models.CONNECT_S", PATIENCE_S)
     async with model(STREAM, Pause(0.05), WHOLE.removeprefix(STREAM)) as (client, server):
         answers = await asyncio.gather(*(client.complete(MESSAGES, [], key=str(n)) for n in range(200)))
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from holdfast.stack import Child, without_ours
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import Stage
 
 
@@ -35,4 +36,4 @@ async def workers(stage: Stage, home: Path, module: str) -> AsyncIterator[dict[i
     finally:
         for each in both:
             each.signal(signal.SIGKILL)
-            each.wait(5)
+            each.wait(PATIENCE_S)

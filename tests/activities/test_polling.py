@@ -17,6 +17,7 @@ from holdfast.services import BreakerRule, Service
 from holdfast.tools import NotReady, ToolContext, tool
 from tests.activities.polling_worker import SPEC, rendering
 from tests.activities.processes import workers
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.jobs import Jobs
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until
@@ -74,7 +75,7 @@ async def test_a_worker_that_is_killed_leaves_the_job_to_another_which_does_not_
     ):
         lite.model.script = sequence(call(("render", {"url": jobs.url, "after": after})), say("done"))
         handle = await lite.start(SPEC)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while jobs.polls < 3:
                 await asyncio.sleep(0.01)
             doomed = processes[await at_work(handle)]
@@ -121,7 +122,7 @@ async def test_when_the_deadline_passes_the_last_words_say_where_it_was(
         lite.model.script = script
         handle = await lite.start(agent(rendering(effect, deadline=1.0), steps=[]))
         await until(handle, lambda s: bool(s.calls))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not heard:
                 await asyncio.sleep(0.02)
         await handle.terminate()
@@ -134,7 +135,7 @@ async def test_a_reader_sees_where_it_is_and_when_it_is_asked_again(lite: Stage)
     async with Jobs(polls_needed=10_000).serve() as jobs, lite.worker():
         lite.model.script = sequence(call(("render", {"url": jobs.url, "after": 60.0})), say("done"))
         handle = await lite.start(agent(rendering(Effect.IDEMPOTENT)))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not (seen := await in_flight(lite.client, await handle.describe())) or "%" not in seen[0]["said"]:
                 await asyncio.sleep(0.02)
         await handle.terminate()

@@ -23,6 +23,7 @@ from holdfast.contracts import Effect
 from holdfast.tools import ToolContext, tool
 from tests.activities.long_worker import SPEC
 from tests.activities.processes import workers
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, say, sequence
 from tests.fixtures.temporal import Stage
 from tests.fixtures.world import World, agent
@@ -71,7 +72,7 @@ async def test_after_its_worker_was_killed_a_long_call_goes_on_from_its_last_pos
     async with archive.serve() as url, workers(lite, tmp_path, "long_worker") as processes:
         lite.model.script = sequence(call(("copy_pages", {"url": url, "pages": 6})), say("done"))
         handle = await lite.start(SPEC)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while not (found := await position(handle)) or found[1] < 3:
                 await asyncio.sleep(0.02)
             doomed = processes[found[0]]
@@ -115,7 +116,7 @@ async def test_a_call_that_hangs_ends_at_its_limit_and_frees_its_slot(lite: Stag
             return say("done")
 
         lite.model.script = script
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await (await lite.start(spec)).result()
         assert len(service.requests) == 1
     hung, booked = told(lite)

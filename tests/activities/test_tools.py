@@ -16,6 +16,7 @@ from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import State
 from holdfast.tools import Tool, ToolContext, ToolFailed, ToolRefused, tool
 from tests.activities.conftest import Process
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import say
 from tests.fixtures.world import World, agent
 from tests.reliability.wire import Step, Then, answer, free_port, wire
@@ -67,7 +68,7 @@ async def test_a_sync_tool_does_not_block_the_loop(process: Process) -> None:
     @tool(effect=Effect.READ, service="x", timeout=5)
     def slow(ctx: ToolContext) -> bool:
         """Wait for the loop."""
-        return released.wait(5)
+        return released.wait(PATIENCE_S)
 
     asyncio.get_running_loop().call_later(0.05, released.set)
     assert (await run(process, request(slow))).content == "true"

@@ -29,8 +29,9 @@ from holdfast.starting import BadRequest, start_run
 from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from holdfast.tools import ToolFailed, ToolRefused, Undo
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import error, say
-from tests.fixtures.temporal import Stage, status
+from tests.fixtures.temporal import Stage, until
 from worker import make_worker
 
 LICENCE = """MIT License
@@ -308,9 +309,7 @@ async def test_while_the_model_is_down_reading_goes_on_and_then_everything_is_do
     lite.model.script = answering(lambda n: say(one_clause()) if up.is_set() else error(401))
     async with workers(lite):
         handle = await start(lite, texts)
-        async with asyncio.timeout(60):
-            while (now := (await status(handle)).items) is None or now.parked < 33:
-                await asyncio.sleep(0.05)
+        await until(handle, lambda now: now.items is not None and now.items.parked == 33)
         kept = [path for path in (texts.parent / "out" / ".parts").rglob("*") if path.is_file()]
         assert len(kept) == 33  # each text was read, though only 20 are at work at a time
         up.set()
@@ -340,7 +339,7 @@ async def test_a_workspace_that_cannot_be_written_is_waited_for(lite: Stage, tex
     lite.model.script = answering(lambda n: say(one_clause()))
     async with workers(lite):
         handle = await start(lite, texts / "a.txt", agent="contract")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while not any(each.attempt > 1 for each in (await handle.describe()).raw_description.pending_activities):
                 await asyncio.sleep(0.02)
         out.unlink()

@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from holdfast.stack import ROOT, Stack
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli
 
 LICENCE = "The {name} License\n\nCopyright 2020 {name}\n\nPermission is hereby granted to use and copy {name}.\n"
@@ -95,7 +96,7 @@ def working(stack: Stack, *queue: str, **environment: str) -> subprocess.Popen[s
 
 def stop(worker: subprocess.Popen[str]) -> str:
     worker.send_signal(signal.SIGTERM)
-    said, _ = worker.communicate(timeout=30)
+    said, _ = worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == 0
     return said
 
@@ -118,7 +119,7 @@ def test_workers_of_each_stage_do_together_what_none_does_alone(stack: Stack, cl
 
 def test_an_unknown_stage_is_one_line_that_names_those_there_are(stack: Stack) -> None:
     with working(stack, "extrakt") as worker:
-        said, wrong = worker.communicate(timeout=60)
+        said, wrong = worker.communicate(timeout=PATIENCE_S)
     assert (worker.returncode, said) == (2, "")
     assert wrong.splitlines() == [
         "worker cannot start: --queue extrakt: there is no such stage; the agents' tools name:"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.stack import without_ours
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, processes_of
 
 
@@ -61,6 +62,6 @@ def test_ctrl_c_leaves_nothing(cli: Cli, tmp_path: Path, moment: str) -> None:
     while moment not in (line := demo.stdout.readline()):
         assert line, "the demo ended"
     demo.send_signal(signal.SIGINT)
-    demo.communicate(timeout=30)
+    demo.communicate(timeout=PATIENCE_S)
     assert demo.returncode == 130
     assert processes_of(tmp_path) == []

@@ -13,6 +13,7 @@ import pytest
 from holdfast.contracts import Json
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.stack import Stack, temporal_cli
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 
 INPUT = '{"patient_id": "pat-1"}'
@@ -191,7 +192,7 @@ def test_a_failed_run_is_replayed_from_its_letter(desk: Desk, stack: Stack) -> N
     until(lambda: len(desk.messages(again)) == 2 if again in desk.cli("list").stdout else False)
     assert "is being replayed as" in desk.parsed("dlq", "replay", letter["id"], "--yes", status=1)[0]["words"]
     assert desk.ended(again)["outcome"] == "completed"
-    said, _ = replaying.communicate(timeout=60)
+    said, _ = replaying.communicate(timeout=PATIENCE_S)
     assert replaying.returncode == 0, said
     assert desk.parsed("dlq", "show", letter["id"])["state"] == "replayed"
 

@@ -15,6 +15,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 
 from holdfast.stack import ROOT, Stack
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli
 
 TOKEN = "a-long-and-random-token"
@@ -67,8 +68,8 @@ async def refused(client: Client, tool: str, /, **arguments: Any) -> str:
     return result.content[0].text  # pyright: ignore[reportAttributeAccessIssue]
 
 
-async def until(client: Client, run: str, tool: str, holds: Any, seconds: float = 100) -> Mapping[str, Any]:
-    async with asyncio.timeout(seconds):
+async def until(client: Client, run: str, tool: str, holds: Any) -> Mapping[str, Any]:
+    async with asyncio.timeout(PATIENCE_S):
         while not holds(now := await ask(client, tool, run=run)):
             await asyncio.sleep(0.2)
         return now

@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 
 from holdfast.stack import ROOT, Stack
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 
 INPUT = '{"patient_id": "pat-1"}'
@@ -51,7 +52,7 @@ def test_following_without_a_terminal_says_once_how_to_answer_each_request(cli: 
         assert line, said
         said += line
     assert cli("approve", run, "--by", "dr.lee").returncode == 0
-    said += following.communicate(timeout=60)[0]
+    said += following.communicate(timeout=PATIENCE_S)[0]
     assert following.returncode == 0
     assert said.count("asks: notify_patient") == said.count("asks: notify_providers") == 1
 
@@ -104,7 +105,7 @@ def test_exit_status_of_wait_is_the_outcomes(cli: Cli, key: str, answer: list[st
     waiting = cli.start("run", "discharge", "-i", INPUT, "--id", key, "--wait")
     command, *options = answer
     assert cli(command, run, *options).returncode == 0
-    said, _ = waiting.communicate(timeout=60)
+    said, _ = waiting.communicate(timeout=PATIENCE_S)
     assert waiting.returncode == code, said
     assert said.startswith(run)
     assert parsed(cli, "result", run)["result"]["outcome"] == outcome
@@ -159,7 +160,7 @@ def test_doctor_finds_and_mends(stack: Stack, cli: Cli, key: str) -> None:
     assert "HoldfastAgent" in sick.stdout
     assert "doctor --fix" in sick.stdout
     worker = Popen([sys.executable, str(ROOT / "worker.py")], env={**stack.environment, **bare}, stderr=PIPE, text=True)
-    _, said = worker.communicate(timeout=60)
+    _, said = worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == 2
     assert "doctor --fix" in said
     until(mended)

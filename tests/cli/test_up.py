@@ -11,6 +11,7 @@ from subprocess import Popen
 import pytest
 
 from holdfast.stack import without_ours
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, processes_of, until
 
 
@@ -34,7 +35,7 @@ def running(cli: Cli, home: Path) -> Iterator[Popen[str]]:
         yield up
     finally:
         up.send_signal(signal.SIGINT)
-        up.communicate(timeout=60)
+        up.communicate(timeout=PATIENCE_S)
     assert up.returncode == 0
     assert processes_of(home) == []
     assert not (home / "stack.json").exists()
@@ -73,7 +74,7 @@ def test_ctrl_c_while_starting_leaves_nothing(cli: Cli, home: Path, moment: str)
     until((home / "logs" / moment).exists)
     for _ in range(2):  # a terminal and a wrapper such as `uv run` may both pass it on
         up.send_signal(signal.SIGINT)
-    said, _ = up.communicate(timeout=60)
+    said, _ = up.communicate(timeout=PATIENCE_S)
     assert up.returncode == 0, said
     assert "Traceback" not in said
     assert processes_of(home) == []
@@ -84,4 +85,4 @@ def test_nothing_outlives_a_parent_that_is_killed(cli: Cli, home: Path) -> None:
     until((home / "stack.json").exists)
     up.kill()
     up.communicate()
-    until(lambda: not processes_of(home), seconds=5)
+    until(lambda: not processes_of(home))

@@ -12,6 +12,7 @@ from holdfast.contracts import RunResult
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.stack import ROOT, Stack
 from holdfast.temporal import DATA_CONVERTER, Client
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 
 
@@ -35,7 +36,7 @@ def test_finishes_what_is_in_flight(stack: Stack, cli: Cli) -> None:
     assert cli("run", "discharge", "-i", '{"patient_id": "pat-1"}', "--id", key, **queue).returncode == 0
     until(lambda: any(each.status is None for each in record.requests(f"{run}/")))
     draining.send_signal(signal.SIGTERM)
-    said, wrong = draining.communicate(timeout=30)
+    said, wrong = draining.communicate(timeout=PATIENCE_S)
     assert (draining.returncode, wrong) == (0, "")
     assert said.splitlines()[-1] == "worker draining"
     assert [each.status for each in record.requests(f"{run}/")] == [200, 200]  # each read was sent once, and answered
@@ -49,7 +50,7 @@ def test_cannot_start(stack: Stack) -> None:
         ({"HOLDFAST_FAULT": "kill:nowhere@*"}, "nowhere"),
     ):
         failed = worker(stack, **environment)
-        _, said = failed.communicate(timeout=60)
+        _, said = failed.communicate(timeout=PATIENCE_S)
         assert failed.returncode == 2
         assert says in said
         assert "Traceback" not in said
@@ -61,7 +62,7 @@ def test_a_killed_workers_run_goes_on(stack: Stack, cli: Cli) -> None:
     queue, key = {"HOLDFAST_TASK_QUEUE": uuid4().hex}, uuid4().hex[:8]
     doomed = worker(stack, **queue, HOLDFAST_FAULT="kill:effect-done@book_appointment")
     assert cli("run", "discharge", "-i", '{"patient_id": "pat-1"}', "--id", key, **queue).returncode == 0
-    doomed.communicate(timeout=60)
+    doomed.communicate(timeout=PATIENCE_S)
     assert doomed.returncode == -signal.SIGKILL
     heir = worker(stack, **queue)
     until(lambda: '"approval"' in cli("approvals", f"discharge-{key}", "--json").stdout)
@@ -75,4 +76,4 @@ def test_a_killed_workers_run_goes_on(stack: Stack, cli: Cli) -> None:
     booked = [e for e in HospitalRecord(stack.home / "hospital.db").effects(f"discharge-{key}/") if e.kind == "book"]
     assert len(booked) == 1
     heir.send_signal(signal.SIGTERM)
-    assert heir.wait(30) == 0
+    assert heir.wait(PATIENCE_S) == 0

@@ -26,6 +26,7 @@ from temporalio.worker import Worker
 from activities import activities
 from agents import registry
 from holdfast.settings import Settings
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import Stage, binary
 from workflows.agent import AgentWorkflow
 
@@ -205,7 +206,7 @@ async def test_the_workers_health_check_tells_a_worker_that_polls(temporal: Work
     assert not healthy("this-container")
     async with Worker(client, task_queue=lite.queue, workflows=[AgentWorkflow], activities=activities(lite.runtime)):
         await _polled(temporal.client, lite.queue)
-        async with asyncio.timeout(20):  # the server's answer to the command is some seconds old
+        async with asyncio.timeout(PATIENCE_S):  # the server's answer to the command is some seconds old
             while not await asyncio.to_thread(healthy, "this-container"):
                 await asyncio.sleep(0.2)
         assert not healthy("another-container")
@@ -216,7 +217,7 @@ async def _polled(client: Client, queue: str) -> None:
     request = DescribeTaskQueueRequest(
         namespace="default", task_queue=TaskQueue(name=queue), task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not (await client.workflow_service.describe_task_queue(request)).pollers:
             await asyncio.sleep(0.05)
 

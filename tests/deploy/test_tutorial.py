@@ -21,6 +21,7 @@ import pytest
 from holdfast.stack import ROOT
 from tests.deploy.blocks import Block, blocks
 from tests.fixtures.checkout import Checkout
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import processes_of, until
 
 TUTORIAL = list(blocks(ROOT / "docs/tutorial.md", "sh"))
@@ -59,7 +60,7 @@ class Terminal:
     def interrupt(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
-        self.process.wait(60)
+        self.process.wait(PATIENCE_S)
 
 
 class Reader:

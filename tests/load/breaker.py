@@ -31,12 +31,8 @@ from holdfast.state.database import Database, open_database
 from tests.load.callers import TARGET, Orders
 from tests.simulation.processes import service
 
-SLACK_S = 0.25
-"""What clocks, and the way from the leave to call to the service's record, may take off a span."""
 START_S = 3.0
 """For a Python process to start on a busy machine."""
-LATE_S = 2.0
-"""Within this somebody has to do what is due, on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,10 @@ class Hammering:
     probe_after_s: float = 30.0
     timeout_s: float = 5.0
     lease_s: float = 12.0
+    slack_s: float = 0.25
+    """What clocks, and the way from the leave to call to the service's record, may take off a span."""
+    late_s: float = 2.0
+    """Within this somebody has to do what is due."""
 
 
 @dataclass
@@ -72,18 +72,19 @@ class Report:
         each = self.hammering
         allowed = 3 + each.processes - 1
         gaps = [b - a for a, b in zip([0.0, *self.probes], self.probes, strict=False)]
-        shortest, longest = each.probe_after_s - SLACK_S, each.probe_after_s + LATE_S
+        shortest, longest = each.probe_after_s - each.slack_s, each.probe_after_s + each.late_s
         claims = {
             f"{self.early} calls before it was open, at most {allowed} can be": self.early > allowed,
             f"{len(self.probes)} probes in {each.dead_s:g} s": len(self.probes) > each.dead_s / each.probe_after_s,
             f"probes came {_list(gaps)} s apart": any(not shortest <= gap <= longest for gap in gaps),
-            f"a killed probe was tried again only after {self.takeover_s:.1f} s": self.takeover_s > START_S + LATE_S,
+            f"a killed probe was tried again only after {self.takeover_s:.1f} s": self.takeover_s
+            > START_S + each.late_s,
             f"the next probe came {self.after_kill_s:.1f} s after the one killed": self.after_kill_s < shortest,
             f"the next probe came {self.after_freeze_s:.1f} s after the one frozen": not (
-                shortest <= self.after_freeze_s <= max(each.probe_after_s, each.lease_s) + LATE_S
+                shortest <= self.after_freeze_s <= max(each.probe_after_s, each.lease_s) + each.late_s
             ),
             f"well again, the breaker closed only after {self.recovered_s:.1f} s": self.recovered_s
-            > each.probe_after_s + each.timeout_s + LATE_S,
+            > each.probe_after_s + each.timeout_s + each.late_s,
             f"after the frozen prober woke the breaker was {self.woken}": self.woken != "closed",
         }
         return [words for words, wrong in claims.items() if wrong]

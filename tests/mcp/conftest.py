@@ -21,6 +21,7 @@ import pytest_asyncio
 from holdfast.mcp.connection import Connection
 from holdfast.mcp.spec import McpServer
 from holdfast.stack import ROOT
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import until
 
 
@@ -37,8 +38,8 @@ class Notebook:
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
         return [call for call in map(json.loads, lines) if call["tool"] == tool]
 
-    async def called(self, tool: str, times: int = 1, seconds: float = 30) -> dict[str, Any]:
-        async with asyncio.timeout(seconds):
+    async def called(self, tool: str, times: int = 1) -> dict[str, Any]:
+        async with asyncio.timeout(PATIENCE_S):
             while len(self.calls(tool)) < times:
                 await asyncio.sleep(0.02)
         return self.calls(tool)[-1]
@@ -64,8 +65,8 @@ class Notebook:
                 continue
         return found
 
-    async def gone(self, seconds: float = 10) -> None:
-        async with asyncio.timeout(seconds):
+    async def gone(self) -> None:
+        async with asyncio.timeout(PATIENCE_S):
             while self.processes():
                 await asyncio.sleep(0.05)
 
@@ -116,7 +117,7 @@ def served(tmp_path: Path, **environment: str) -> Iterator[Callable[..., Served]
 
     try:
         one.start(**environment)
-        until(lambda: port.exists() and port.read_text(), 90)
+        until(lambda: port.exists() and port.read_text())
         yield made
     finally:
         one.stop()

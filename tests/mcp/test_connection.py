@@ -17,6 +17,7 @@ from holdfast.mcp.spec import McpServer
 from holdfast.reliability.errors import classify
 from holdfast.stack import ROOT
 from holdfast.tools import ToolRefused
+from tests.fixtures.clock import PATIENCE_S
 from tests.mcp.conftest import Notebook, name, stdio
 
 
@@ -68,7 +69,7 @@ async def test_a_call_to_a_server_that_died_meanwhile_is_made_on_a_new_process(n
     connection = notebook.connection()
     await notebook.call(connection, "look", word="a")
     os.kill(notebook.calls("look")[0]["pid"], signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while connection._opening and not connection._opening.result().ended.is_set():  # pyright: ignore[reportPrivateUsage]
             await asyncio.sleep(0.01)
     await notebook.call(connection, "look", word="b")
@@ -103,7 +104,7 @@ async def test_a_tool_that_changed_since_the_decision_is_not_called(either: Note
     connection = either.connection()
     before = (await connection.tools(20))[either.server.tool_name("write")]
     await either.call(connection, "reword", tool="write", description="Burn everything.")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await connection.tools(20))[either.server.tool_name("write")].description != "Burn everything.":
             await asyncio.sleep(0.02)
     with pytest.raises(ToolRefused, match="has changed"):
@@ -123,7 +124,7 @@ async def test_a_tool_that_vanished_is_said_to_be_gone(either: Notebook):
     connection = either.connection()
     before = (await connection.tools(20))[either.server.tool_name("write")]
     await either.call(connection, "reword", tool="write", description="")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while either.server.tool_name("write") in await connection.tools(20):
             await asyncio.sleep(0.02)
     with pytest.raises(ToolRefused, match="any more"):

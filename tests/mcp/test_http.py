@@ -14,6 +14,7 @@ from holdfast.mcp.connection import Connection
 from holdfast.mcp.failures import ServerDown
 from holdfast.mcp.spec import McpServer
 from holdfast.reliability.errors import Failure, classify
+from tests.fixtures.clock import PATIENCE_S
 from tests.mcp.conftest import Served, name, served
 
 
@@ -63,7 +64,7 @@ async def test_a_server_that_is_down_was_certainly_not_called_and_is_found_again
     assert (found.type, found.retry, found.maybe_done) == ("unreachable", True, False)
 
     http_notebook.start(port)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 await connection.call(http_notebook.server.tool_name("look"), version, {"word": "c"}, "k", connect_s=5)

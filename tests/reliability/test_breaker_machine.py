@@ -292,7 +292,6 @@ def test_any_interleaving_of_many_clients_keeps_to_one_probe_at_a_time_and_recov
             run_state_machine_as_test(
                 machine,
                 settings=settings(
-                    max_examples=200,
                     stateful_step_count=50,
                     deadline=None,
                     suppress_health_check=[HealthCheck.too_slow],

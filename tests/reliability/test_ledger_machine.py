@@ -282,7 +282,6 @@ def test_any_interleaving_makes_no_second_effect_and_loses_none(
             run_state_machine_as_test(
                 machine,
                 settings=settings(
-                    max_examples=40,
                     stateful_step_count=25,
                     deadline=None,
                     suppress_health_check=[HealthCheck.too_slow],

@@ -36,6 +36,7 @@ from holdfast.reliability.waiting import NotYet
 from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, open_database
+from tests.fixtures.clock import PATIENCE_S
 
 TRANSIT_S = 0.5
 """What a call may take to its service after the end of LATE_S."""
@@ -465,8 +466,8 @@ async def ask(limiter: Limiter, limit: Limit, key: str, tokens: int = 0) -> Tick
         return wait
 
 
-async def until(true: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
+async def until(true: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
         while not await true():
             await asyncio.sleep(0.005)
 

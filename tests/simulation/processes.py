@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fixtures.clock import PATIENCE_S
+
 
 @dataclass(frozen=True)
 class Running:
@@ -36,6 +38,6 @@ def service(module: str, db: Path, *options: str) -> Iterator[Running]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Waits for something that another process does."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.01)

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from holdfast.simulation.hospital import HospitalRecord
+from tests.fixtures.clock import PATIENCE_S
 from tests.simulation.processes import Running, service, until
 
 ORDER = {"patient_id": "pat-1", "items": [{"medication": "Amoxicillin", "dosage": "3 a day"}]}
@@ -252,7 +253,7 @@ def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path):
     with service("hospital", tmp_path / "a.db") as running:
         port = running.url.rpartition(":")[2]
         command = [sys.executable, "-m", "holdfast.simulation.hospital", "--port", port, "--db", str(tmp_path / "b.db")]
-        second = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert second.returncode == 2
     assert second.stderr.count("\n") == 1
     assert port in second.stderr

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from holdfast.state.database import Database, StoreUnavailable, open_database
+from tests.fixtures.clock import PATIENCE_S
 
 INSERT = (
     "INSERT INTO effects (key, key_base, kind, name, version, service, effect, digest, state, attempt, failures,"
@@ -151,7 +152,7 @@ def test_sqlite_waits_for_a_writer_that_holds_the_lock(sqlite_url: str, lock: st
         await db.close()
 
     asyncio.run(write())
-    assert holder.wait(10) == 0
+    assert holder.wait(PATIENCE_S) == 0
 
 
 HOLD = """

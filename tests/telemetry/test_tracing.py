@@ -19,6 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from holdfast.contracts import RunStatus
 from holdfast.stack import ROOT, Stack, without_ours
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 
 KEY = "sk-not-for-traces"
@@ -97,13 +98,13 @@ def test_a_run_is_one_trace_also_over_a_worker_that_is_replaced(traced: Stack, c
 
     # The second worker replays the run and goes on in its trace; the first one's spans are sent as it ends.
     traced.workers[0].signal(signal.SIGTERM)
-    assert traced.workers[0].wait(30)
+    assert traced.workers[0].wait(PATIENCE_S)
     assert traced.workers[0].exit_code == 0, traced.workers[0].output()
     asyncio.run(traced.start_worker())
     assert cli("approve", run, "--by", "dr.lee").returncode == 0
     assert cli("follow", run).returncode == 0
     traced.workers[1].signal(signal.SIGTERM)
-    assert traced.workers[1].wait(30)
+    assert traced.workers[1].wait(PATIENCE_S)
 
     spans = collector.trace(trace_id)
     names = [span.name for span in spans]

@@ -11,6 +11,7 @@ from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.contracts import Approval, DecisionReply, Json, Phase, RunOutcome, digest
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, at_rest, cancelled, skip, status, temporal_cli, until
 from tests.fixtures.world import World, agent
@@ -70,7 +71,7 @@ async def test_decided_at_once(lite: Stage) -> None:
     async with lite.worker():
         handle = await asking(lite, world)
         reply = DecisionReply(accepted=False, message="")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not reply.accepted:
                 reply = await handle.execute_update("decide", YES, result_type=DecisionReply)
         result = await handle.result()

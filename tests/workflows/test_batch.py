@@ -18,6 +18,7 @@ from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.batch import Batch, Work, names
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, status, until
 from tests.fixtures.world import World, agent
@@ -67,7 +68,7 @@ async def test_every_item_is_done_once_within_the_window_and_reported_on_the_way
         handle = await batch.start(lite, names(10))
         seen = await until(handle, lambda now: now.items is not None and now.items.open == 3)
         assert "0/10 names, 3 at work" in seen.line
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while desk.now < 3:
                 await asyncio.sleep(0.01)
         desk.gate.set()
@@ -125,7 +126,7 @@ async def test_a_child_that_waits_for_a_person_gives_its_place_and_takes_part_ag
         yes = {"approval_id": "a1", "verdict": "approve", "approver": "x"}
         for name in names(7):
             child = lite.client.get_workflow_handle(f"{handle.id}.{name}")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 while not (await lite.client.count_workflows(f'WorkflowId = "{child.id}"')).count:
                     await asyncio.sleep(0.02)
             await until(child, lambda now: bool(now.approvals))

@@ -12,6 +12,7 @@ from temporalio.client import WorkflowHandle
 from holdfast.contracts import Effect, Json, Phase, RunOutcome, StepStatus, key_base
 from holdfast.temporal import AGENT, STATUS, TENANT
 from holdfast.tools import ToolContext, tool
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, status, until
 from tests.fixtures.world import World, agent
@@ -25,9 +26,9 @@ async def executions(stage: Stage, handle: WorkflowHandle[Any, Any]) -> list[str
     return [e.run_id for e in sorted(found, key=lambda e: e.start_time)]
 
 
-async def another(handle: WorkflowHandle[Any, Any], before: str | None, seconds: float = 20) -> str:
+async def another(handle: WorkflowHandle[Any, Any], before: str | None) -> str:
     """Waits until the run goes on under another run id than `before`; the new one."""
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(PATIENCE_S):
         while (now := (await handle.describe()).run_id) == before:
             await asyncio.sleep(0.02)
     assert now
@@ -52,7 +53,7 @@ async def test_at_every_turn_with_parallel_tools_nothing_is_lost(stage: Stage, o
         assert len(stage.model.requests) == 4
         # The model hears its whole conversation.
         assert sum(m["role"] == "tool" for m in stage.model.requests[-1][1]) == 4
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while len(await executions(stage, handle)) < 4:  # visibility is eventually consistent
                 await asyncio.sleep(0.05)
     assert await stage.stored(handle) == result
@@ -113,7 +114,7 @@ async def test_no_signal_that_arrives_meanwhile_is_lost(lite: Stage) -> None:
                 sent.append(decision["approval_id"])
 
         answered: set[str] = set()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while (now := await status(handle)).outcome is None:
                 new = {a.id for a in now.approvals} - answered
                 answered |= new
@@ -159,7 +160,7 @@ async def test_a_decision_in_the_very_task_that_continues(lite: Stage) -> None:
 
 
 async def completed_activities(handle: WorkflowHandle[Any, Any], count: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             events = (await handle.fetch_history()).events
             if sum(e.HasField("activity_task_completed_event_attributes") for e in events) == count:
@@ -242,7 +243,7 @@ async def test_search_attributes_are_kept(lite: Stage) -> None:
         await until(handle, lambda s: bool(s.approvals))
         if (await handle.describe()).run_id == first:
             await another(handle, first)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (there := (await handle.describe()).typed_search_attributes).get(STATUS) != Phase.WAITING_HUMAN:
                 await asyncio.sleep(0.02)
         assert (there.get(AGENT), there.get(TENANT)) == (spec.name, "default")

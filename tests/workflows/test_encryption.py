@@ -32,6 +32,7 @@ from holdfast.contracts import (
 from holdfast.settings import Settings
 from holdfast.temporal import SEARCH_ATTRIBUTES, data_converter, sandbox
 from holdfast.tools import Tool, ToolContext, ToolFailed, Undo, tool
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, sequence
 from tests.fixtures.payloads import deployed
 from tests.fixtures.temporal import Stage, a_runtime, binary, cancelled, temporal_cli, until
@@ -210,7 +211,7 @@ async def test_without_its_key_a_run_waits_and_says_which_key_is_missing(
 
 async def task_failure(client: Client, handle: WorkflowHandle[Any, Any]) -> str:
     """Waits for a workflow task that fails; its cause, as this client reads it."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             async for event in handle.fetch_history_events():
                 if event.HasField("workflow_task_failed_event_attributes"):

@@ -17,6 +17,7 @@ from holdfast.agent import AgentSpec
 from holdfast.contracts import Effect, Json, Phase, RunOutcome, RunResult, StepSpec, StepStatus
 from holdfast.services import BreakerRule
 from holdfast.tools import ToolContext, ToolFailed, tool
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, status, until
 from tests.fixtures.world import World, agent
@@ -438,7 +439,7 @@ async def test_an_input_that_does_not_fit_the_agent_fails_the_run_and_says_why(l
 async def test_a_start_without_sense_ends_at_once_and_says_what_is_expected(lite: Stage, value: Any) -> None:
     async with lite.worker():
         handle = await by_hand(lite, value)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(WorkflowFailureError) as caught:
                 await handle.result()
     cause = caught.value.cause

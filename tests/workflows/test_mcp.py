@@ -19,6 +19,7 @@ import pytest
 
 from holdfast.contracts import Effect, Phase, RunOutcome, StepSpec
 from holdfast.mcp.spec import McpServer, McpTool
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence, turn
 from tests.fixtures.temporal import Stage, until
 from tests.fixtures.world import World, agent
@@ -35,7 +36,7 @@ def foreign(package: str) -> tuple[str, ...]:
     if shutil.which("uv") is None:
         pytest.skip("needs uv, to run a server that pins another version of mcp")
     command = (*FOREIGN, package, package)
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=PATIENCE_S)
     if done.returncode:
         pytest.skip(f"{package} cannot be had here: {done.stderr.strip()[-300:]}")
     return command
@@ -53,7 +54,7 @@ async def until_sent(server: psutil.Process) -> None:
     """Waits until a frozen server has a call in its input that it has not read."""
     pipe = os.open(f"/proc/{server.pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0] == 0:
                 await asyncio.sleep(0.01)
     finally:
@@ -83,7 +84,7 @@ async def test_a_read_of_a_server_killed_in_the_call_is_made_again_by_a_new_proc
     lite.model.script = script
     async with lite.worker():
         handle = await lite.start(spec)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while not frozen:
                 await asyncio.sleep(0.02)
         await until_sent(frozen[0])
@@ -125,7 +126,7 @@ async def test_an_effect_at_a_server_killed_in_the_call_is_never_sent_again_and_
     lite.model.script = script
     async with lite.worker():
         handle = await lite.start(spec)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while not frozen:
                 await asyncio.sleep(0.02)
         await until_sent(frozen[0])

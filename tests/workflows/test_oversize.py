@@ -25,6 +25,7 @@ from holdfast.starting import BadRequest, start_run
 from holdfast.state.runs import Runs
 from holdfast.temporal import sandbox
 from holdfast.tools import Tool, ToolContext, Undo, tool
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, say, sequence
 from tests.fixtures.payloads import deployed
 from tests.fixtures.temporal import Stage, a_runtime, failure, temporal_cli, until
@@ -172,7 +173,7 @@ async def test_without_a_large_payload_a_run_waits_says_which_and_goes_on_when_i
         handle = await one.start(spec, {"text": HUGE[:200_000]})
         place.rename(tmp_path / "away")
         async with one.worker():
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 while not (said := await failing_task(client, handle.id)):
                     await asyncio.sleep(0.05)
             assert f"is not in {place}: bring it back there" in said
@@ -196,7 +197,7 @@ async def test_an_activity_without_its_large_payload_is_tried_until_it_is_back_a
                 await asyncio.sleep(0.02)
             place.rename(tmp_path / "away")
             async with one.worker(activities_only=True):
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(PATIENCE_S):
                     while not (said := await lacking(client, handle)):
                         await asyncio.sleep(0.05)
                 assert f"is not in {place}: bring it back there" in said

@@ -18,6 +18,7 @@ from holdfast.repairs import Action, Repair, RepairResult
 from holdfast.starting import BadRequest
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
 from holdfast.tools import Tool, ToolFailed
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, failure, until
 from tests.fixtures.world import World, agent
@@ -45,7 +46,7 @@ async def partial_run(stage: Stage, order: Tool, *more: Tool) -> WorkflowHandle[
     steps = [ORDER, *(StepSpec(name=t.name, tools=[t.name]) for t in more)]
     stage.model.script = sequence(call((order.name, {}), *((t.name, {}) for t in more)), say("done but for one"))
     handle = await stage.start(agent(order, *more, steps=steps))
-    await asyncio.wait_for(handle.result(), 20)
+    await asyncio.wait_for(handle.result(), PATIENCE_S)
     return handle
 
 

@@ -16,6 +16,7 @@ from holdfast.contracts import DecisionReply, Effect, Json, Phase, RunOutcome
 from holdfast.graph import Turn, TurnState, final
 from holdfast.reliability import ledger
 from holdfast.tools import ToolContext, tool
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, at_rest, temporal_cli, until
 from tests.fixtures.world import World, agent
@@ -212,7 +213,7 @@ async def test_a_message_during_the_last_turn_is_still_read(lite: Stage) -> None
     lite.model.script, lite.model.gate = script, asyncio.Event()
     async with lite.worker():
         handle = await lite.start(agent(World().tool("book"), steps=()))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not lite.model.requests:
                 await asyncio.sleep(0.01)
         await handle.signal("message", HELLO)

@@ -27,6 +27,7 @@ from holdfast.repairs import Action, Repair, unwind_id
 from holdfast.starting import TASK_TIMEOUT
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
 from holdfast.tools import ToolFailed
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.receiver import SECRET, Receiver
 from tests.fixtures.temporal import Stage, cancelled, failure
@@ -66,10 +67,10 @@ def booking(stage: Stage, *tools: Any, **more: Any) -> Any:
     return agent(world.tool("book"), *tools, **more)
 
 
-async def letter(stage: Stage, seconds: float = 20) -> Letter:
+async def letter(stage: Stage) -> Letter:
     """The only webhook that nobody took."""
     letters = Letters(stage.runtime.db)
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(PATIENCE_S):
         while not (found := await letters.find(kind=LetterKind.HOOK, state=LetterState.OPEN)):
             await asyncio.sleep(0.02)
     (only,) = found
@@ -256,7 +257,7 @@ async def test_a_question_is_told_although_the_run_continues_as_new_at_once(sign
     async with signing.worker():
         handle = await signing.start(spec, webhook=receiver.url)
         await receiver.has(1)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (await handle.describe()).run_id == handle.first_execution_run_id:
                 await asyncio.sleep(0.02)
         await handle.signal("decide", {"approval_id": "a1", "verdict": "approve", "approver": "dr.lee"})
