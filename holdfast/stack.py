@@ -26,8 +26,8 @@ from typing import Self
 from holdfast.settings import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_S = 30.0
-"""Seconds that a process may take until it answers; they share the machine while they start."""
+READY_S = 90.0
+"""Seconds that a process may take until it answers; all start at once, maybe on a slow machine."""
 OURS = ("TEMPORAL_", "HOLDFAST_", "OPENAI_", "DATABASE_URL")
 """Environment variables (by prefix) that would point a process of the stack somewhere else."""
 
