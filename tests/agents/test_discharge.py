@@ -19,6 +19,7 @@ from holdfast.settings import Settings
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.simulation.script import decide
 from holdfast.tools import ToolContext, ToolRefused, Undo
+from tests.fixtures.clock import PATIENCE_S
 from tests.simulation.processes import Running, service
 
 SPEC = agent("discharge")
@@ -57,7 +58,7 @@ async def ctx(request: pytest.FixtureRequest, hospital: Running, model: Running)
     async def ask_model(label: str, messages: list[Json]) -> ModelAnswer:
         return await models.complete(messages, [], key=f"{key}/{label}")
 
-    async with httpx2.AsyncClient(timeout=5) as http:
+    async with httpx2.AsyncClient(timeout=PATIENCE_S) as http:
         yield ToolContext(key, 1, http, {"hospital": hospital.url}.__getitem__, ask_model)
         await http.delete(f"{hospital.url}/faults")
         await http.delete(f"{model.url}/faults")

@@ -10,6 +10,7 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def tools() -> tuple[Tool, ...]:
 async def a_server(file: Path) -> AsyncIterator[WorkflowEnvironment]:
     env = await WorkflowEnvironment.start_local(
         dev_server_existing_path=binary("temporal"),
+        dev_server_startup_timeout=timedelta(seconds=PATIENCE_S),
         dev_server_database_filename=str(file),
         search_attributes=list(SEARCH_ATTRIBUTES),
         dev_server_log_level="error",
