@@ -29,7 +29,7 @@ from holdfast.cli.ending import end_process
 from holdfast.reliability import faults
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
 from holdfast.runtime import Runtime, open_runtime
-from holdfast.settings import Settings, settings
+from holdfast.settings import Settings, settings, unfit
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
@@ -176,7 +176,7 @@ def main() -> int:
         print(f"worker cannot start: {said}; see `uv run starter.py doctor`", file=sys.stderr)
         return 2
     except (NoServer, NotReady, SchemaMismatch, StoreUnavailable, registry.BrokenAgent, ValueError) as error:
-        print(f"worker cannot start: {error}", file=sys.stderr)
+        print(f"worker cannot start: {unfit(error) or error}", file=sys.stderr)
         return 2
 
 

@@ -18,7 +18,7 @@ class UnknownAgent(Exception):
 
 
 class BrokenAgent(Exception):
-    """A folder under `agents/` that cannot be imported, or declares what cannot run. The message says where and why."""
+    """What is under `agents/` cannot be imported, or declares what cannot run. The message says where and why."""
 
 
 _added: dict[str, AgentSpec] = {}
@@ -49,9 +49,13 @@ def _broken(file: str, error: Exception) -> BrokenAgent:
 
 
 def load_graphs() -> None:
-    """For who runs the agents: imports the graphs that specs only name. Raises BrokenAgent for one that cannot run."""
+    """For who runs the agents: imports the graphs that specs only name.
+
+    Raises BrokenAgent for a graph that cannot run, and for agents that disagree about a service.
+    """
     from holdfast.turns import compiled  # costs the import of LangGraph
 
+    _services()
     for spec in agents().values():
         if isinstance(spec.graph, str):
             try:
@@ -62,16 +66,25 @@ def load_graphs() -> None:
 
 @cache
 def _found() -> dict[str, AgentSpec]:
-    return {spec.name: spec for spec in sorted((each.SPEC for each in _modules()), key=lambda spec: spec.name)}
+    return {spec.name: spec for spec in sorted((each.SPEC for each in _named()), key=lambda spec: spec.name)}
 
 
 @cache
 def _found_batches() -> dict[str, BatchSpec]:
-    """Raises TypeError for a batch named like an agent: one name starts one thing."""
-    batches: list[BatchSpec] = [each.BATCH for each in _modules() if hasattr(each, "BATCH")]
-    if twice := next((each.name for each in batches if each.name in _found()), ""):
-        raise TypeError(f"a batch and an agent are both named {twice}")
-    return {spec.name: spec for spec in batches}
+    return {each.BATCH.name: each.BATCH for each in _named() if hasattr(each, "BATCH")}
+
+
+@cache
+def _named() -> list[ModuleType]:
+    """All specs. Raises BrokenAgent when a name is there twice, of agents or batches: one name starts one thing."""
+    files: dict[str, str] = {}
+    for module in _modules():
+        file = f"{module.__name__.replace('.', '/')}.py"
+        for name in (getattr(module, each).name for each in ("SPEC", "BATCH") if hasattr(module, each)):
+            if name in files:
+                raise BrokenAgent(f"{file}: the name {name!r} is taken by {files[name]}: give it one of its own")
+            files[name] = file
+    return _modules()
 
 
 def add(spec: AgentSpec) -> AgentSpec:
@@ -95,16 +108,16 @@ def service(name: str) -> Service:
 
 @cache
 def _services() -> dict[str, Service]:
-    """Raises TypeError when two agents disagree: a service has one breaker and one limit for all."""
+    """Raises BrokenAgent when two agents disagree: a service has one breaker and one limit for all."""
     found: dict[str, Service] = {}
     servers: dict[str, object] = {}
     for spec in agents().values():
         for server in spec.mcp:
             if servers.setdefault(server.name, server.where) != server.where:
-                raise TypeError(f"agent {spec.name} finds MCP server {server.name} elsewhere than another agent does")
+                raise BrokenAgent(f"agent {spec.name} finds MCP server {server.name} elsewhere than another agent does")
         for each in spec.services:
             if found.setdefault(each.name, each) != each:
-                raise TypeError(f"agent {spec.name} declares service {each.name} otherwise than another agent does")
+                raise BrokenAgent(f"agent {spec.name} declares service {each.name} otherwise than another agent does")
     return found
 
 

@@ -9,13 +9,45 @@ by `holdfast.temporal`.
 from __future__ import annotations
 
 import os
+import re
 from base64 import b64decode
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    JsonConfigSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+
+def _address(value: str) -> str:
+    where = urlsplit(value)
+    if value and (where.scheme not in ("http", "https") or not where.hostname):
+        raise ValueError("expected an address that begins with http:// or https://")
+    return value
+
+
+def _build(value: str) -> str:
+    # The server's searches name a build in quotes.
+    if re.search(r"[\s\"'`\\]", value):
+        raise ValueError("expected no spaces, quotes or backslashes")
+    return value
+
+
+def _deployment(value: str) -> str:
+    if "." in value or ":" in value:
+        raise ValueError("expected no dots or colons")
+    return _build(value)
+
+
+Address = Annotated[str, AfterValidator(_address)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ModelTarget(BaseModel):
@@ -24,7 +56,7 @@ class ModelTarget(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    base_url: str = ""
+    base_url: Address = ""
     """Empty: that of the first model, and its key."""
     key_env: str = ""
     """Environment variable with the key of another endpoint."""
@@ -55,12 +87,12 @@ class Settings(BaseSettings):
     """`postgresql://…`; empty means SQLite under `home`."""
     task_queue: Annotated[str, Field(alias="HOLDFAST_TASK_QUEUE")] = "holdfast"
 
-    build_id: Annotated[str, Field(alias="HOLDFAST_BUILD_ID")] = "dev"
+    build_id: Annotated[str, Field(alias="HOLDFAST_BUILD_ID"), AfterValidator(_build)] = "dev"
     """Names this build in every task that its workers do; a deployment sets its version or commit."""
-    deployment: Annotated[str, Field(alias="HOLDFAST_DEPLOYMENT", pattern=r"^[^.:]*$", max_length=100)] = ""
+    deployment: Annotated[str, Field(alias="HOLDFAST_DEPLOYMENT", max_length=100), AfterValidator(_deployment)] = ""
     """Worker Deployment of Temporal that the workers are a build of; empty: they are not versioned."""
 
-    openai_base_url: Annotated[str, Field(alias="OPENAI_BASE_URL")] = "https://api.openai.com/v1"
+    openai_base_url: Annotated[Address, Field(alias="OPENAI_BASE_URL")] = "https://api.openai.com/v1"
     openai_api_key: Annotated[SecretStr, Field(alias="OPENAI_API_KEY")] = SecretStr("")
     model: Annotated[str, Field(alias="HOLDFAST_MODEL")] = "gpt-5-mini"
     model_window: Annotated[int | None, Field(alias="HOLDFAST_MODEL_WINDOW", gt=0)] = None
@@ -86,31 +118,31 @@ class Settings(BaseSettings):
     webhook_hosts: Annotated[str, Field(alias="HOLDFAST_WEBHOOK_HOSTS")] = ""
     """Hosts that webhooks may be sent to, e.g. `hooks.example.com *.internal`; empty: any."""
 
-    hospital_url: Annotated[str, Field(alias="HOLDFAST_HOSPITAL_URL")] = "http://127.0.0.1:8090"
-    services: Annotated[dict[str, str], Field(alias="HOLDFAST_SERVICES")] = {}
+    hospital_url: Annotated[Address, Field(alias="HOLDFAST_HOSPITAL_URL")] = "http://127.0.0.1:8090"
+    services: Annotated[dict[str, Address], Field(alias="HOLDFAST_SERVICES")] = {}
     """Base addresses of services that tools ask for by `ctx.service_url(name)`: a JSON object."""
     otlp_endpoint: Annotated[str, Field(alias="OTEL_EXPORTER_OTLP_ENDPOINT")] = ""
 
     mcp_token: Annotated[SecretStr, Field(alias="HOLDFAST_MCP_TOKEN")] = SecretStr("")
     """What a client of `starter.py mcp --http` has to send as its bearer token."""
 
-    model_first_token_s: Annotated[float, Field(alias="HOLDFAST_MODEL_FIRST_TOKEN_S")] = 20.0
-    model_between_tokens_s: Annotated[float, Field(alias="HOLDFAST_MODEL_BETWEEN_TOKENS_S")] = 20.0
+    model_first_token_s: Annotated[Seconds, Field(alias="HOLDFAST_MODEL_FIRST_TOKEN_S")] = 20.0
+    model_between_tokens_s: Annotated[Seconds, Field(alias="HOLDFAST_MODEL_BETWEEN_TOKENS_S")] = 20.0
     model_total_s: Annotated[float, Field(alias="HOLDFAST_MODEL_TOTAL_S", gt=0, le=130)] = 120.0
     """At most 130: a turn may ask three times within its activity's limit."""
-    park_s: Annotated[float, Field(alias="HOLDFAST_PARK_S")] = 30.0
+    park_s: Annotated[Seconds, Field(alias="HOLDFAST_PARK_S")] = 30.0
     """How long a run sleeps before it tries a model again that is gone."""
-    slots: Annotated[int | Literal["resource"], Field(alias="HOLDFAST_SLOTS")] = 200
+    slots: Annotated[Annotated[int, Field(gt=0)] | Literal["resource"], Field(alias="HOLDFAST_SLOTS")] = 200
     """Activities at a time in a worker; `resource`: as many as its share of CPU and memory allows."""
     slots_cpu: Annotated[float, Field(alias="HOLDFAST_SLOTS_CPU", gt=0, le=1)] = 0.8
     slots_memory: Annotated[float, Field(alias="HOLDFAST_SLOTS_MEMORY", gt=0, le=1)] = 0.8
     """Shares of the machine or container up to which `resource` takes more work."""
-    drain_s: Annotated[float, Field(alias="HOLDFAST_DRAIN_S")] = 20.0
+    drain_s: Annotated[float, Field(alias="HOLDFAST_DRAIN_S", ge=0, allow_inf_nan=False)] = 20.0
     """A worker that is told to stop finishes what is in flight, at most this long."""
 
     stack_temporal_address: str = ""
     """Where the embedded stack's server is; only ever read from `stack.json`."""
-    ui_url: Annotated[str, Field(alias="HOLDFAST_UI_URL")] = "http://localhost:8233"
+    ui_url: Annotated[Address, Field(alias="HOLDFAST_UI_URL")] = "http://localhost:8233"
     """Base address of the Temporal Web UI, for links."""
 
     @classmethod
@@ -195,3 +227,17 @@ def _names_a_server() -> bool:
 def settings() -> Settings:
     """The settings of this process, read once."""
     return Settings()
+
+
+def unfit(error: Exception) -> str | None:
+    """One line on the variables that do not fit, for what `Settings()` raises; None for any other error."""
+    if isinstance(error, SettingsError):
+        # It names the field; its cause is what the JSON parser says.
+        field = re.search(r'field "(\w+)"', str(error))
+        known = Settings.model_fields.get(field[1]) if field else None
+        what = f"{known.alias}: expected JSON ({error.__cause__})" if known else str(error)
+    elif isinstance(error, ValidationError) and error.title == "Settings":
+        what = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    else:
+        return None
+    return f"an environment variable does not fit: {what}"

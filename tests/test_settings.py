@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.settings import ModelTarget, Settings
+from holdfast.settings import ModelTarget, Settings, unfit
 
 
 def test_variables_of_other_programs_are_not_taken_for_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +30,30 @@ def test_the_chain_of_models_begins_with_the_first_and_keeps_the_order(monkeypat
         ModelTarget(model="small", window=8000),
         ModelTarget(model="tiny"),
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("HOLDFAST_SLOTS", "0", "greater than 0"),
+        ("HOLDFAST_SLOTS", "-3", "greater than 0"),
+        ("HOLDFAST_DRAIN_S", "-5", "greater than or equal to 0"),
+        ("HOLDFAST_DRAIN_S", "nan", "finite"),
+        ("HOLDFAST_PARK_S", "0", "greater than 0"),
+        ("HOLDFAST_MODEL_FIRST_TOKEN_S", "-1", "greater than 0"),
+        ("HOLDFAST_SERVICES", "rooms=http://there", "expected JSON"),
+        ("HOLDFAST_SERVICES", '{"rooms": "localhost:9000"}', "begins with http:// or https://"),
+        ("OPENAI_BASE_URL", "localhost:11434", "begins with http:// or https://"),
+        ("HOLDFAST_BUILD_ID", 'a"b', "no spaces, quotes or backslashes"),
+        ("HOLDFAST_DEPLOYMENT", "a.b", "no dots or colons"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_line_that_names_the_variable_and_what_was_expected(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError) as caught:
+        Settings()
+    line = unfit(caught.value) or ""
+    assert line.startswith(f"an environment variable does not fit: {variable}")
+    assert says in line and "\n" not in line

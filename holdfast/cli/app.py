@@ -489,20 +489,18 @@ def mendable(error: Exception) -> str | None:
     """The line for an error that a user can do something about; None for a bug. Imports late: errors are rare."""
     if isinstance(error, Refused):
         return str(error)
-    from pydantic import ValidationError
-    from pydantic_settings import SettingsError
     from temporalio.service import RPCError
 
     from agents.registry import BrokenAgent, UnknownAgent
     from holdfast.claims import ClaimLost
     from holdfast.codec import PayloadUnreadable
+    from holdfast.settings import unfit
     from holdfast.stack import StackFailed
     from holdfast.starting import BadRequest
     from holdfast.state.database import StoreUnavailable
     from holdfast.state.runs import KeyReused
     from holdfast.state.version import SchemaMismatch
     from holdfast.temporal import NoServer
-    from holdfast.tools import explain
 
     if isinstance(
         error,
@@ -522,8 +520,4 @@ def mendable(error: Exception) -> str | None:
         return (
             f"the Temporal server answered {error.status.name.lower()}: {error.message}; see `uv run starter.py doctor`"
         )
-    if isinstance(error, SettingsError):
-        return f"an environment variable does not fit: {error}"
-    if isinstance(error, ValidationError) and error.title == "Settings":
-        return f"an environment variable does not fit: {explain(error)}"
-    return None
+    return unfit(error)

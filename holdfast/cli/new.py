@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import keyword
 import re
+import shutil
 from pathlib import Path
 
+from agents.registry import agents, batches
 from holdfast.cli.output import Refused, out, print_json
 from holdfast.stack import ROOT
 
@@ -28,12 +30,21 @@ def new(name: str, as_json: bool) -> None:
             f"{name!r} cannot be an agent's name: up to 40 lower-case letters, digits and underscores, a letter first"
         )
     folder = ROOT / "agents" / name
-    if folder.exists():
-        raise Refused(f"{folder} exists already: choose another name, or edit what is there")
+    for path in (folder, folder.with_suffix(".py")):  # beside such a file the folder would be imported in its place
+        if path.exists():
+            raise Refused(f"{path} exists already: choose another name, or edit what is there")
+    if name in {**agents(), **batches()}:
+        raise Refused(f"an agent or batch named {name!r} exists already: choose another name")
     made = files(name)
-    for path, text in made.items():
-        (ROOT / path).parent.mkdir(exist_ok=True)
-        (ROOT / path).write_text(text)
+    try:
+        folder.mkdir()
+        for path, text in made.items():
+            (ROOT / path).write_text(text)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)  # half an agent would keep every other from being found
+        if isinstance(error, OSError):
+            raise Refused(f"cannot write {folder}: {error.strerror}") from None
+        raise
     if as_json:
         print_json({"agent": name, "files": list(made)})
         return

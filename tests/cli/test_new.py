@@ -1,6 +1,7 @@
 """`new`: what it writes runs at once, in a copy of this checkout that nobody else uses."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -44,6 +45,8 @@ def test_the_new_agent_runs_at_once_and_its_test_is_green(checkout: Checkout, up
         ("Meetings", "cannot be an agent's name"),
         ("class", "cannot be an agent's name"),
         ("discharge", "exists already"),
+        ("registry", "exists already"),  # agents/registry.py, which finds all agents
+        ("contract", "named 'contract' exists already"),  # the agent of agents/contracts
     ],
 )
 def test_a_name_that_does_not_fit_is_refused_and_nothing_is_written(name: str, words: str) -> None:
@@ -51,6 +54,22 @@ def test_a_name_that_does_not_fit_is_refused_and_nothing_is_written(name: str, w
     done = subprocess.run([sys.executable, "starter.py", "new", name], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, words in done.stderr) == (2, True), done.stderr
     assert sorted((ROOT / "agents").iterdir()) == before
+
+
+def test_half_an_agent_is_not_left_behind(checkout: Checkout) -> None:
+    full = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+    start = "sys.argv = ['starter.py', 'new', 'meetings']; runpy.run_path('starter.py', run_name='__main__')"
+    done = checkout("-B", "-c", full + start)
+    assert (done.returncode, "cannot write" in done.stderr, len(done.stderr.splitlines())) == (2, True, 1), done.stderr
+    assert not (checkout.root / "agents" / "meetings").exists()
+
+
+def test_a_copied_agent_that_kept_its_name_is_not_silently_one_of_the_two(checkout: Checkout) -> None:
+    shutil.copytree(checkout.root / "agents" / "triage", checkout.root / "agents" / "urgent")
+    for command in (("starter.py", "agents"), ("worker.py",)):
+        done = checkout(*command)
+        says = "agents/urgent/spec.py: the name 'triage' is taken by agents/triage/spec.py"
+        assert (done.returncode, says in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
 
 
 def test_the_readme_shows_what_new_writes() -> None:

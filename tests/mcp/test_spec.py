@@ -89,5 +89,5 @@ def test_two_agents_may_not_mean_different_servers_by_one_name(monkeypatch: pyte
 
     monkeypatch.setattr(registry, "_added", {"a": spec("a", "one"), "b": spec("b", "two")})
     registry._services.cache_clear()  # pyright: ignore[reportPrivateUsage]
-    with pytest.raises(TypeError, match="finds MCP server twice elsewhere"):
+    with pytest.raises(registry.BrokenAgent, match="finds MCP server twice elsewhere"):
         registry.service("twice")
