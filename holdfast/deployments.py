@@ -129,6 +129,13 @@ async def promote(client: Client, name: str, build: str, percent: float | None, 
 
     Returns when the whole server knows. Raises DeploymentError when no worker of it polls, or not all task queues.
     """
+    if not build:  # to the server this means that no build is current
+        raise DeploymentError("no build is named: `uv run starter.py deployments` lists them")
+    if percent == 0:  # the server ends the share of whichever build has one
+        trying = (await _describe(client, name)).worker_deployment_info.routing_config.ramping_deployment_version
+        if trying.build_id != build:
+            other = f"; the one that has a share is {trying.build_id}" if trying.build_id else ""
+            raise DeploymentError(f"not changed: build {build} has no share of new runs to lose{other}")
     try:
         if percent is None:
             await client.workflow_service.set_worker_deployment_current_version(

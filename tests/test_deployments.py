@@ -169,6 +169,12 @@ async def test_a_share_of_new_runs_goes_to_a_build_that_is_tried(versioned: Stac
     assert cli("deployments", "promote", "b2", "--percent", "25").returncode == 0
     assert ((await build(client, "b2")).state, (await build(client, "b2")).percent) == ("ramping", 25)
     assert (await build(client, "b1")).percent == 75
+    for nobody in ("b1", "b9"):
+        wrong = cli("deployments", "promote", nobody, "--percent", "0")
+        assert (wrong.returncode, "the one that has a share is b2" in wrong.stderr) == (2, True), wrong.stderr
+    unset = cli("deployments", "promote", "")  # an empty variable in somebody's script
+    assert (unset.returncode, "no build is named" in unset.stderr) == (2, True), unset.stderr
+    assert [each.percent for each in (await describe(client, "ward")).builds] == [25, 75]
     await promote(client, "ward", "b2", 0, "test")
     assert (await build(client, "b1")).percent == 100
     wrong = cli("deployments", "promote", "b9")

@@ -98,9 +98,8 @@ async def _promote(build: str, percent: float | None, as_json: bool) -> int:
         back = f"; back: `uv run starter.py deployments promote {before.current}`" if before.current else ""
         out.print(f"new runs go to build {build}; those under way stay where they are{back}", markup=False)
     else:
-        out.print(
-            f"{percent:g} % of new runs go to build {build}, the others to {before.current or 'unversioned workers'}"
-        )
+        rest = before.current or "unversioned workers"
+        out.print(f"{percent:g} % of new runs go to build {build}, the others to {rest}", markup=False)
     return 0
 
 

@@ -10,6 +10,7 @@ import json
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import redirect_stdout
 from functools import wraps
 from typing import Annotated, Any, Literal
 
@@ -108,7 +109,9 @@ class Platform:
         self,
         run: Run,
         approval_id: Annotated[str, Field(description="The approval's `id`, from approvals.")],
-        digest: Annotated[str, Field(description="The approval's `digest`: binds the answer to what was shown.")],
+        digest: Annotated[
+            str, Field(min_length=1, description="The approval's `digest`: binds the answer to what was shown.")
+        ],
         verdict: Annotated[
             Literal["approve", "reject", "edit", "answer", "happened", "did_not"],
             Field(
@@ -200,7 +203,8 @@ def _in_words(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
 
 async def serve(by: str, *, decide: bool, host: str, port: int | None) -> int:
     """Serves until the end of stdin, or over HTTP until a signal. Raises Refused for HTTP without a token."""
-    server = make_server(by, decide=decide)
+    with redirect_stdout(sys.stderr):  # imports the agents, and one of them may print
+        server = make_server(by, decide=decide)
     if port is None:
         await server.run_stdio_async()
         return 0

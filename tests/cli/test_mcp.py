@@ -15,6 +15,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 
 from holdfast.stack import ROOT, Stack
+from tests.fixtures.checkout import Checkout
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli
 
@@ -121,7 +122,8 @@ async def test_errors_are_words_that_a_model_can_act_on(stack: Stack) -> None:
         assert "request_key" in await refused(client, "start_run", **{**start, "request_key": ""})
         assert "no run 'discharge-none'" in await refused(client, "status", run="discharge-none")
         decision = {"run": "discharge-none", "approval_id": "a1", "digest": "", "verdict": "reject"}
-        assert "needs a comment" in await refused(client, "decide", **decision)
+        assert "digest" in await refused(client, "decide", **decision)  # an answer to whatever is asked is none
+        assert "needs a comment" in await refused(client, "decide", **{**decision, "digest": "d"})
 
 
 async def test_without_a_server_behind_it_every_call_says_so(stack: Stack) -> None:
@@ -149,6 +151,13 @@ def test_nothing_but_the_protocol_is_on_stdout(cli: Cli) -> None:
     done = cli("mcp", stdin="no JSON at all\n")
     assert done.returncode == 0
     assert all(line.startswith('{"jsonrpc"') for line in done.stdout.splitlines())
+
+
+def test_what_an_agent_prints_at_its_import_is_not_on_stdout(checkout: Checkout) -> None:
+    with (checkout.root / "agents" / "triage" / "spec.py").open("a") as spec:
+        spec.write("\nprint('hello from a spec')\n")
+    done = checkout("starter.py", "mcp")
+    assert (done.returncode, done.stdout, "hello from a spec" in done.stderr) == (0, "", True), done
 
 
 def test_a_port_that_is_taken_is_one_line(cli: Cli, stack: Stack) -> None:

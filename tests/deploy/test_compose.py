@@ -55,6 +55,14 @@ def test_every_variable_of_ours_is_a_setting_or_temporals_own():
             assert variable in known or variable in ("TEMPORAL_ADDRESS", "TEMPORAL_NAMESPACE"), f"{name}: {variable}"
 
 
+def test_every_setting_reaches_the_workers():
+    elsewhere = {"HOLDFAST_TEMPORAL_CLI", "HOLDFAST_CODEC_TOKEN", "HOLDFAST_MCP_TOKEN"}  # no worker reads them
+    settings = {str(field.alias) for field in Settings.model_fields.values() if field.alias}
+    for name, service in OURS.items():
+        if "worker.py" in command(service):
+            assert settings - elsewhere == settings & set(service["environment"]), name
+
+
 def test_the_values_are_ones_that_the_settings_take(monkeypatch: pytest.MonkeyPatch):
     for name in list(os.environ):
         if name.startswith(("HOLDFAST_", "OPENAI_", "OTEL_", "DATABASE_URL")):

@@ -129,6 +129,8 @@ def test_a_worker_has_time_to_drain_and_no_rights_that_it_does_not_need():
     # `worker.py` allows itself two seconds beyond the drain before it gives up.
     grace = worker["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > float(config["data"]["HOLDFAST_DRAIN_S"]) + 2
+    pod = worker["spec"]["template"]["spec"]["securityContext"]
+    assert pod["fsGroup"] == pod["runAsUser"], "a claimed volume belongs to root"
     for document in (worker, *of_kind(documents(*SOURCES), "Job")):
         assert document["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"]
         assert container(document)["securityContext"]["readOnlyRootFilesystem"]
