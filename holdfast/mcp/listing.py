@@ -41,10 +41,10 @@ class Listed:
     @property
     def problem(self) -> str:
         """Why the schema cannot be used; empty when it can."""
+        kind: Any = validator_for(self.schema)
         try:
             # Without formats: a pattern that another language's expressions know is none of Python's, but no mistake.
-            plain = jsonschema.FormatChecker(formats=())
-            validator_for(self.schema).check_schema(self.schema, format_checker=plain)
+            kind.check_schema(self.schema, format_checker=jsonschema.FormatChecker(formats=()))
         except jsonschema.SchemaError as error:
             return error.message
         return ""
