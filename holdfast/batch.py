@@ -41,9 +41,9 @@ class ItemFailure(BaseModel):
 
 
 def item_id(name: str) -> str:
-    """An id for the item of this name, readable and unlike that of any other."""
+    """An id for the item of this name, readable and unlike that of any other; also of a file's that is no Unicode."""
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:48]
-    return f"{slug}-{sha256(name.encode()).hexdigest()[:8]}"
+    return f"{slug}-{sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ of the content: storing twice is storing once, and what comes back is checked ag
 from __future__ import annotations
 
 import asyncio
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -27,6 +26,7 @@ from temporalio.converter import (
     StorageDriverStoreContext,
 )
 
+from holdfast.files import write_whole
 from holdfast.state.claims import Claims
 from holdfast.state.database import Database, open_database
 
@@ -182,14 +182,7 @@ class FileDriver(_ByContent):
         if file.exists():
             file.touch()  # used again: whoever clears away by age has to see it
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all, also for a reader at this moment and after a power cut.
-        draft = file.with_name(f"{file.name}.{os.getpid()}.{os.urandom(4).hex()}")
-        with draft.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        draft.replace(file)
+        write_whole(file, content)
 
     def _read(self, digest: str) -> bytes | None:
         try:
@@ -231,7 +224,8 @@ class _S3(S3StorageDriverClient):
         await (await self._client()).put_object(bucket=bucket, key=self._prefix + key, data=data)
 
     async def object_exists(self, *, bucket: str, key: str) -> bool:
-        return await (await self._client()).object_exists(bucket=bucket, key=self._prefix + key)
+        """Never, so that what is used again is stored again: a rule of the bucket that deletes by age has to see it."""
+        return False
 
     async def get_object(self, *, bucket: str, key: str) -> bytes:
         return await (await self._client()).get_object(bucket=bucket, key=self._prefix + key)

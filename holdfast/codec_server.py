@@ -8,6 +8,7 @@ token, or as a cookie that the page `/` sets: the Web UI cannot send a token.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from hmac import compare_digest
@@ -15,6 +16,7 @@ from urllib.parse import parse_qs
 
 from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -25,8 +27,14 @@ from temporalio.converter import DataConverter, PayloadConverter
 
 from holdfast.claims import ClaimLost
 from holdfast.codec import EncryptionCodec, PayloadUnreadable
+from holdfast.state.database import one_line
+
+log = logging.getLogger(__name__)
 
 COOKIE = "holdfast-codec"
+MAX_BODY = 64_000_000
+"""Bytes of a request; a page of the Web UI has less than Temporal takes in a workflow's whole history."""
+MAX_FORM = 10_000
 Transform = Callable[[Sequence[Payload]], Awaitable[list[Payload]]]
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Codec server</title>
@@ -66,19 +74,16 @@ def app(converter: DataConverter, token: str, origins: Sequence[str]) -> Starlet
             if not _allowed(request, token):
                 return PlainTextResponse(f"sign in at {request.base_url}, or send the token as a bearer token", 401)
             try:
-                given = Parse(await request.body(), Payloads())
+                given = Parse(await _body(request, MAX_BODY), Payloads())
                 keeps = request.query_params.get("preserveStorageRefs") == "true"
                 chosen = preserving if preserving and keeps else transform
                 made = Payloads(payloads=await chosen(given.payloads))
             except (ParseError, UnicodeDecodeError) as error:
                 return PlainTextResponse(f"not payloads as JSON: {error}", 400)
-            except (
-                PayloadUnreadable,
-                ClaimLost,
-                ValueError,
-                RuntimeError,
-            ) as error:  # the last two: of storage drivers
-                return PlainTextResponse(str(error), 400)
+            except HTTPException:
+                raise
+            except Exception as error:  # noqa: BLE001 - drivers raise what they like; none is swallowed, it is the answer
+                return PlainTextResponse(_words(error), 400)
             return Response(MessageToJson(made), media_type="application/json")
 
         return Route(path, answer, methods=["POST"])
@@ -87,12 +92,13 @@ def app(converter: DataConverter, token: str, origins: Sequence[str]) -> Starlet
         if request.method == "GET":
             words = "You are signed in." if _allowed(request, token) else "Who holds the token may read what runs say."
             return HTMLResponse(PAGE % words)
-        given = parse_qs((await request.body()).decode(errors="replace")).get("token", [""])[0]
+        given = parse_qs((await _body(request, MAX_FORM)).decode(errors="replace")).get("token", [""])[0]
         if not _same(given, token):
             return HTMLResponse(PAGE % "That is not the token.", 401)
         answer = RedirectResponse("/", 303)
         # Strict: sent along only by pages of the same site, which on one host is any port of it.
-        secure = request.url.scheme == "https"
+        # Behind a proxy that ends TLS the request's scheme tells nothing, but a page of HTTPS may call nothing else.
+        secure = request.url.scheme == "https" or all(each.startswith("https:") for each in origins)
         answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=secure)
         return answer
 
@@ -123,9 +129,25 @@ def _same(given: str, token: str) -> bool:
     return compare_digest(given.encode(), token.encode())
 
 
+async def _body(request: Request, most: int) -> bytes:
+    """Raises HTTPException 413 for more than `most` bytes: nobody, known or not, may fill the memory."""
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > most:
+            raise HTTPException(413, f"at most {most:,} bytes are taken")
+    return bytes(raw)
+
+
 async def _or_words(transform: Transform, payload: Payload) -> Payload:
     try:
         return (await transform([payload]))[0]
-    except (PayloadUnreadable, ClaimLost) as error:
-        words = json.dumps(f"<not readable: {error}>").encode()
+    except Exception as error:  # noqa: BLE001 - drivers raise what they like; it stands in the payload's place
+        words = json.dumps(f"<not readable: {_words(error)}>").encode()
         return Payload(metadata={"encoding": b"json/plain"}, data=words)
+
+
+def _words(error: Exception) -> str:
+    if not isinstance(error, PayloadUnreadable | ClaimLost | ValueError):
+        log.warning("a payload cannot be read: %s", one_line(error), exc_info=error)
+    return one_line(error) or type(error).__name__

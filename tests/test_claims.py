@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
@@ -105,6 +106,28 @@ async def test_the_place_can_change_and_what_was_stored_before_is_still_read(tmp
             stored.append(await each.encode([LARGE + place]))
     async with converter(Settings(payload_store=places[-1], database_url=sqlite_url)) as last:
         assert [await last.decode(payloads) for payloads in stored] == [[LARGE + place] for place in places]
+
+
+async def test_what_is_used_again_is_stored_again_so_that_deleting_by_age_spares_it(
+    tmp_path: Path, sqlite_url: str, s3: str
+) -> None:
+    async with converter(Settings(payload_store=f"file://{tmp_path}/claims", database_url=sqlite_url)) as one:
+        await one.encode([LARGE])
+        [kept] = (each for each in (tmp_path / "claims").rglob("*") if each.is_file())
+        os.utime(kept, (1000, 1000))
+        await one.encode([LARGE])
+        assert kept.stat().st_mtime > 1000
+    async with converter(Settings(payload_store=s3, database_url=sqlite_url)) as one:
+        [payload] = await one.encode([LARGE])
+        key = json.loads(payload.data)["claimData"]["key"]
+        bucket = claims._S3("hold/fast")
+        try:
+            # Another content to tell it by: an object's age is told in seconds.
+            await bucket.put_object(bucket=s3.split("/")[2], key=key, data=b"old")
+            await one.encode([LARGE])
+            assert len(await bucket.get_object(bucket=s3.split("/")[2], key=key)) > len(LARGE)
+        finally:
+            await bucket.close()
 
 
 async def test_one_that_is_gone_is_an_error_that_says_what_to_do(tmp_path: Path, sqlite_url: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import subprocess
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -142,6 +142,42 @@ async def test_one_payload_of_an_unknown_key_does_not_hide_the_others(
     first, second = data(await http.post("/decode", json=given, headers=BEARER))
     assert first == SECRET
     assert "not readable: a payload is encrypted with key 'k0' (here are: k1)" in second
+
+
+@pytest.mark.parametrize("trouble", ["unknown place", "store down"])
+async def test_one_payload_that_cannot_be_fetched_does_not_hide_the_others(
+    http: httpx2.AsyncClient, converter: DataConverter, sqlite_url: str, trouble: str
+) -> None:
+    [good] = (await body(converter, SECRET))["payloads"]
+    [large] = (await body(converter, SECRET * 100_000))["payloads"]
+    if trouble == "unknown place":
+        reference = json.loads(b64decode(large["data"])) | {"driverName": "nobody"}
+        large["data"] = b64encode(json.dumps(reference).encode()).decode()
+    else:
+        await claims.close(converter.external_storage)
+        os.unlink(sqlite_url.removeprefix("sqlite:///"))  # noqa: PTH108
+    first, second = data(await http.post("/decode", json={"payloads": [good, large]}, headers=BEARER))
+    assert first == SECRET
+    assert ("No driver found" if trouble == "unknown place" else "no store at") in second
+    assert (await http.post("/download", json={"payloads": [large]}, headers=BEARER)).status_code == 400
+
+
+async def test_nobody_fills_the_servers_memory(http: httpx2.AsyncClient) -> None:
+    async def megabytes(number: int) -> AsyncIterator[bytes]:
+        for _ in range(number):
+            yield b"x" * 1_000_000
+
+    for path, headers, number in (("/", {}, 2), ("/decode", BEARER, 65)):
+        answer = await http.post(path, content=megabytes(number), headers=headers)
+        assert answer.status_code == 413
+
+
+async def test_a_cookie_for_pages_of_https_is_sent_over_nothing_else(converter: DataConverter) -> None:
+    for origin, secure in ((UI, False), ("https://temporal.example.org", True)):
+        transport = httpx2.ASGITransport(codec_server.app(converter, TOKEN, [origin]))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://behind-a-proxy") as client:
+            signed = await client.post("/", data={"token": TOKEN})
+        assert ("Secure" in signed.headers["set-cookie"]) is secure
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"payloads": 1}', "\udcff"])

@@ -96,12 +96,13 @@ class BatchWorkflow:
         state = self._state
         self._changed()
         while True:
-            try:
-                if not self._ahead and not state.listed and not self._is_long():
-                    await self._list()
-            except ActivityError as error:
-                await self._drained()
-                return Ending(RunOutcome.FAILED, f"the {self._unit} cannot be listed: {why(error)}")
+            if not self._ahead and not state.listed and not self._is_long():
+                problem = await self._list()
+                self._heed()
+                if problem:
+                    await self._drained()
+                    self._heed()
+                    return Ending(RunOutcome.FAILED, f"the {self._unit} cannot be listed: {problem}")
             while self._ahead and self._has_room() and not self._is_long():
                 self._start(self._ahead.pop(0))
             if not self._open:
@@ -112,6 +113,7 @@ class BatchWorkflow:
                     return batching.judge(state)
                 if self._is_long():
                     await self._drained()
+                    self._heed()
                     return None
             await self._news()
 
@@ -122,26 +124,39 @@ class BatchWorkflow:
         if self._broken:
             raise self._broken
 
-    async def _list(self) -> None:
+    def _heed(self) -> None:
+        """An activity that has ended before it hears of the batch's cancellation swallows it."""
+        if workflow.cancellation_reason() is not None and workflow.patched("cancelled-within-an-activity"):
+            raise asyncio.CancelledError
+
+    async def _list(self) -> str:
+        """Takes in the next items; why that cannot be, else nothing."""
         state = self._state
         request = ListRequest(batch=self._given.batch, input=self._given.input, after=state.after)
         queue = state.profile.queue if state.profile else self._given.queue
-        page = await self._calls.run(
-            "list_items",
-            request,
-            ItemPage,
-            summary=f"list, after {state.after}" if state.after else "list",
-            timeout_s=LIST_S,
-            deadline_s=DEADLINE_S,
-            queue=queue,
-        )
+        try:
+            page = await self._calls.run(
+                "list_items",
+                request,
+                ItemPage,
+                summary=f"list, after {state.after}" if state.after else "list",
+                timeout_s=LIST_S,
+                deadline_s=DEADLINE_S,
+                queue=queue,
+            )
+        except ActivityError as error:
+            return why(error)
         state.profile = page.profile or state.profile
-        state.total = state.done + state.failed + len(self._open) + page.left
+        total = state.done + state.failed + len(self._open) + page.left
+        if total < state.total:
+            self._note(f"{state.total - total} of the {self._unit} that were there are there no longer")
+        state.total = total
         self._ahead, state.listed = page.items, len(page.items) == page.left
         state.phase = Phase.RUNNING
         if not state.marks:
             batching.mark(state, workflow.now())
         self._changed()
+        return ""
 
     async def _drained(self) -> None:
         """Waits for all that is open."""

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import codecs
+import errno
+import os
 import re
+import stat
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 MAX_BYTES = 1_000_000
 PART = 24_000
 """Characters of a text that a model is asked about at a time: some 6,000 to 8,000 tokens."""
+
+
+_GONE, _DENIED = "there is no such file any more", "this worker has no right to read it"
+_WHY = {errno.ENOENT: _GONE, errno.ENOTDIR: _GONE, errno.ELOOP: _GONE, errno.EACCES: _DENIED, errno.EPERM: _DENIED}
+_WHY |= dict.fromkeys((errno.EISDIR, errno.ENXIO), "it is no file but a folder, a pipe or a device")
+_WHY |= {errno.ENAMETOOLONG: "its path is too long for this system"}
+"""What no repetition changes; any other trouble of a disk or a share may be over soon."""
 
 
 class Unreadable(Exception):
@@ -30,25 +42,47 @@ class Document:
     encoding: str
 
 
+def address(path: Path) -> str:
+    """The path as text for `located`: as it is, or as a `file:` address where its name is no Unicode."""
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return f"file://{quote_from_bytes(os.fsencode(path))}"
+
+
+def located(address: str) -> Path:
+    """The path of an address or of a path as text."""
+    return Path(os.fsdecode(unquote_to_bytes(address[7:])) if address.startswith("file:///") else address)
+
+
 def read_document(path: Path) -> Document:
     """Raises Unreadable for what cannot be read as text, OSError for what may go better another time."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise Unreadable(f"the file has {size:,} bytes, and at most {MAX_BYTES:,} are read")
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise Unreadable("there is no such file any more") from None
-    except IsADirectoryError:
-        raise Unreadable("it is a folder") from None
-    except PermissionError:
-        raise Unreadable("this worker has no right to read the file") from None
+        raw = _read(path)
+    except OSError as error:
+        if error.errno in _WHY:
+            raise Unreadable(_WHY[error.errno]) from None
+        raise
+    except ValueError:
+        raise Unreadable("its path is none") from None
     text, encoding = decode(raw)
     kind = "html" if _is_html(path, text) else "text"
     text = tidy(html_text(text) if kind == "html" else text)
     if not text:
         raise Unreadable("the file is empty")
     return Document(text, sha256(raw).hexdigest(), len(raw), kind, encoding)
+
+
+def _read(path: Path) -> bytes:
+    # Without waiting: nobody may ever write to a pipe. And no further than the limit: a device has no end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise Unreadable(_WHY[errno.EISDIR])
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise Unreadable(f"the file has {max(about.st_size, len(raw)):,} bytes, and at most {MAX_BYTES:,} are read")
+    return raw
 
 
 def decode(raw: bytes) -> tuple[str, str]:
@@ -96,6 +130,31 @@ def parts(text: str, size: int = PART) -> list[str]:
     return [each for each in (*found, rest.strip()) if each]
 
 
+# ------------------------------------------------------------------ folders
+
+
+def files(folder: Path, but: Path) -> Iterator[Path]:
+    """The files below a folder, without hidden ones, links, and what is in the folder `but`.
+
+    A folder that cannot be read, now or ever, stands for its files. Raises OSError for what may go better another time.
+    """
+    todo = [folder]
+    while todo:
+        here = todo.pop()
+        try:
+            with os.scandir(here) as found:
+                entries = [each for each in found if not each.name.startswith(".")]
+        except FileNotFoundError:
+            continue  # gone since its parent was read
+        except OSError as error:
+            if error.errno not in _WHY:
+                raise
+            yield here
+            continue
+        todo += [here / each.name for each in entries if each.is_dir(follow_symlinks=False) and here / each.name != but]
+        yield from (here / each.name for each in entries if each.is_file(follow_symlinks=False))
+
+
 # ------------------------------------------------------------------ HTML
 
 _LINES = {"br", "li", "td", "th", "tr"}
@@ -131,7 +190,10 @@ class _Text(HTMLParser):
 def html_text(html: str) -> str:
     """What a reader of the page sees, a line a block."""
     parser = _Text()
-    parser.feed(html)
+    # Without comments, and with tags that never end as text: over those the parser takes the square of their number.
+    first, *others = html.split("<!--")
+    html = first + "".join(each.partition("-->")[2] for each in others)
+    parser.feed(re.sub(r"<(?![^<>]*>)", "&lt;", html))
     parser.close()
     lines = (line.strip() for line in "".join(parser.pieces).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))

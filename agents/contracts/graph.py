@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from langgraph.graph import START, StateGraph
 
+from agents.contracts.documents import located
 from holdfast.batch import item_id
 from holdfast.contracts import Json
 from holdfast.graph import Turn, TurnState, answers, calls, final
@@ -31,9 +31,9 @@ def route(state: State) -> dict[str, Any]:
     elif "summarise" not in done:
         decision = calls(("summarise", {"terms": done["extract"]["terms"], "workspace": workspace}))
     elif "save" not in done:
-        name = given["name"] or Path(given["path"]).name
+        name = given["name"] or located(given["path"]).name
         result = {"document": done["read"], "extracted": done["extract"], "summarised": done["summarise"]}
-        told = {"id": given["id"] or item_id(name), "name": name, "workspace": workspace}
+        told = {"id": given["id"] or item_id(given["path"]), "name": name, "workspace": workspace}
         decision = calls(("save", {**told, **result}))
     else:
         decision = final(f"{done['save']['saved']}, extracted by {done['extract']['by']}")

@@ -7,6 +7,9 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from pydantic import BaseModel, ValidationError
 
 from agents.contracts.terms import KINDS, Terms, _plain, lines
 from agents.contracts.workspace import Workspace
@@ -15,6 +18,8 @@ from holdfast.contracts import Items, Json
 
 DOCUMENTS = "documents"
 COLUMNS = ("document", "title", "version", "spdx", "parties", "governing law", "extracted by", "notes", "result")
+Row = tuple[str, ...]
+"""One of the index, by `COLUMNS`."""
 SHOWN = 3
 """Parties in a row of the index."""
 
@@ -50,44 +55,57 @@ def markdown(result: Json) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def read_results(place: Workspace) -> list[tuple[str, Json]]:
-    """The name of each result file and what it says, in the order of the documents' names."""
-    files = sorted((place.folder / DOCUMENTS).glob("*.json"))
-    found = [(f"{DOCUMENTS}/{path.stem}", json.loads(path.read_text())) for path in files if path.name[0] != "."]
-    return sorted(found, key=lambda each: (each[1]["document"], each[0]))
+class Result(BaseModel):
+    """What the index takes from a result file."""
+
+    document: str
+    extracted_by: str
+    notes: list[str]
+    terms: Terms
+
+
+def read_rows(place: Workspace) -> list[Row]:
+    """The row of each result file in the order of the documents' names. What people have put beside them is none."""
+    found: list[Row] = []
+    for path in (place.folder / DOCUMENTS).glob("[!.]*.json"):
+        if path.is_file():
+            with suppress(ValidationError):
+                result = Result.model_validate_json(path.read_bytes())
+                found.append(_row(f"{DOCUMENTS}/{path.stem}", result))
+    return sorted(found, key=lambda row: (row[0], row[-1]))
 
 
 def write_index(place: Workspace, items: Items, failures: Sequence[ItemFailure], ended: bool) -> str:
     """Writes index.md, index.csv and progress.json from the results that are there; where they are, in words."""
-    results = read_results(place)
-    place.write("index.csv", _csv(results))
+    rows = read_rows(place)
+    place.write("index.csv", _csv(rows))
     progress = items.model_dump() | {"percent": items.percent, "ended": ended}
     place.write("progress.json", json.dumps(progress, indent=1) + "\n")
-    return f"Index: {place.write('index.md', _index(results, items, failures, ended))}"
+    return f"Index: {place.write('index.md', _index(rows, items, failures, ended))}"
 
 
-def _row(stem: str, result: Json) -> tuple[str, ...]:
-    terms = result["terms"]
-    parties, law = terms["parties"], terms["governing_law"]
+def _row(stem: str, result: Result) -> Row:
+    terms = result.terms
+    parties, law = terms.parties, terms.governing_law
     more = f" and {len(parties) - SHOWN} more" if len(parties) > SHOWN else ""
     return (
-        result["document"],
-        terms["title"],
-        terms["version"],
-        terms["spdx"],
+        result.document,
+        terms.title,
+        terms.version,
+        terms.spdx,
         "; ".join(parties[:SHOWN]) + more,
-        law[0]["quote"] if law else "",
-        result["extracted_by"],
-        "; ".join(result["notes"]),
+        law[0].quote if law else "",
+        result.extracted_by,
+        "; ".join(result.notes),
         f"{stem}.md",
     )
 
 
-def _csv(results: Iterable[tuple[str, Json]]) -> str:
+def _csv(rows: Iterable[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_cell(each) for each in _row(stem, result)] for stem, result in results)
+    writer.writerows([_cell(each) for each in row] for row in rows)
     return out.getvalue()
 
 
@@ -96,17 +114,17 @@ def _cell(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
 
 
-def _index(results: Sequence[tuple[str, Json]], items: Items, failures: Sequence[ItemFailure], ended: bool) -> str:
+def _index(found: Sequence[Row], items: Items, failures: Sequence[ItemFailure], ended: bool) -> str:
     state = "" if ended else ", so far"
     parts = [f"# {items.done} of {items.total} document{'' if items.total == 1 else 's'}{state}"]
-    by = Counter(result["extracted_by"] for _, result in results)
+    by = Counter(row[COLUMNS.index("extracted by")] for row in found)
     parts.append("\n".join(f"- {count} extracted by {_plain(name)}" for name, count in sorted(by.items())))
     if items.failed:
         more = [f"- … and {items.failed - len(failures)} more"] * (items.failed > len(failures))
         rows = [f"- {_plain(each.name)}: {_plain(each.why)}" for each in sorted(failures, key=lambda each: each.id)]
         parts.append(f"## {items.failed} not done\n\n" + "\n".join(rows + more))
     rows = ["| document | title | version | SPDX | parties | governing law |", "|---|---|---|---|---|---|"]
-    for stem, result in results:
-        document, title, version, spdx, parties, law, *_ = map(_plain, _row(stem, result))
-        rows.append(f"| [{document}]({stem}.md) | {title} | {version} | {spdx} | {parties} | {law[:160]} |")
+    for row in found:
+        document, title, version, spdx, parties, law, *_ = map(_plain, row)
+        rows.append(f"| [{document}]({row[-1]}) | {title} | {version} | {spdx} | {parties} | {law[:160]} |")
     return "\n\n".join([part for part in parts if part] + ["\n".join(rows)]) + "\n"

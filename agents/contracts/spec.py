@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from agents.contracts import tools
+from agents.contracts.documents import address, files, located
 from agents.contracts.results import write_index
 from agents.contracts.workspace import Workspace
 from holdfast.agent import AgentSpec, StepSpec
@@ -18,7 +19,7 @@ from holdfast.tools import ToolRefused
 
 
 def _absolute(path: str) -> str:
-    if not Path(path).is_absolute():
+    if not located(path).is_absolute():
         raise ValueError("has to be an absolute path: the worker is another process, maybe on another machine")
     return path
 
@@ -41,7 +42,9 @@ class ContractsInput(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     folder: Annotated[AbsolutePath, Field(description="its files, and those below it")]
-    workspace: Annotated[str, Field(description="folder for the results; default: HOLDFAST_HOME/workspace/RUN")] = ""
+    workspace: Annotated[
+        AbsolutePath | Literal[""], Field(description="folder for the results; default: HOLDFAST_HOME/workspace/RUN")
+    ] = ""
 
 
 SPEC = AgentSpec(
@@ -68,20 +71,21 @@ def _items(given: ContractsInput, context: BatchContext) -> Sequence[Item]:
     folder, place = Path(given.folder), _place(given, context)
     if not folder.is_dir():
         raise ToolRefused(f"there is no folder {folder} on the machine of the worker that reads")
-    names = sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink() and not path.is_relative_to(place)
-    )
-    return [
-        Item(
-            id=(id := item_id(str(name))),
-            name=str(name),
-            input={"id": id, "name": str(name), "path": str(folder / name), "workspace": str(place)},
+    real = folder.resolve()
+    if real.is_relative_to(place.resolve()):
+        raise ToolRefused(
+            f"the folder is in the workspace {place}, where results are and no documents: name another one"
         )
-        for name in names
-        if not any(part.startswith(".") for part in name.parts)
-    ]
+    Workspace(place).belongs_to(real)
+    names = (str(path.relative_to(real)) for path in files(real, but=place.resolve()))
+    return [_item(name, folder / name, place) for name in names]
+
+
+def _item(name: str, path: Path, place: Path) -> Item:
+    id = item_id(name)
+    # A file may be named by any bytes; people and their terminals see no others than printable ones.
+    shown = "".join(each if each.isprintable() else "\ufffd" for each in name)
+    return Item(id=id, name=shown, input={"id": id, "name": shown, "path": address(path), "workspace": str(place)})
 
 
 def _report(given: ContractsInput, context: BatchContext, report: BatchReport) -> str:

@@ -38,7 +38,7 @@ class Clause(BaseModel):
     @field_validator("quote")
     @classmethod
     def _is_in_the_text(cls, quote: str, info: ValidationInfo) -> str:
-        if info.context is not None and squash(quote) not in info.context["text"]:
+        if info.context is not None and not (squash(quote) and squash(quote) in info.context["text"]):
             raise ValueError(f"these words are not in the text: {quote[:80]!r}; quote it word for word")
         return quote
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, ValidationError
@@ -36,7 +35,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 def read(ctx: ToolContext, path: str, workspace: str) -> Json:
     """Read a document's text. Refuses what is no text, empty, or too large."""
     try:
-        document = documents.read_document(Path(path))
+        document = documents.read_document(documents.located(path))
     except Unreadable as refused:
         raise ToolFailed(str(refused)) from None
     except OSError as error:

@@ -7,13 +7,13 @@ after a crash changes nothing. Workers on several machines need the folder on a 
 from __future__ import annotations
 
 import os
-import threading
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+from holdfast.files import write_whole
 from holdfast.reliability.errors import ErrorType, Failure
-from holdfast.tools import ToolFailed
+from holdfast.tools import ToolFailed, ToolRefused
 
 
 class DiskTrouble(Exception):
@@ -29,9 +29,27 @@ class Workspace:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
+    def belongs_to(self, folder: Path) -> None:
+        """Takes the workspace for this folder's documents. Raises ToolRefused when it is for another's, DiskTrouble.
+
+        Results are named by their documents: those of two folders would take each other's place.
+        """
+        mark, name = self.folder / ".documents", os.fsencode(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError), mark.open("xb") as file:
+                file.write(name)
+            if not (owner := mark.read_bytes()):  # of a worker that died at this
+                write_whole(mark, owner := name)
+        except OSError as error:
+            raise DiskTrouble(error) from None
+        if owner != name:
+            other = owner.decode(errors="replace")
+            raise ToolRefused(f"the workspace {self.folder} holds the results of {other}: name another one")
+
     def keep(self, text: str) -> str:
         """Keeps a text for the stages that follow; its digest, by which `kept` finds it. Raises DiskTrouble."""
-        raw = text.encode()
+        raw = text.encode(errors="replace")  # a model may answer with half a character
         digest = sha256(raw).hexdigest()[:32]
         path = self._part(digest)
         if not path.exists():
@@ -70,16 +88,7 @@ class Workspace:
         return self.folder / ".parts" / digest[:2] / digest
 
     def _write(self, path: Path, raw: bytes) -> None:
-        # Of this attempt alone: one that was thought dead may be writing the same file.
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            write_whole(path, raw)
         except OSError as error:
-            with suppress(OSError):  # what is left of it is hidden, and written over by nobody
-                draft.unlink(missing_ok=True)
             raise DiskTrouble(error) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -18,11 +19,12 @@ from temporalio.client import WorkflowHandle
 
 from agents.contracts import prompts, script, terms
 from agents.contracts.collect import collect
-from agents.contracts.documents import Unreadable, parts, read_document
+from agents.contracts.documents import Unreadable, html_text, located, parts, read_document
+from agents.contracts.results import write_index
 from agents.contracts.spec import BATCH, SPEC, ContractsInput
 from agents.contracts.workspace import DiskTrouble, Workspace
 from agents.registry import stages
-from holdfast.batch import BatchContext
+from holdfast.batch import BatchContext, Item
 from holdfast.contracts import Items, Json, RunOutcome, RunResult
 from holdfast.simulation.script import LABEL, decide
 from holdfast.starting import BadRequest, start_run
@@ -96,6 +98,27 @@ def test_what_is_no_text_is_refused_in_words(tmp_path: Path, raw: bytes, words: 
         read_document(tmp_path / "a")
 
 
+def test_what_is_no_file_is_refused_without_waiting_for_its_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(Unreadable, match="a folder, a pipe or a device"):
+            read_document(path)
+    for path in (tmp_path / ("x" * 300), tmp_path / "pipe" / "x", Path("/x\0")):
+        with pytest.raises(Unreadable):
+            read_document(path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("unit", ["<a ", "<a b='", "<!--", "<![CDATA[", "</", "<a b='>"])
+def test_a_page_of_tags_that_never_end_takes_no_worker_with_it(unit: str) -> None:
+    html_text(unit * (1_000_000 // len(unit)))
+
+
+def test_comments_are_no_text_and_a_lonely_bracket_is() -> None:
+    page = "<p>one<!-- <p>two</p> --> if a < b <b>c</b></p><!-- three"
+    assert html_text(page).strip() == "one if a < b c"
+
+
 def test_a_file_that_is_gone_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="no such file"):
         read_document(tmp_path / "gone")
@@ -119,6 +142,65 @@ def test_a_folder_is_listed_without_hidden_files_links_and_the_results_themselve
     assert len({item.id for item in items}) == 2
     with pytest.raises(ToolRefused, match="there is no folder"):
         BATCH.items(ContractsInput(folder=str(tmp_path / "no")), BatchContext("x", tmp_path))
+
+
+def in_folder(folder: Path, workspace: str, home: Path | None = None) -> list[Item]:
+    given = ContractsInput(folder=str(folder), workspace=workspace)
+    return list(BATCH.items(given, BatchContext("contracts-x", home or folder.parent / "home")))
+
+
+def test_results_are_no_documents_whatever_way_leads_to_them(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    (real / "out" / "documents").mkdir(parents=True)
+    (real / "out" / "documents" / "r.json").touch()
+    (real / "a.txt").touch()
+    link.symlink_to(real)
+    for folder, workspace in ((link, real / "out"), (real, link / "out"), (real, real / ".." / "real" / "out")):
+        assert [item.name for item in in_folder(folder, str(workspace))] == ["a.txt"]
+    for workspace in (real, tmp_path, link):
+        with pytest.raises(ToolRefused, match="the folder is in the workspace"):
+            in_folder(real, str(workspace))
+
+
+def test_a_workspace_holds_the_results_of_one_folder(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "LICENSE").touch()
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert len(in_folder(tmp_path / "one", str(out))) == 1
+    with pytest.raises(ToolRefused, match=r"holds the results of .*/one: name another one"):
+        in_folder(tmp_path / "two", str(out))
+    (out / ".documents").write_bytes(b"")  # a worker died as it took the workspace
+    assert len(in_folder(tmp_path / "two", str(out))) == 1
+
+
+def test_a_file_whose_name_is_no_unicode_is_a_document_as_any_other(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in (b"Gr\xf6\xdfe.txt", b"Gr\xf6\xdee.txt", b"one\ntwo\x1b[31m.txt"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text(LICENCE)
+    items = [Item.model_validate_json(item.model_dump_json()) for item in in_folder(folder, str(tmp_path / "out"))]
+    assert sorted(item.name for item in items) == ["Gr\ufffd\ufffde.txt"] * 2 + ["one\ufffdtwo\ufffd[31m.txt"]
+    assert len({item.id for item in items}) == 3
+    for item in items:
+        path = SPEC.input.model_validate(item.input).model_dump()["path"]
+        assert read_document(located(path)).text.startswith("MIT License")
+
+
+def test_a_folder_that_cannot_be_read_is_a_document_that_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").touch()
+    top = here = os.open(folder, os.O_RDONLY)
+    for _ in range(20):  # deeper than a path may be long
+        os.mkdir("d" * 240, dir_fd=here)
+        here = os.open("d" * 240, os.O_RDONLY, dir_fd=here)
+    assert top != here
+    one, deep = sorted(in_folder(folder, str(tmp_path / "out")), key=lambda item: item.name)
+    assert one.name == "a.txt"
+    with pytest.raises(Unreadable, match="too long"):
+        read_document(located(deep.input["path"]))
 
 
 def test_collected_texts_have_the_same_names_each_time_and_each_content_once(tmp_path: Path) -> None:
@@ -145,6 +227,24 @@ def test_what_is_kept_is_found_by_its_digest_and_a_changed_file_is_not_taken_for
         place.kept(digest)
 
 
+def test_half_a_character_of_a_model_is_kept_as_a_question_mark(tmp_path: Path) -> None:
+    place = Workspace(tmp_path)
+    assert place.kept(place.keep("half \ud800")) == "half ?"
+
+
+def test_the_index_is_made_of_results_and_not_of_what_people_put_beside_them(tmp_path: Path) -> None:
+    place = Workspace(tmp_path)
+    result: Json = {"document": "a.txt", "extracted_by": "m", "notes": [], "terms": {"title": "One"}}
+    place.write("documents/a.json", json.dumps(result))
+    for name, text in (("notes", "{}"), ("broken", "{"), ("list", "[1]"), ("odd", json.dumps(result | {"terms": 3}))):
+        place.write(f"documents/{name}.json", text)
+    (tmp_path / "documents" / "folder.json").mkdir()
+    for title in ("One", "Two"):
+        place.write("documents/a.json", json.dumps(result | {"terms": {"title": title}}))
+        write_index(place, Items(total=1, done=1), [], ended=False)
+        assert [row["title"] for row in csv.DictReader((tmp_path / "index.csv").open())] == [title]
+
+
 def test_a_disk_in_trouble_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DiskTrouble) as caught:
@@ -163,6 +263,8 @@ def test_a_quote_has_to_be_in_the_text_however_it_is_broken_into_lines() -> None
     assert terms.parse(f"Here:\n```json\n{one_clause()}\n```", LICENCE).grants[0].quote == QUOTE
     with pytest.raises(ValidationError, match="these words are not in the text"):
         terms.parse(one_clause("You may sell it to anyone"), LICENCE)
+    with pytest.raises(ValidationError, match="these words are not in the text"):
+        terms.parse(one_clause(" "), LICENCE)
     with pytest.raises(ValidationError, match="does not state 'MIT-0'"):
         terms.parse(one_clause(spdx="MIT-0"), LICENCE)
     with pytest.raises(ValidationError):
@@ -331,6 +433,9 @@ async def test_a_saved_result_is_deleted_again_by_its_undo(tmp_path: Path) -> No
 async def test_a_relative_folder_is_refused_at_the_door(lite: Stage) -> None:
     with pytest.raises(BadRequest, match="has to be an absolute path"):
         await start_run(lite.client, Runs(lite.runtime.db), "contracts", {"folder": "texts"}, task_queue=lite.queue)
+    with pytest.raises(BadRequest, match=r"workspace.* has to be an absolute path"):
+        given = {"folder": "/texts", "workspace": "out"}
+        await start_run(lite.client, Runs(lite.runtime.db), "contracts", given, task_queue=lite.queue)
 
 
 async def test_a_workspace_that_cannot_be_written_is_waited_for(lite: Stage, texts: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -189,6 +190,37 @@ async def test_cancelling_starts_nothing_more_and_undoes_what_the_children_did(l
         child = await lite.client.get_workflow_handle(f"{handle.id}.{name}").describe()
         assert child.status is WorkflowExecutionStatus.CANCELED
     assert batch.reports[-1].ended
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["while it lists", "as it has listed"])
+async def test_a_batch_that_is_cancelled_while_it_lists_starts_nothing(lite: Stage, heard: bool):
+    desk, begun, end = Desk(), threading.Event(), threading.Event()
+    batch = Batch.of(desk.agent(lite))
+    batch.listing = lambda: (begun.set(), end.wait(PATIENCE_S), None)[2]
+    async with lite.worker():
+        handle = await batch.start(lite, names(3))
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        await handle.cancel()
+        if not heard:
+            end.set()  # before the activity's next heartbeat, with which it would hear of it
+        await cancelled(handle)
+        end.set()
+        result = await lite.stored(handle)
+    assert (result.outcome, result.reason) == (RunOutcome.CANCELLED, "cancelled")
+    assert not await Runs(lite.runtime.db).recent(10, batch=handle.id)
+
+
+async def test_items_that_vanish_before_their_turn_are_told(lite: Stage):
+    desk = Desk()
+    batch = Batch.of(desk.agent(lite), window=2, items_per_execution=2)
+    async with lite.worker():
+        handle = await batch.start(lite, names(6))
+        await until(handle, lambda now: now.items is not None and now.items.open == 2)
+        batch.gone.update(names(6)[4:])
+        desk.gate.set()
+        result = await handle.result()
+    assert result.items == Items(total=4, done=4)
+    assert any("2 of the names that were there are there no longer" in note for note in result.notes)
 
 
 async def test_a_long_batch_continues_as_new_and_does_every_item_once(lite: Stage):
