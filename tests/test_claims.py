@@ -23,6 +23,7 @@ from holdfast.state.claims import Claims
 from holdfast.state.database import Database, open_database
 from holdfast.temporal import data_converter
 from holdfast.tools import explain
+from tests.fixtures.clock import PATIENCE_S
 
 NAME = "Frau Quastenflosse"
 LARGE = f"{NAME}. " * 10_000
@@ -45,7 +46,7 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", moto)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     bucket = f"b-{uuid4().hex[:8]}"
-    httpx2.put(f"{moto}/{bucket}").raise_for_status()
+    httpx2.put(f"{moto}/{bucket}", timeout=PATIENCE_S).raise_for_status()
     return f"s3://{bucket}/hold/fast"
 
 

@@ -24,6 +24,7 @@ from temporalio.testing import WorkflowEnvironment
 from holdfast import claims, codec_server
 from holdfast.settings import Settings
 from holdfast.temporal import data_converter
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import binary
 
 UI = "http://localhost:8233"
@@ -49,7 +50,7 @@ async def http(converter: DataConverter) -> AsyncIterator[httpx2.AsyncClient]:
     while not server.started:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
         yield client
     server.should_exit = True
     await task

@@ -166,7 +166,7 @@ class Ward:
 
 
 def _put(url: str, fault: Json) -> None:
-    httpx2.put(url, json=fault).raise_for_status()
+    httpx2.put(url, json=fault, timeout=PATIENCE_S).raise_for_status()
 
 
 @pytest_asyncio.fixture

@@ -40,7 +40,7 @@ class Desk:
         return done.stderr
 
     def fault(self, service: str, **fault: Any) -> None:
-        httpx2.put(f"{self._stack.hospital_url}/faults/{service}", json=fault).raise_for_status()
+        httpx2.put(f"{self._stack.hospital_url}/faults/{service}", json=fault, timeout=PATIENCE_S).raise_for_status()
 
     def started(self) -> str:
         """A discharge that waits for the approval of its messages."""
@@ -183,7 +183,7 @@ def test_a_failed_run_is_replayed_from_its_letter(desk: Desk, stack: Stack) -> N
     desk.fault("records", mode="fail", status=400, times=40)
     run = desk.parsed("run", "discharge", "-i", INPUT, "--id", uuid4().hex[:8])["workflow_id"]
     assert desk.cli("follow", run).returncode == 1
-    httpx2.delete(f"{stack.hospital_url}/faults").raise_for_status()
+    httpx2.delete(f"{stack.hospital_url}/faults", timeout=PATIENCE_S).raise_for_status()
     desk.cli("breakers", "reset", "records")
     letter = desk.letter(run)
     assert (letter["kind"], letter["context"]["input"]["patient_id"]) == ("run", "pat-1")

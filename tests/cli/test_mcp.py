@@ -50,7 +50,7 @@ async def over_http(cli: Cli, *options: str) -> AsyncIterator[str]:
 async def a_client(url: str, token: str) -> AsyncIterator[Client]:
     headers = {"Authorization": f"Bearer {token}"}
     async with (
-        httpx2.AsyncClient(headers=headers) as http,
+        httpx2.AsyncClient(headers=headers, timeout=PATIENCE_S) as http,
         Client(streamable_http_client(url, http_client=http), cache=None) as client,
     ):
         yield client
@@ -133,7 +133,7 @@ async def test_without_a_server_behind_it_every_call_says_so(stack: Stack) -> No
 
 async def test_over_http_only_the_token_opens(cli: Cli) -> None:
     async with over_http(cli) as url:
-        async with httpx2.AsyncClient() as http:
+        async with httpx2.AsyncClient(timeout=PATIENCE_S) as http:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
                 assert (await http.post(url, headers=headers, json={})).status_code == 401
         async with a_client(url, TOKEN) as client:

@@ -30,7 +30,7 @@ def test_finishes_what_is_in_flight(stack: Stack, cli: Cli) -> None:
     queue, key = {"HOLDFAST_TASK_QUEUE": uuid4().hex}, uuid4().hex[:8]
     record = HospitalRecord(stack.home / "hospital.db")
     slow = {"mode": "slow", "seconds": 1.5, "times": 1}
-    httpx2.put(f"{stack.hospital_url}/faults/records", json=slow).raise_for_status()
+    httpx2.put(f"{stack.hospital_url}/faults/records", json=slow, timeout=PATIENCE_S).raise_for_status()
     draining = worker(stack, **queue)
     run = f"discharge-{key}"
     assert cli("run", "discharge", "-i", '{"patient_id": "pat-1"}', "--id", key, **queue).returncode == 0

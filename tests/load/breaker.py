@@ -28,6 +28,7 @@ from holdfast.reliability.breaker import Breaker, Row
 from holdfast.simulation.hospital import HospitalRecord, RequestRow
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, open_database
+from tests.fixtures.clock import PATIENCE_S
 from tests.load.callers import TARGET, Orders
 from tests.simulation.processes import service
 
@@ -101,7 +102,7 @@ async def run(hammering: Hammering, store: str, home: Path) -> Report:
         orders = Orders(store, hospital.url, hammering.probe_after_s, hammering.timeout_s, hammering.lease_s)
         db = await open_database(store)
         try:
-            async with httpx2.AsyncClient(base_url=hospital.url) as http:
+            async with httpx2.AsyncClient(base_url=hospital.url, timeout=PATIENCE_S) as http:
                 await http.put("/faults/records", json={"mode": "fail", "status": 503})
                 workers = [ends.enter_context(_worker(orders)) for _ in range(hammering.processes)]
                 by_pid = {str(worker.pid): worker for worker in workers}

@@ -50,8 +50,8 @@ async def test_one_session_serves_calls_at_once(either: Notebook):
     connection = either.connection()
     await connection.tools(20)
     begun = time.monotonic()
-    await asyncio.gather(*(either.call(connection, "slow", seconds=0.5) for _ in range(10)))
-    assert time.monotonic() - begun < 3
+    await asyncio.gather(*(either.call(connection, "slow", seconds=2) for _ in range(10)))
+    assert time.monotonic() - begun < 15
     assert len({call["pid"] for call in either.calls("slow")}) == 1
 
 

@@ -25,7 +25,7 @@ async def failure(notebook: Served, connection: Connection, tool: str, /, **argu
 
 
 async def force(notebook: Served, status: int) -> None:
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=PATIENCE_S) as client:
         await client.post(notebook.server.url.replace("/mcp", f"/status/{status}"))
 
 

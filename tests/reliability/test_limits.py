@@ -31,7 +31,7 @@ from holdfast.reliability.book import (
     place,
     settle,
 )
-from holdfast.reliability.limits import FLUSH_S, Limiter, Ticket, usage
+from holdfast.reliability.limits import Limiter, Ticket, usage
 from holdfast.reliability.waiting import NotYet
 from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
@@ -536,13 +536,11 @@ async def test_a_place_is_kept_for_the_key_whichever_process_comes_with_it(db: D
 async def test_what_is_settled_is_written_soon_without_another_call(db: Database, limiter: Limiter) -> None:
     ticket = await limiter.take(Limit("l", None, 1000), "a", 800)
     limiter.settle(ticket, 300)
-    begun = time.monotonic()
 
     async def written() -> bool:
         return await counted(db) == (1, 300)
 
     await until(written)
-    assert time.monotonic() - begun < FLUSH_S + 2
 
 
 async def test_what_is_settled_goes_with_the_next_call_and_makes_room_for_it(db: Database, limiter: Limiter) -> None:

@@ -15,6 +15,7 @@ from openai.types.chat import ChatCompletionChunk
 from agents.registry import agent
 from holdfast.simulation.script import LABEL, decide
 from holdfast.simulation.scripted_model import FINGERPRINT, MODEL, ModelRecord, tokens
+from tests.fixtures.clock import PATIENCE_S
 from tests.simulation.processes import Running, service, until
 
 SPEC = agent("discharge")
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 async def client(model: Running) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(api_key="none", base_url=f"{model.url}/v1", max_retries=0, timeout=10) as client:
         yield client
-    httpx2.delete(f"{model.url}/faults")
+    httpx2.delete(f"{model.url}/faults", timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def key(request: pytest.FixtureRequest) -> str:
 
 
 def fault(model: Running, **what: Any) -> None:
-    httpx2.put(f"{model.url}/faults/model", json=what).raise_for_status()
+    httpx2.put(f"{model.url}/faults/model", json=what, timeout=PATIENCE_S).raise_for_status()
 
 
 async def streamed(client: openai.AsyncOpenAI, key: str, tools: Any = TOOLS) -> list[ChatCompletionChunk]:
@@ -115,7 +116,7 @@ async def test_calls_are_counted_per_key_however_often_they_come(client, model, 
         await streamed(client, key)
     ledger: Any = {}
     while ledger.get("answered") != 2:
-        ledger = httpx2.get(f"{model.url}/ledger", params={"prefix": key}).json()
+        ledger = httpx2.get(f"{model.url}/ledger", params={"prefix": key}, timeout=PATIENCE_S).json()
     assert (ledger["calls"], ledger["keys"]) == (2, {key: {"calls": 2, "answered": 2}})
     assert ledger["input_tokens"] == 2 * tokens([MESSAGES, TOOLS])
 

@@ -29,6 +29,7 @@ from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER
+from tests.fixtures.clock import PATIENCE_S
 from tests.sweep.cases import Evidence
 from tests.sweep.nursery import Nursery
 
@@ -54,11 +55,11 @@ class Lane:
 
     async def order(self, service: str, fault: Json) -> None:
         """Orders a fault (`holdfast.simulation.faults.Fault`) from one of the hospital's services."""
-        async with httpx2.AsyncClient() as http:
+        async with httpx2.AsyncClient(timeout=PATIENCE_S) as http:
             (await http.put(f"{self.url}/faults/{service}", json=fault)).raise_for_status()
 
     async def heal(self) -> None:
-        async with httpx2.AsyncClient() as http:
+        async with httpx2.AsyncClient(timeout=PATIENCE_S) as http:
             (await http.delete(f"{self.url}/faults")).raise_for_status()
 
 

@@ -88,7 +88,9 @@ def status_of(cli: Cli, run: str) -> RunStatus:
 
 def test_a_run_is_one_trace_also_over_a_worker_that_is_replaced(traced: Stack, collector: Collector):
     cli = Cli(traced.environment)
-    httpx2.put(f"{traced.hospital_url}/faults/insurance", json={"mode": "fail", "times": 1, "status": 503})
+    httpx2.put(
+        f"{traced.hospital_url}/faults/insurance", json={"mode": "fail", "times": 1, "status": 503}, timeout=PATIENCE_S
+    )
     started = cli("run", "discharge", "--input", '{"patient_id": "pat-1"}', "--json")
     assert started.returncode == 0, started.stderr
     run = json.loads(started.stdout)["workflow_id"]
@@ -215,7 +217,7 @@ def test_a_collector_that_is_gone_does_not_hold_up_the_end_of_a_process(tmp_path
         gone = f"http://127.0.0.1:{listener.getsockname()[1]}"
     done = _python(ENDING, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=gone)
     assert done.returncode == 7, done.stderr
-    assert float(done.stdout) < 1.0
+    assert float(done.stdout) < 5
 
 
 def _python(code: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, FrameLocator, Page, expect, sync_playwr
 from holdfast.contracts import RunOutcome, RunResult, RunStatus
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.stack import Stack
+from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -118,7 +119,7 @@ def test_the_page_asks_the_pharmacist_and_each_command_as_shown_settles_it(
 ):
     cli("breakers", "reset", "pharmacy")
     fault = {"mode": "fail", "times": 1}
-    httpx2.put(f"{stack.hospital_url}/faults/pharmacy", json=fault).raise_for_status()
+    httpx2.put(f"{stack.hospital_url}/faults/pharmacy", json=fault, timeout=PATIENCE_S).raise_for_status()
     run = json.loads(cli("run", "discharge", "--input", '{"patient_id": "pat-1"}', "--json").stdout)["workflow_id"]
     until(lambda: len(status_of(cli, run).approvals) == 3)
     visit(page, stack, run, "User Metadata")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -50,6 +51,7 @@ async def test_the_request_says_what_is_asked_and_what_has_been_done(lite: Stage
     world = World()
     spec = agent(world.tool("book"), world.tool("send", approval=True))
     lite.model.script = sequence(call(("book", {})), call(("send", {"n": 7})), say("ended"))
+    begun = time.monotonic()
     async with lite.worker():
         handle = await lite.start(spec)
         (approval,) = await asked(handle)
@@ -62,7 +64,7 @@ async def test_the_request_says_what_is_asked_and_what_has_been_done(lite: Stage
     assert approval.why
     kept = result.decisions[0]
     assert (kept.approval, kept.decision.approver, kept.decision.comment) == (approval, "dr.lee", "go ahead")
-    assert 0 < result.human_wait_s < 20
+    assert 0 < result.human_wait_s < time.monotonic() - begun + 1
 
 
 async def test_decided_at_once(lite: Stage) -> None:
