@@ -31,7 +31,7 @@ def test_finishes_what_is_in_flight(stack: Stack, cli: Cli) -> None:
     record = HospitalRecord(stack.home / "hospital.db")
     slow = {"mode": "slow", "seconds": 1.5, "times": 1}
     httpx2.put(f"{stack.hospital_url}/faults/records", json=slow, timeout=PATIENCE_S).raise_for_status()
-    draining = worker(stack, **queue)
+    draining = worker(stack, **queue, HOLDFAST_DRAIN_S="60")
     run = f"discharge-{key}"
     assert cli("run", "discharge", "-i", '{"patient_id": "pat-1"}', "--id", key, **queue).returncode == 0
     until(lambda: any(each.status is None for each in record.requests(f"{run}/")))
