@@ -124,6 +124,27 @@ async def describe(client: Client, name: str) -> Deployment:
     return Deployment(name, [build for _, build in sorted(builds, key=lambda pair: pair[0], reverse=True)])
 
 
+async def takes_new_runs(client: Client, queue: str) -> tuple[str, str]:
+    """Deployment and build that the new runs of a task queue go to; two empty texts: to workers that are not versioned.
+
+    Raises RPCError.
+    """
+    told = await client.workflow_service.describe_task_queue(
+        DescribeTaskQueueRequest(
+            namespace=client.namespace,
+            task_queue=TaskQueue(name=queue),
+            task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
+        )
+    )
+    current = told.versioning_info.current_deployment_version
+    return current.deployment_name, current.build_id
+
+
+def without_versions(name: str) -> str:
+    """The command by which new runs go to workers that are not versioned."""
+    return f"temporal worker deployment set-current-version --deployment-name {name} --unversioned"
+
+
 async def promote(client: Client, name: str, build: str, percent: float | None, by: str) -> None:
     """Lets a build take all new runs, or with `percent` so many of a hundred (0: none any more).
 

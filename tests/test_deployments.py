@@ -7,7 +7,10 @@ while a build has no worker; whoever operates it is told so.
 import asyncio
 import json
 import os
+import re
+import shlex
 import signal
+import subprocess
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -29,7 +32,7 @@ from holdfast.temporal import DATA_CONVERTER
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.stack import Cli
-from tests.fixtures.temporal import Stage
+from tests.fixtures.temporal import Stage, binary
 from tests.fixtures.world import World, agent
 from worker import NotReady, make_worker, versioning
 
@@ -159,6 +162,31 @@ async def test_a_run_finishes_on_its_build_and_new_ones_begin_on_the_current(ver
     await until(free)
     assert cli("deployments", "drained", "b1").returncode == 0
     assert not (await build(client, "b2")).may_go
+
+
+async def test_workers_without_a_version_beside_a_current_build_are_told_and_have_a_way_back(versioned: Stack):
+    cli, client = Cli(versioned.environment), await connected(versioned)
+
+    def deployment(**environment: str) -> list[dict[str, Any]]:
+        return [
+            each for each in json.loads(cli("doctor", "--json", **environment).stdout) if each["what"] == "deployment"
+        ]
+
+    await versioned.start_worker(HOLDFAST_DEPLOYMENT="")
+    assert deployment(HOLDFAST_DEPLOYMENT="") == []
+    await start(versioned, client, "b1")
+    back = re.search("back: `(.*)`", cli("deployments", "promote", "b1").stdout)
+    assert back is not None
+    (told,) = deployment(HOLDFAST_DEPLOYMENT="")
+    assert "go to build b1 of ward" in told["found"]
+    assert back[1] in told["to_do"]
+
+    where = [binary("temporal"), *shlex.split(back[1])[1:], "--address", versioned.temporal_address, "--yes"]
+    done = await asyncio.create_subprocess_exec(*where, stdout=subprocess.DEVNULL)
+    assert await done.wait() == 0
+    unversioned = await asked(client, cli, "unversioned")
+    assert await builds_of(unversioned) == {""}
+    assert deployment(HOLDFAST_DEPLOYMENT="") == []
 
 
 async def test_a_share_of_new_runs_goes_to_a_build_that_is_tried(versioned: Stack):

@@ -83,7 +83,7 @@ async def _list(as_json: bool) -> int:
 
 
 async def _promote(build: str, percent: float | None, as_json: bool) -> int:
-    from holdfast.deployments import DeploymentError, promote
+    from holdfast.deployments import DeploymentError, promote, without_versions
     from holdfast.settings import settings
     from holdfast.temporal import connect
 
@@ -95,8 +95,12 @@ async def _promote(build: str, percent: float | None, as_json: bool) -> int:
     if as_json:
         print_json({"build": build, "percent": 100.0 if percent is None else percent, "before": before.current})
     elif percent is None:
-        back = f"; back: `uv run starter.py deployments promote {before.current}`" if before.current else ""
-        out.print(f"new runs go to build {build}; those under way stay where they are{back}", markup=False)
+        way = (
+            f"uv run starter.py deployments promote {before.current}"
+            if before.current
+            else without_versions(before.name)
+        )
+        out.print(f"new runs go to build {build}; those under way stay where they are; back: `{way}`", markup=False)
     else:
         rest = before.current or "unversioned workers"
         out.print(f"{percent:g} % of new runs go to build {build}, the others to {rest}", markup=False)

@@ -21,7 +21,7 @@ from holdfast.claims import close
 from holdfast.cli.output import out, print_json
 from holdfast.cli.up import running_stack
 from holdfast.codec import parse_keys
-from holdfast.deployments import DeploymentError, describe
+from holdfast.deployments import DeploymentError, describe, takes_new_runs, without_versions
 from holdfast.orphans import is_scheduled, schedule
 from holdfast.settings import settings, stack_file
 from holdfast.state.database import StoreUnavailable, one_line, open_database
@@ -141,14 +141,24 @@ async def _temporal(client: Client, fix: bool) -> list[Check]:
 async def _builds(client: Client) -> list[Check]:
     """Whether each build of versioned workers that has runs also has workers."""
     name = settings().deployment
-    if not name:
-        return []
     try:
+        if not name:
+            return await _versioned_elsewhere(client, settings().task_queue)
         deployment = await describe(client, name)
     except (DeploymentError, RPCError) as error:
         return [Check("deployment", False, str(error), "docs/deployment.md says how versioned workers begin")]
     found = ", ".join(f"{each.build} {each.state} ({each.open_runs} runs open)" for each in deployment.builds)
     return [Check("deployment", not deployment.troubles, f"{name}: {found}", "; ".join(deployment.troubles))]
+
+
+async def _versioned_elsewhere(client: Client, queue: str) -> list[Check]:
+    """Whether workers without versions would get nothing: all new runs go to a build of a deployment."""
+    name, build = await takes_new_runs(client, queue)
+    if not name:
+        return []
+    found = f"new runs of task queue {queue} go to build {build} of {name}; workers without a version get none"
+    to_do = f"set HOLDFAST_DEPLOYMENT={name} here and for the workers; or, to go back: {without_versions(name)}"
+    return [Check("deployment", False, found, to_do, needed=False)]
 
 
 async def _sweep(client: Client, fix: bool) -> Check:
