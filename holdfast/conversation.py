@@ -15,6 +15,9 @@ from holdfast.tools import explain
 MAX_REASKS = 2
 MAX_ARGUMENTS = 1_000_000
 """Bytes of a call's arguments, as JSON."""
+MAX_TOGETHER = 2_000_000
+"""Bytes of the arguments of all calls of an answer: they are scheduled by one message, and Temporal ends a run for good
+whose message has more than 4 MB."""
 MAX_FINAL = 1_000_000
 """Bytes of the final words."""
 
@@ -57,9 +60,15 @@ def parse(message: Json, spec: AgentSpec, offered: set[str] | None = None) -> tu
             return Decision(final=text), []
         return None, [{"role": "user", "content": "Your answer was empty. Call a tool, or say how the task ended."}]
     parsed = [(call["id"], *_parse_call(call, spec, offered)) for call in wanted]
-    if all(good is not None for _, good, _ in parsed):
-        return Decision(calls=[good for _, good, _ in parsed if good is not None]), []
     kept = "not run, because another call of the same answer was invalid; send all the calls again"
+    if all(good is not None for _, good, _ in parsed):
+        size = sum(len(call["function"]["arguments"].encode()) for call in wanted)
+        if size <= MAX_TOGETHER:
+            return Decision(calls=[good for _, good, _ in parsed if good is not None]), []
+        kept = (
+            f"not run: the arguments of all calls together have {size:,} bytes, and at most {MAX_TOGETHER:,} are taken:"
+        )
+        kept += " send fewer calls at a time"
     return None, [
         {"role": "tool", "tool_call_id": call_id, "content": f"error: {problem or kept}"}
         for call_id, _, problem in parsed

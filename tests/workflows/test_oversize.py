@@ -107,6 +107,23 @@ async def test_arguments_of_5_mb_go_back_to_the_model_with_the_limit_and_it_send
     assert done == "900000 bytes came; zzz"
 
 
+async def test_calls_that_are_too_large_together_go_back_to_the_model_and_it_sends_fewer(one: Stage) -> None:
+    def script(messages: list[Message]) -> Message:
+        told = [m for m in messages if m["role"] == "tool"]
+        if len(told) > 75:
+            return say("done")
+        return call(*[("act", {"text": f"{n:05}" * 12_000}) for n in range(3 if told else 75)])
+
+    one.model.script = script
+    async with one.worker():
+        result = await (await one.start(agent(says(3), steps=[]))).result()
+    assert (result.outcome, result.calls) == (RunOutcome.COMPLETED, 3)
+    assert heard(one)[0] == (
+        "error: not run: the arguments of all calls together have 4,500,900 bytes, and at most 2,000,000 are taken: "
+        "send fewer calls at a time"
+    )
+
+
 async def test_final_words_of_5_mb_are_asked_for_again_and_then_the_run_fails_in_words(one: Stage) -> None:
     one.model.script = sequence(say(HUGE), say("y" * 900_000))
     async with one.worker():
