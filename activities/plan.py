@@ -190,7 +190,10 @@ def _resume(asked: Sequence[Interrupt], request: PlanRequest) -> Command[Any] | 
 
 
 def _question(asked: Interrupt) -> Question:
-    """What an interrupt asks: its value if that is a text, else the text in it, and the value as JSON beside it."""
+    """What an interrupt asks: its value if that is a text, else the text in it, and the value as JSON beside it.
+
+    Without a text of its own only the names of what is asked about: webhooks carry the text, and must not carry data.
+    """
     value = asked.value
     if isinstance(value, str):
         return Question(id=asked.id, text=value)
@@ -201,6 +204,6 @@ def _question(asked: Interrupt) -> Question:
             f"interrupt() takes JSON, for a person reads it; got {type(value).__name__}: {error}"
         ) from None
     text = (data.get("question") or data.get("text")) if isinstance(data, dict) else None
-    return Question(
-        id=asked.id, text=text if isinstance(text, str) else json.dumps(data, ensure_ascii=False), data=data
-    )
+    if not isinstance(text, str):
+        text = f"An answer is needed: {', '.join(data)}" if isinstance(data, dict) and data else "An answer is needed"
+    return Question(id=asked.id, text=text, data=data)

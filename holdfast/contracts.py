@@ -26,8 +26,14 @@ def digest(value: Any) -> str:
     return sha256(text.encode()).hexdigest()[:16]
 
 
+def whole(text: str) -> str:
+    """The text as UTF-8 can hold it: halves of a character that JSON can spell are joined, or replaced by U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def clip(text: str, limit: int) -> str:
-    """The text, cut to `limit` bytes of UTF-8 with a note that says so."""
+    """The text, whole, cut to `limit` bytes of UTF-8 with a note that says so."""
+    text = whole(text)
     raw = text.encode()
     if len(raw) <= limit:
         return text

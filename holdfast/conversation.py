@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Decision, Json, ToolCall
@@ -92,8 +92,9 @@ def _parse_call(call: Json, spec: AgentSpec, offered: set[str] | None) -> tuple[
     if (size := len(call["function"]["arguments"].encode())) > MAX_ARGUMENTS:
         return None, f"the arguments of {name} have {size:,} bytes, and at most {MAX_ARGUMENTS:,} are taken: send less"
     try:
-        arguments: Any = json.loads(call["function"]["arguments"] or "{}")
-    except json.JSONDecodeError as error:
+        # Stricter than `json`: no half of a character and no NaN, which history could not hold.
+        arguments: Any = from_json(call["function"]["arguments"] or "{}", allow_inf_nan=False)
+    except ValueError as error:
         return None, f"the arguments of {name} are not valid JSON ({error}); send the call again"
     try:
         valid = tool.validate(arguments)

@@ -165,7 +165,7 @@ class Tools:
 
     def __init__(self, then: str, messages: str, offered: Sequence[Tool | str] | None) -> None:
         self.then = then
-        self._messages = messages
+        self.messages = messages
         self._offered = None if offered is None else {_name(each) for each in offered}
 
     async def __call__(self, state: Any) -> Command[Any]:
@@ -173,16 +173,16 @@ class Tools:
         if _nested():
             raise BadGraph(f"node {me} decides the turn, so it belongs into the agent's own graph, not into a subgraph")
         faults.reached(Point.NODE_DONE, context.where)
-        conversation = [as_json(each) for each in state[self._messages]]
+        conversation = [as_json(each) for each in state[self.messages]]
         tries = state["heard"].get(me)
         if me in state["resume"] and tries is None:
             told = inbox_messages(conversation, [each.content for each in answers(state, by=me)], state["notices"])
-            return Command(goto=self.then, update={self._messages: told, "heard": {me: 0}})
+            return Command(goto=self.then, update={self.messages: told, "heard": {me: 0}})
+        if not conversation or conversation[-1].get("role") != "assistant":
+            raise BadGraph(f"node {me} decides by the model's answer, and {self.messages!r} does not end with one")
         decision, problems = parse(conversation[-1], context.spec, self._offered)
         if decision is None:
-            return Command(
-                goto=self.then, update={self._messages: problems, "heard": {me: again(tries or 0, problems)}}
-            )
+            return Command(goto=self.then, update={self.messages: problems, "heard": {me: again(tries or 0, problems)}})
         ids = [call["id"] for call in conversation[-1].get("tool_calls") or []]
         made = [
             {**call.model_dump(), "by": me, "id": call_id} for call, call_id in zip(decision.calls, ids, strict=True)

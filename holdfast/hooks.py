@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from holdfast.contracts import AgentInput, Approval, Json, RunResult
+from holdfast.contracts import AgentInput, Approval, Json, RunResult, clip
 from holdfast.wording import answer_commands
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 ENDED, AMENDED, NEEDS_INPUT, TEST = "run.ended", "run.amended", "run.needs_input", "webhook.test"
 
 MAX_ADDRESS = 2000
+MAX_ID = 1000
+"""Bytes of a workflow id, as servers take them by default."""
+MAX_WHY = 2000
+"""Bytes of the words for which somebody is asked."""
 
 
 class BadAddress(Exception):
@@ -62,7 +66,8 @@ class Hook(BaseModel):
     @property
     def delivery_id(self) -> str:
         """Id of the workflow that delivers it."""
-        return self.key.replace("/", "-")
+        id = self.key.replace("/", "-")
+        return id if len(id.encode()) <= MAX_ID else self.id
 
     def body(self, page: str) -> str:
         """The payload. page: address of the run's page in the Web UI."""
@@ -99,7 +104,7 @@ def needs_input(given: AgentInput, workflow_id: str, key_base: str, approval: Ap
         "id": approval.id,
         "kind": approval.kind,
         "subject": approval.subject,
-        "why": approval.why,
+        "why": clip(approval.why, MAX_WHY),
         "role": approval.role,
         "answer": [f"uv run starter.py {command}" for command in answer_commands(workflow_id, approval)],
     }
@@ -121,7 +126,8 @@ def run_is(type: str, result: RunResult, workflow_id: str, request_key: str, ten
     """How the run ended (`ENDED`), or what a repair after its end has made of that (`AMENDED`)."""
     return Hook(
         type=type,
-        what=type.rpartition(".")[2],
+        # A run ends once, and may be amended twice within a second.
+        what="ended" if type == ENDED else f"amended-{at:%f}",
         at=at,
         url=result.webhook,
         workflow_id=workflow_id,

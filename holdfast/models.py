@@ -19,7 +19,7 @@ import genai_prices
 import httpx2
 import openai
 
-from holdfast.contracts import Json, Usage
+from holdfast.contracts import Json, Usage, whole
 from holdfast.reliability.errors import ErrorType, Failure, classify
 from holdfast.services import Service
 from holdfast.settings import ModelTarget, Settings
@@ -274,10 +274,12 @@ class _Assembly:
             raise ModelUnavailable(Failure(ErrorType.CONTENT_POLICY, "cut off by the content filter"))
         message: Json = {"role": "assistant"}
         if self.content or not (self.calls or self.refusal):
-            message["content"] = "".join(self.content)
+            message["content"] = whole("".join(self.content))
         if self.refusal:
-            message["refusal"] = "".join(self.refusal)
+            message["refusal"] = whole("".join(self.refusal))
         if self.calls:
+            for call in self.calls.values():
+                call["function"] = {name: whole(text) for name, text in call["function"].items()}
             message["tool_calls"] = [self.calls[index] for index in sorted(self.calls)]
         name = self.model or model
         usage = count(self.usage, name, url, free=self.simulated)

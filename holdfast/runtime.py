@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, field
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 
 import httpx2
@@ -70,6 +71,11 @@ async def open_runtime(settings: Settings) -> Runtime:
         db=db,
         guards=Guards(db, worker=f"{socket.gethostname()}/{os.getpid()}"),
         models=tuple(ModelClient(settings, target) for target in settings.models),
-        # No timeout of its own: the chain puts the tool's own around each call. Connecting is another matter.
-        http=httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=5.0), limits=httpx2.Limits(max_connections=500)),
+        http=httpx2.AsyncClient(
+            # None of its own: the chain puts the tool's own around each call. Connecting is another matter.
+            timeout=httpx2.Timeout(None, connect=5.0),
+            limits=httpx2.Limits(max_connections=500),
+            # Takes no cookies: what a service sets for one call would be sent with another tenant's.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        ),
     )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,12 +41,24 @@ if TYPE_CHECKING:
     from holdfast.models import ModelAnswer
 
 
+LONGEST_PAUSE_S = 366 * 86_400
+"""Between two questions how far a job is."""
+
+
 class ToolRefused(Exception):
     """Raised by a tool for the caller's own mistake. The text goes to the model, nothing is retried."""
 
 
 class ToolFailed(Exception):
     """Raised by a tool that certainly did nothing and never will. Not retried."""
+
+
+def as_position(value: Any) -> Any:
+    """A position as plain JSON data. Raises ValueError for what cannot be kept, which is a bug of the tool."""
+    try:
+        return json.loads(json.dumps(to_jsonable_python(value), allow_nan=False))
+    except ValueError as error:
+        raise ValueError(f"a position has to be JSON data: {error}") from None
 
 
 class NotReady(Exception):
@@ -55,13 +68,16 @@ class NotReady(Exception):
     """
 
     def __init__(self, why: str, *, after: float | None = None, position: Any = None) -> None:
-        """after: seconds until then; None: 1 s, doubled to a minute. position: JSON data, else as told to `advance`."""
-        if after is not None and not 0 <= after < float("inf"):
-            raise ValueError(f"NotReady(after={after}): expected seconds from now")
+        """after: seconds until then; None: 1 s, doubled to a minute. position: JSON data, else as told to `advance`.
+
+        Raises ValueError for seconds or a position that are none.
+        """
+        if after is not None and not 0 <= after <= LONGEST_PAUSE_S:
+            raise ValueError(f"NotReady(after={after}): expected seconds from now, at most {LONGEST_PAUSE_S}")
         super().__init__(why)
         self.why = why
         self.after = after
-        self.position = position
+        self.position = as_position(position)
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ class ToolContext:
     """Idempotency key, the same over retries, crashes and resets. Hand it downstream."""
     attempt: int
     http: httpx2.AsyncClient
-    """A shared client. Its timeout is the tool's own, enforced around the call."""
+    """A shared client, which keeps no cookies. Its timeout is the tool's own, enforced around the call."""
     service_url: Callable[[str], str]
     """Base address of a named service."""
     ask_model: Callable[[str, list[Json]], Awaitable[ModelAnswer]]

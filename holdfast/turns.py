@@ -15,8 +15,10 @@ from holdfast import loop
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Decision, Json, OutcomeStatus, ToolCall
 from holdfast.conversation import as_json, said
-from holdfast.graph import BadGraph, Begin, Tools, TurnState
+from holdfast.graph import BadGraph, Begin, Tools, TurnState, calls
 from holdfast.tools import explain
+
+DECISION = calls().keys()
 
 
 def turn_input(
@@ -52,9 +54,17 @@ def decision_of(state: Mapping[str, Any], spec: AgentSpec) -> Decision:
         if last.get("role") == "assistant" and not last.get("tool_calls") and (text := said(last)):
             return Decision(final=text)
         raise BadGraph("the graph ended without a decision: return calls(…) or final(…) as `decision` in some node")
+    if not isinstance(made, dict) or made.keys() != DECISION:
+        raise BadGraph(f"`decision` has to be what calls(…) or final(…) returns; it is {type(made).__name__}")
     if made["final"] is None and not made["calls"]:
         raise BadGraph("the graph decided to make no calls: to end the run, decide final(…)")
-    return Decision(calls=[_by_code(call, spec) for call in made["calls"]], final=made["final"])
+    try:
+        decision = Decision(calls=[_by_code(call, spec) for call in made["calls"]], final=made["final"])
+        decision.model_dump_json()  # what is no JSON would never get into history
+    except ValueError as error:
+        words = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise BadGraph(f"the graph decided what is no JSON: {words}") from None
+    return decision
 
 
 def _by_code(call: Json, spec: AgentSpec) -> ToolCall:
@@ -78,7 +88,7 @@ def compiled(own: StateGraph[Any, Any, Any, Any] | str | None, agent: str) -> Co
         return loop.build().compile()
     if isinstance(own, str):
         module, _, name = own.partition(":")
-        found: Any = getattr(import_module(module), name, None)
+        found: Any = getattr(import_module(module), name)
         check(found, agent)
         return found.compile()
     return own.compile()
@@ -93,7 +103,13 @@ def check(graph: Any, agent: str) -> None:
     if missing or not is_typeddict(schema):
         lacks = f"; it lacks {', '.join(sorted(missing))}" if missing else ""
         raise TypeError(f"agent {agent}: its graph's state has to be a TypedDict that extends TurnState{lacks}")
-    deciding = [name for name, node in graph.nodes.items() if isinstance(_function(node.runnable), Tools)]
+    nodes = {name: _function(node.runnable) for name, node in graph.nodes.items()}
+    deciding = [name for name, node in nodes.items() if isinstance(node, Tools)]
+    for name, node in nodes.items():
+        if isinstance(node, Tools) and node.then not in nodes:
+            raise TypeError(f"agent {agent}: node {name} goes on at {node.then!r}, and there is no such node")
+        if isinstance(node, Tools) and node.messages not in graph.channels:
+            raise TypeError(f"agent {agent}: node {name} reads the messages at {node.messages!r}, which no state has")
     for start, end in graph.edges:
         if start in deciding:
             raise TypeError(
@@ -101,6 +117,8 @@ def check(graph: Any, agent: str) -> None:
                 f" remove its edge to {end}"
             )
     entries = [_function(branch.path) for branch in graph.branches[START].values()] if START in graph.branches else []
+    if lost := [each.node for each in entries if isinstance(each, Begin) and each.node not in nodes]:
+        raise TypeError(f"agent {agent}: its graph begins at {lost[0]!r}, and there is no such node")
     if deciding and not any(isinstance(each, Begin) for each in entries):
         raise TypeError(
             f"agent {agent}: a turn goes on at node {deciding[0]}, so its graph has to begin with"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from temporalio import workflow
@@ -52,8 +52,7 @@ class Acts:
                 summary=f"#{seq} {call.tool} ({policy.service})",
                 # An attempt of a `probe` tool may ask first and then act, each within the tool's timeout.
                 timeout_s=policy.timeout_s * (2 if policy.effect is Effect.PROBE else 1),
-                deadline_s=max(left, 1.0),
-                give_up_at=since + timedelta(seconds=policy.deadline_s),
+                deadline_s=left,
                 put_off=policy.put_off,
                 queue=policy.queue,
             )
@@ -85,7 +84,6 @@ class Acts:
             summary=f"undo #{record.seq} {record.tool}",
             timeout_s=policy.timeout_s,
             deadline_s=UNDO_DEADLINE_S,
-            give_up_at=workflow.now() + timedelta(seconds=UNDO_DEADLINE_S),
             queue=policy.queue,
         )
         if outcome.wait:

@@ -54,7 +54,7 @@ with workflow.unsafe.imports_passed_through():
 PLAN_S = 420.0
 """Three model calls of up to 130 s (`Settings.model_total_s`), and what lies between."""
 NO_PROFILE_DEADLINE = timedelta(days=1)
-"""How long a run waits for a model that has never answered."""
+"""How long a run tries to get its first turn done."""
 MAX_ANSWERS = 1_000_000
 """Bytes of all answers of a turn together: the next turn's request has to fit into a Temporal payload (2 MB)."""
 MAX_NOTE = 2_000
@@ -212,7 +212,9 @@ class AgentWorkflow:
                 summary=f"turn {state.turn}",
                 timeout_s=PLAN_S,
                 # The profile says how long a run may take, and it comes with the first turn.
-                give_up_at=None if state.profile else state.started + NO_PROFILE_DEADLINE,
+                deadline_s=None
+                if state.profile
+                else (state.started + NO_PROFILE_DEADLINE - workflow.now()).total_seconds(),
                 settle=False,
             )
         except ActivityError as error:
@@ -267,17 +269,23 @@ class AgentWorkflow:
         """The model has said its final words: the end, unless something is open that the run cannot end without."""
         state = self._state
         state.final = final
+        # No turn is left to hear what comes in, and that is no reason to undo what is done.
+        last = out_of_turns(state) is not None and workflow.patched("last-turn-ends")
         if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
             self._approvals.hold_for(questions.held(state))
             if state.deferred and not state.approvals.held:
                 self._phase(Phase.PARKED)
                 self._parent.stands_still()
-            await workflow.wait_condition(lambda: not self._aside.open_ends or messages.unread(state) > 0)
+            await workflow.wait_condition(
+                lambda: not self._aside.open_ends or (messages.unread(state) > 0 and not last)
+            )
             self._approvals.hold_for([])
             self._phase(Phase.RUNNING)
         state.final = None
-        if state.notices:  # something has ended that the model does not know of: it finishes anew
+        if state.notices and not last:  # something has ended that the model does not know of: it finishes anew
             return None
+        if unread := messages.unread(state):
+            self._note(f"{unread} messages came after the last turn that the run may take: the agent has not read them")
         verdict = judge_final(state, final)
         if isinstance(verdict, Ending):
             return verdict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from temporalio import workflow
@@ -44,20 +44,20 @@ class Calls:
         summary: str,
         timeout_s: float = 0.0,
         deadline_s: float | None = None,
-        give_up_at: datetime | None = None,
         settle: bool = True,
         put_off: bool = False,
         queue: str = "",
     ) -> T:
         """Runs an activity to its result, sleeping whenever it asks to wait.
 
-        timeout_s: what it needs for one attempt. deadline_s: over all attempts of one call. give_up_at: no wait goes
+        timeout_s: what it needs for one attempt. deadline_s: over all attempts and the waits between them; no wait goes
         beyond it. settle: a cancelled call is waited for until it has said how it ended; without, it is left alone at
         once. put_off: a wait for a service that is down is the caller's business. queue: the stage whose workers do it.
         The result still holds its `wait` when it was given up or put off.
         Raises ActivityError when the activity gave up or was cancelled.
         """
         how = workflow.ActivityCancellationType
+        end = None if deadline_s is None else workflow.now() + timedelta(seconds=deadline_s)
         while True:
             self.open += 1
             try:
@@ -67,7 +67,7 @@ class Calls:
                     result_type=result,
                     task_queue=f"{workflow.info().task_queue}.{queue}" if queue else None,
                     start_to_close_timeout=timedelta(seconds=timeout_s + GRACE_S),
-                    schedule_to_close_timeout=timedelta(seconds=deadline_s) if deadline_s else None,
+                    schedule_to_close_timeout=max(end - workflow.now(), timedelta(seconds=1)) if end else None,
                     heartbeat_timeout=HEARTBEAT,
                     retry_policy=RETRY,
                     summary=summary,
@@ -78,7 +78,7 @@ class Calls:
             wait: Wait | None = getattr(outcome, "wait", None)
             if wait is None:
                 self._went_on()
-            if wait is None or (put_off and wait.service) or (give_up_at and wait.until > give_up_at):
+            if wait is None or (put_off and wait.service) or (end and wait.until > end):
                 return outcome
             self._parked(wait)
             # Waiting is a durable timer, not a worker's time, and uses up no retry.

@@ -4,8 +4,6 @@ person's findings, and the unwinding of a run that was terminated.
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from temporalio import workflow
 from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
@@ -89,7 +87,6 @@ class RepairWorkflow:
             summary=_name(action),
             timeout_s=action.timeout_s,
             deadline_s=action.deadline_s,
-            give_up_at=workflow.now() + timedelta(seconds=action.deadline_s),
             queue=action.queue,
         )
         if outcome.wait:
@@ -111,7 +108,6 @@ class RepairWorkflow:
             summary=_name(action),
             timeout_s=action.timeout_s,
             deadline_s=UNDO_DEADLINE_S,
-            give_up_at=workflow.now() + timedelta(seconds=UNDO_DEADLINE_S),
             queue=action.queue,
         )
         if outcome.wait:
@@ -141,6 +137,8 @@ class RepairWorkflow:
             timeout_s=action.timeout_s,
             deadline_s=ASK_DEADLINE_S,
         )
+        if outcome.wait:
+            return ActionEnd(action=action, ok=False, words=f"{action.tool} could not be asked: {outcome.wait.why}")
         known = outcome.status is not OutcomeStatus.UNKNOWN
         return ActionEnd(action=action, ok=known, words=outcome.content)
 

@@ -79,7 +79,7 @@ def _changes(pairs: list[str]) -> Json:
     changes: Json = {}
     for pair in pairs:
         name, is_given, value = pair.partition("=")
-        if not is_given or not name.isidentifier():
+        if not is_given or not name:
             raise Refused(f"--set takes NAME=VALUE, not {pair!r}")
         try:
             changes[name] = json.loads(value)

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from holdfast.contracts import whole
 from holdfast.tools import ToolFailed, ToolRefused, explain
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def _message(error: BaseException, type: ErrorType) -> str:
         for header in _CREDENTIAL_HEADERS:
             if sent := response.request.headers.get(header, "").rpartition(" ")[2]:
                 text = text.replace(sent, "…")
-    text = " ".join(_CREDENTIAL.sub("…", text).split())
+    text = " ".join(_CREDENTIAL.sub("…", whole(text)).split())
     return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"
 
 

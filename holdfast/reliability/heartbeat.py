@@ -13,6 +13,7 @@ from temporalio import activity
 from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, Interceptor
 
 from holdfast.reliability import lease
+from holdfast.tools import as_position
 
 _position: ContextVar[list[Any] | None] = ContextVar("position", default=None)
 """What the beats of this activity carry: nothing, or one position, with the key of its call."""
@@ -34,8 +35,11 @@ def resume(key: str, position: Any) -> None:
 
 
 def advance(key: str, position: Any) -> None:
-    """Tells how far the call has come: JSON data. The server hears at once; from a thread, with the next beat."""
-    told = _position.get()
+    """Tells how far the call has come: JSON data. The server hears at once; from a thread, with the next beat.
+
+    Raises ValueError for what is none.
+    """
+    told, position = _position.get(), as_position(position)
     if told is None:
         return
     told[:] = [[key, position]]

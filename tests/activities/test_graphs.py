@@ -88,6 +88,44 @@ async def test_a_graph_that_ends_without_a_decision_is_its_authors_mistake(proce
     assert caught.value.non_retryable
 
 
+@pytest.mark.parametrize(
+    ("decided", "words"),
+    [
+        ("done", "has to be what calls.* returns; it is str"),
+        ({"final": "done"}, "has to be what calls.* returns; it is dict"),
+        (final({"all": "done"}), "final: Input should be a valid string"),  # type: ignore[arg-type]
+        (final("half \ud83d"), "surrogates not allowed"),
+    ],
+    ids=["a text", "by hand", "no text", "half a character"],
+)
+async def test_a_decision_that_is_none_is_its_authors_mistake(
+    process: Process, plan: Any, decided: Any, words: str
+) -> None:
+    def decide(state: State) -> dict[str, Any]:
+        return {"decision": decided}
+
+    with pytest.raises(ApplicationError, match=words) as caught:
+        await process.run(plan, of(line(decide)))
+    assert caught.value.non_retryable
+
+
+@pytest.mark.parametrize("said", [[], [{"role": "user", "content": "please book"}]], ids=["nothing", "a user"])
+async def test_only_what_the_model_said_can_end_a_run(process: Process, plan: Any, said: list[Any]) -> None:
+    def forgets(state: Conversation) -> dict[str, Any]:
+        return {"messages": said}
+
+    graph = StateGraph(Conversation, context_schema=Turn)
+    graph.add_node("agent", forgets)
+    graph.add_node("tools", tools(then="agent"))
+    graph.add_conditional_edges(START, begin_at("agent"))
+    graph.add_edge("agent", "tools")
+    with pytest.raises(
+        ApplicationError, match="node tools decides by the model's answer, and 'messages' does"
+    ) as caught:
+        await process.run(plan, of(graph))
+    assert caught.value.non_retryable
+
+
 async def test_a_graph_that_goes_round_for_ever_is_stopped(process: Process, plan: Any) -> None:
     def round_(state: State) -> dict[str, Any]:
         return {}
@@ -183,7 +221,7 @@ async def test_a_node_offers_the_tools_that_it_names(process: Process, plan: Any
 # ------------------------------------------------------------------ the loop of agent and tools
 
 
-def looping(**options: Any) -> StateGraph[Any, Any, Any, Any]:
+def looping(*, begin: str = "sort", then: str = "agent", messages: str = "messages") -> StateGraph[Any, Any, Any, Any]:
     """sort → agent → tools → agent → …, the agent with the tool `book` only."""
 
     class Sorted(Conversation):
@@ -201,8 +239,8 @@ def looping(**options: Any) -> StateGraph[Any, Any, Any, Any]:
     graph = StateGraph(Sorted, context_schema=Turn)
     graph.add_node("sort", sort)
     graph.add_node("agent", work)
-    graph.add_node("tools", tools(then="agent", offered=("book",)))
-    graph.add_conditional_edges(START, begin_at("sort"))
+    graph.add_node("tools", tools(then=then, messages=messages, offered=("book",)))
+    graph.add_conditional_edges(START, begin_at(begin))
     graph.add_edge("sort", "agent")
     graph.add_edge("agent", "tools")
     return graph
@@ -339,6 +377,12 @@ def test_a_graph_that_could_not_run_is_refused_where_it_is_declared() -> None:
     straight.add_edge(START, "tools")
     with pytest.raises(TypeError, match="a turn goes on at node tools, so its graph has to begin with add_conditional"):
         spec(straight)
+    with pytest.raises(TypeError, match="agent a: its graph begins at 'agnet', and there is no such node"):
+        spec(looping(begin="agnet"))
+    with pytest.raises(TypeError, match="agent a: node tools goes on at 'agnet', and there is no such node"):
+        spec(looping(then="agnet"))
+    with pytest.raises(TypeError, match="agent a: node tools reads the messages at 'left', which no state has"):
+        spec(looping(messages="left"))
 
 
 def _bare(schema: Any) -> StateGraph[Any, Any, Any, Any]:

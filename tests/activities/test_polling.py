@@ -150,6 +150,31 @@ async def forgetful(ctx: ToolContext, url: str) -> str:
     raise NotReady("not yet", after=0.01)
 
 
+class Id:
+    """No JSON."""
+
+
+@pytest.mark.parametrize("bug", [{"position": Id()}, {"advance": Id()}, {"after": 1e30}, {"position": float("nan")}])
+async def test_a_position_that_cannot_be_kept_is_a_bug_and_submits_no_second_job(
+    lite: Stage, bug: dict[str, Any]
+) -> None:
+    @tool(effect=Effect.IDEMPOTENT, service="films", name="render")
+    async def mistaken(ctx: ToolContext, url: str) -> str:
+        """Submits a job and tells what cannot be kept."""
+        await ctx.http.post(f"{url}/jobs", headers={"Idempotency-Key": ctx.key})
+        if "advance" in bug:
+            ctx.advance(bug["advance"])
+        raise NotReady("not yet", **{"after": 0.01, **bug})
+
+    async with Jobs().serve() as jobs, lite.worker():
+        lite.model.script = sequence(call(("render", {"url": jobs.url})), say("done"))
+        handle = await lite.start(agent(mistaken))
+        (asked,) = (await until(handle, lambda s: bool(s.approvals))).approvals
+        await handle.terminate()
+    assert "ValueError: " in asked.why
+    assert len(jobs.jobs) == 1
+
+
 async def test_a_manual_tool_that_tells_no_position_is_not_called_again(lite: Stage) -> None:
     async with Jobs().serve() as jobs, lite.worker():
         lite.model.script = sequence(call(("render", {"url": jobs.url})), say("done"))

@@ -44,6 +44,28 @@ def test_a_broken_spec_never_takes_the_stack_down(checkout: Checkout, up: subpro
     assert up.poll() is None
 
 
+def test_a_broken_graph_is_not_taken_and_a_worker_that_meets_one_waits_for_it_to_be_mended(
+    checkout: Checkout, up: subprocess.Popen[str]
+) -> None:
+    """Specs only name their graphs: nothing but a worker imports them."""
+    graph = checkout.root / "agents" / "triage" / "graph.py"
+    good = graph.read_text()
+
+    graph.write_text(good.replace("GRAPH = build()", "MIND = build()"))
+    missing = "agents/triage/graph.py: AttributeError: module 'agents.triage.graph' has no attribute 'GRAPH'"
+    until(lambda: checkout.said(f"is not taken: {missing}"))
+    refused = checkout("worker.py")
+    assert (refused.returncode, refused.stderr) == (2, f"worker cannot start: {missing}\n")
+    (killed,) = worker(checkout)
+    killed.kill()
+    until(lambda: checkout.said(f"worker 1 waits: {missing}"))
+
+    graph.write_text(good)
+    until(lambda: checkout.said("agents/ has changed (triage/graph.py), taken at "))
+    assert checkout("starter.py", "run", "triage", "-i", TRIAGE, "--wait").returncode == 0
+    assert up.poll() is None
+
+
 def test_a_bug_in_a_script_fails_the_run_with_its_line_and_leaves_the_model_to_the_others(
     checkout: Checkout, up: subprocess.Popen[str]
 ) -> None:

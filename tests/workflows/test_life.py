@@ -255,10 +255,12 @@ async def test_an_optional_step_that_was_never_tried_is_pending(lite: Stage) -> 
         (call(("shout", {"text": "a"})), "there is no tool named 'shout'; the tools are: echo"),
         (call(("echo", {"txt": "a"})), "text: Field required"),
         (call(("echo", '{"text": ')), "not valid JSON"),
+        (call(("echo", '{"text": "half \\ud83d"}')), "not valid JSON"),
+        (call(("echo", "[" * 5000)), "not valid JSON"),
         (call(("echo", "[1]")), "do not fit its schema"),
         (say("   "), "Your answer was empty"),
     ],
-    ids=["unknown tool", "bad arguments", "invalid JSON", "not an object", "empty"],
+    ids=["unknown tool", "bad arguments", "invalid JSON", "half a character", "too deep", "not an object", "empty"],
 )
 async def test_a_malformed_answer_goes_back_with_the_error_in_the_same_turn(
     lite: Stage, bad: Message, told: str
@@ -269,6 +271,23 @@ async def test_a_malformed_answer_goes_back_with_the_error_in_the_same_turn(
         result = await (await lite.start(spec)).result()
     assert (result.outcome, result.turns, result.calls, result.usage.calls) == (RunOutcome.COMPLETED, 2, 1, 3)
     assert told in lite.model.requests[1][1][-1]["content"]
+
+
+async def test_halves_of_characters_from_a_model_or_a_tool_stop_no_run(lite: Stage) -> None:
+    """JSON can spell them (`\\ud83d` without its other half); UTF-8, and so history, cannot hold them."""
+
+    @tool(effect=Effect.IDEMPOTENT, service="x")
+    async def feel(ctx: ToolContext, fails: bool = False) -> str:
+        """Feel."""
+        if fails:
+            raise ToolFailed("not \ud83d")
+        return "a smile \ud83d"
+
+    lite.model.script = sequence(call(("feel", {}), ("feel", {"fails": True})), say("ended \ud83d\ude00 \ud83d"))
+    async with lite.worker():
+        result = await (await lite.start(agent(feel, steps=[]))).result()
+    assert (result.outcome, result.summary) == (RunOutcome.COMPLETED, "ended 😀 \ufffd")
+    assert [each.rpartition(" ")[2] for each in answers(lite.model.requests[1][1])] == ["\ufffd", "\ufffd"]
 
 
 async def test_one_bad_call_of_an_answer_holds_all_of_them_back(lite: Stage) -> None:
@@ -382,6 +401,41 @@ async def test_a_run_that_outlives_its_deadline_fails_and_unwinds(lite: Stage) -
     assert result.reason.startswith("deadline")
     assert world.log == ["begin book#1", "done book#1", "undo book#1"]
     assert await lite.stored(handle) == result
+
+
+async def test_a_bug_in_the_first_turn_fails_the_run_at_the_end_of_a_day(skipping: Stage) -> None:
+    def broken(messages: list[Message]) -> str:
+        raise LookupError("no such ward")
+
+    spec = agent(echo, prompt=broken)
+    async with skipping.worker():
+        result = await failure(await skipping.start(spec))
+    assert result.reason.startswith("turn 1: LookupError: no such ward")
+
+
+async def test_waits_do_not_prolong_the_deadline_of_a_call(lite: Stage) -> None:
+    """Each wait ends an activity; the next one gets what is left."""
+
+    @tool(effect=Effect.READ, service="x", put_off=False, deadline=3)
+    async def summary(ctx: ToolContext) -> str:
+        """Waits for a model that takes no key."""
+        return (await ctx.ask_model("sum", [{"role": "user", "content": "sum"}])).text
+
+    lite.model.script = lambda m: (
+        error(401) if m[-1]["content"] == "sum" else sequence(call(("summary", {})), say("x"))(m)
+    )
+    async with lite.worker():
+        handle = await lite.start(agent(summary, steps=[]))
+        assert (await handle.result()).outcome is RunOutcome.COMPLETED
+        tried = [
+            (event.event_time.ToDatetime(), event.activity_task_scheduled_event_attributes)
+            async for event in handle.fetch_history_events()
+            if event.activity_task_scheduled_event_attributes.activity_type.name == "tool"
+        ]
+    latest = [at + each.schedule_to_close_timeout.ToTimedelta() for at, each in tried]
+    assert len(tried) > 3
+    # A second at least: an attempt has to have time to say what is known.
+    assert max(latest) <= tried[0][0] + timedelta(seconds=3 + 1.2)
 
 
 # ------------------------------------------------------------ started by hand

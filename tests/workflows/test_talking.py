@@ -231,6 +231,38 @@ BAD: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.parametrize("open_end", [False, True], ids=["done", "an end is open"])
+async def test_a_message_after_the_last_turn_does_not_undo_what_is_done(lite: Stage, open_end: bool) -> None:
+    world = World()
+    errors = [TimeoutError()] if open_end else []
+    spec = agent(world.tool("send"), world.tool("mail", Effect.MANUAL, errors=errors, undo=None), max_turns=2)
+
+    def script(messages: list[Json]) -> Json:
+        if len(messages) == 2:
+            return call(("send", {"n": 1}), ("mail", {}))
+        lite.model.gate = thinking
+        return say("ended")
+
+    thinking = asyncio.Event()
+    lite.model.script = script
+    async with lite.worker():
+        handle = await lite.start(spec)
+        if open_end:
+            thinking.set()
+            await until(handle, lambda s: s.phase is Phase.WAITING_HUMAN and s.turn == 2)
+            await at_rest(handle)
+        else:
+            await until(handle, lambda s: s.turn == 2)
+        assert (await update(handle, "message", HELLO)).accepted
+        thinking.set()
+        if open_end:
+            await handle.signal("decide", {**YES, "approval_id": "o2", "verdict": "happened"})
+        result = await handle.result()
+    assert (result.outcome, result.summary, result.turns) == (RunOutcome.COMPLETED, "ended", 2)
+    assert not any(each.startswith("undo") for each in world.log)
+    assert any("1 messages came after the last turn" in each for each in result.notes)
+
+
 async def test_a_bad_message_is_noted_and_sticks_nothing(lite: Stage) -> None:
     world = World()
     lite.model.script = sequence(call(("send", {})), say("ended"))

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from langgraph.graph import START, StateGraph
+from langgraph.types import interrupt
 from pydantic import SecretStr
 from standardwebhooks import WebhookVerificationError
 from starlette.responses import Response
 from temporalio.client import WorkflowExecutionStatus
 
 import activities.hooks
-from holdfast.contracts import StepSpec
-from holdfast.hooks import Hook
+from holdfast.contracts import AgentInput, Json, RunOutcome, RunResult, StepSpec
+from holdfast.graph import Turn, TurnState, final
+from holdfast.hooks import AMENDED, Hook, run_is
 from holdfast.orphans import find_orphans
 from holdfast.reliability import faults
 from holdfast.reliability.ledger import Ledger
@@ -29,9 +32,10 @@ from holdfast.tools import ToolFailed
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.receiver import SECRET, Receiver
-from tests.fixtures.temporal import Stage, cancelled, failure
+from tests.fixtures.temporal import Stage, cancelled, failure, until
 from tests.fixtures.world import World, agent
 from tests.reliability.wire import free_port
+from workflows.agent import AgentWorkflow
 
 NEXT_SECRET = "whsec_dGhlIG5leHQgc2VjcmV0LCB3aGljaCByZXBsYWNlcyBpdA=="
 
@@ -247,6 +251,47 @@ async def test_needed_input_is_told_before_it_is_given_and_without_the_arguments
     assert len(set(receiver.ids)) == 2
 
 
+async def test_what_a_question_shows_a_person_does_not_leave_the_house(signing: Stage, receiver: Receiver) -> None:
+    def ask(state: TurnState) -> Json:
+        return {"decision": final(interrupt({"mail": "SECRET", "role": "front desk"}))}
+
+    graph = StateGraph(TurnState, context_schema=Turn)
+    graph.add_node("ask", ask)
+    graph.add_edge(START, "ask")
+    async with signing.worker():
+        handle = await signing.start(agent(graph=graph), webhook=receiver.url)
+        await receiver.has(1)
+        (approval,) = (await until(handle, lambda s: bool(s.approvals))).approvals
+        await handle.signal("decide", {"approval_id": "q1", "verdict": "answer", "approver": "kim", "answer": "yes"})
+        await handle.result()
+    (asked, *_) = receiver.events()
+    assert (asked["data"]["why"], asked["data"]["role"]) == ("An answer is needed: mail, role", "front desk")
+    assert b"SECRET" not in receiver.requests[0][1]
+    assert approval.arguments == {"mail": "SECRET", "role": "front desk"}
+
+
+async def test_a_run_with_the_longest_id_that_there_is_tells_its_end(signing: Stage, receiver: Receiver) -> None:
+    spec = booking(signing)
+    async with signing.worker():
+        handle = await signing.client.start_workflow(
+            AgentWorkflow.run,
+            AgentInput(agent=spec.name, webhook=receiver.url),
+            id=spec.name.ljust(1000, "x"),
+            task_queue=signing.queue,
+            task_timeout=TASK_TIMEOUT,
+        )
+        assert (await handle.result()).outcome is RunOutcome.COMPLETED
+        await receiver.has(1)
+    assert receiver.events()[0]["data"]["workflow_id"] == handle.id
+
+
+async def test_no_address_is_sent_what_an_earlier_answer_wanted_remembered(lite: Stage, receiver: Receiver) -> None:
+    receiver.answers = [Response(headers={"set-cookie": "session=of-another-tenant; Path=/"})]
+    for _ in range(2):
+        await lite.runtime.http.post(receiver.url)
+    assert [headers.get("cookie") for headers, _ in receiver.requests] == [None, None]
+
+
 async def test_a_question_is_told_although_the_run_continues_as_new_at_once(signing: Stage, receiver: Receiver) -> None:
     world = World()
     spec = agent(world.tool("send", approval=True), turns_per_execution=1)
@@ -300,6 +345,16 @@ async def test_what_is_settled_after_the_end_is_told(signing: Stage, receiver: R
     assert told["run.ended"]["outcome"] == "partial"
     assert told["run.ended"]["pending"] == [{"step": "pharmacy", "role": "pharmacist"}]
     assert (told["run.amended"]["outcome"], told["run.amended"]["pending"]) == ("completed", [])
+
+
+def test_two_amendments_within_a_second_are_two_events() -> None:
+    result = RunResult(outcome=RunOutcome.PARTIAL, key_base="wf/run", webhook="http://localhost")
+    at = datetime(2026, 11, 21, 12, 0, 0, 100_000, UTC)
+    first, second = (
+        run_is(AMENDED, result, "wf", "", "default", each) for each in (at, at.replace(microsecond=200_000))
+    )
+    assert first.delivery_id != second.delivery_id
+    assert first.id != second.id
 
 
 async def test_a_run_that_was_terminated_is_told_of_when_it_is_found(signing: Stage, receiver: Receiver) -> None:
