@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from langgraph.errors import GraphRecursionError
@@ -46,6 +47,9 @@ PARKS = {
     ErrorType.UNAUTHORIZED,
 }
 """A model that is gone comes back, and a key that expired gets mended: the run waits and nothing is undone."""
+
+KNOWN_TRIES, KNOWN_EVERY_S = 20, 2.0
+"""So often, and so far apart, a worker is asked for an agent that none knew so far."""
 
 
 class Plan:
@@ -152,7 +156,13 @@ def _spec(name: str) -> AgentSpec:
     try:
         return registry.agent(name)
     except registry.UnknownAgent as error:
-        raise ApplicationError(str(error), type=ErrorType.INVALID_INPUT, non_retryable=True) from None
+        # A worker of newer code may know it, or this one a moment later: a deploy, or `up` that takes a new agent.
+        raise ApplicationError(
+            str(error),
+            type=ErrorType.INVALID_INPUT,
+            non_retryable=activity.info().attempt >= KNOWN_TRIES,
+            next_retry_delay=timedelta(seconds=KNOWN_EVERY_S),
+        ) from None
 
 
 def _begin(spec: AgentSpec, request: PlanRequest, thread: Thread, down: dict[str, str], notes: list[str]) -> Json:

@@ -17,9 +17,9 @@ def test_the_new_agent_runs_at_once_and_its_test_is_green(checkout: Checkout, up
     made = checkout("starter.py", "new", "meetings")
     assert made.returncode == 0, made.stderr
     assert "uv run starter.py run meetings --follow" in made.stdout
-    until(lambda: checkout.said("meetings/script.py, meetings/spec.py), taken at "))
 
-    run = checkout.json("run", "meetings")["workflow_id"]  # type: ignore[index]
+    run = checkout.json("run", "meetings")["workflow_id"]  # type: ignore[index]  # before `up` can have taken it
+    until(lambda: checkout.said("meetings/script.py, meetings/spec.py), taken at "))
     until(lambda: bool(checkout.json("approvals", run)))
     assert checkout("starter.py", "approve", run, "--by", "you").returncode == 0
     done = checkout("starter.py", "follow", run)

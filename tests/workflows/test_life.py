@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError
 
+from activities import plan
 from agents import registry
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Effect, Json, Phase, RunOutcome, RunResult, StepSpec, StepStatus
@@ -462,7 +463,10 @@ async def test_started_by_plain_json(lite: Stage) -> None:
     assert '"y"' in lite.model.requests[0][1][1]["content"]
 
 
-async def test_an_unknown_agent_fails_the_run_and_names_those_there_are(lite: Stage) -> None:
+async def test_an_unknown_agent_fails_the_run_and_names_those_there_are(
+    lite: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "KNOWN_EVERY_S", 0.01)
     spec = agent(echo)
     async with lite.worker():
         handle = await by_hand(lite, {"agent": "nobody"})
@@ -470,6 +474,20 @@ async def test_an_unknown_agent_fails_the_run_and_names_those_there_are(lite: St
     assert "no agent named 'nobody'" in result.reason
     assert spec.name in result.reason
     assert await lite.stored(handle) == result
+
+
+async def test_a_run_that_begins_before_a_worker_knows_its_agent_waits_for_one_that_does(lite: Stage) -> None:
+    spec = agent(echo)
+    lite.model.script = sequence(call(("echo", {"text": "a"})), say("ok"))
+    registry._added.pop(spec.name)  # pyright: ignore[reportPrivateUsage]
+    async with lite.worker():
+        handle = await by_hand(lite, {"agent": spec.name, "input": {"what": "y"}})
+        async with asyncio.timeout(PATIENCE_S):
+            while not any(each.attempt > 1 for each in (await handle.describe()).raw_description.pending_activities):
+                await asyncio.sleep(0.05)
+        registry.add(spec)
+        result = await handle.result()
+    assert result.outcome is RunOutcome.COMPLETED
 
 
 async def test_an_input_that_does_not_fit_the_agent_fails_the_run_and_says_why(lite: Stage) -> None:
