@@ -101,18 +101,18 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     grid.add_row("", Text(f"{head} {approval.id}", "bold yellow"), Text(approval.subject, "bold"))
     if approval.role:
         due = f", as a rule by {approval.eta:%H:%M} UTC" if approval.eta else ""
-        grid.add_row("", "for", f"{approval.role}{due}")
+        grid.add_row("", "for", Text(f"{approval.role}{due}"))
     if approval.why:
-        grid.add_row("", "why", approval.why)
+        grid.add_row("", "why", Text(approval.why))
     for name, value in approval.arguments.items():
         grid.add_row("", Text(name), Text(in_words(value, between="\n")))
     if approval.evidence:
-        grid.add_row("", "when asked", approval.evidence)
+        grid.add_row("", "when asked", Text(approval.evidence))
     if approval.key:
-        grid.add_row("", "key", approval.key)
+        grid.add_row("", "key", Text(approval.key))
     if hint:
         for n, command in enumerate(answer_commands(workflow_id, approval)):
-            grid.add_row("", "" if n else "answer", f"uv run starter.py {command}")
+            grid.add_row("", "" if n else "answer", Text(f"uv run starter.py {command}"))
     return grid
 
 

@@ -13,6 +13,8 @@ from holdfast.cli.output import Refused, out, print_json
 
 commands = typer.Typer(help="Webhooks: what runs tell the outside.", no_args_is_help=True)
 
+LIMIT_S = 10.0
+
 
 @commands.callback()
 def _group() -> None:
@@ -47,8 +49,11 @@ async def _test(url: str, as_json: bool) -> int:
     id, begun = new_id(), time.monotonic()
     body = payload(TEST, datetime.now(UTC), {})
     try:
-        async with httpx2.AsyncClient(timeout=10.0) as http:
+        # In all: the client's own limit begins anew with each byte of an answer.
+        async with asyncio.timeout(LIMIT_S), httpx2.AsyncClient(timeout=LIMIT_S) as http:
             said, taken = f"answered {await post(http, url, id, body, secrets)}", True
+    except TimeoutError:
+        said, taken = f"no answer within {LIMIT_S:g} s", False
     except httpx2.HTTPError as error:
         said, taken = classify(error).message, False
     took = time.monotonic() - begun

@@ -1,9 +1,11 @@
 """How a run looks at a terminal."""
 
+from datetime import UTC, datetime
+
 from rich.console import Console
 
-from holdfast.cli.view import undone_view
-from holdfast.contracts import UndoRecord, UndoStatus
+from holdfast.cli.view import approval_view, undone_view
+from holdfast.contracts import Approval, UndoRecord, UndoStatus
 
 
 def test_why_an_effect_could_not_be_undone_is_shown_in_full() -> None:
@@ -13,3 +15,14 @@ def test_why_an_effect_could_not_be_undone_is_shown_in_full() -> None:
     with console.capture() as shown:
         console.print(undone_view([failed]))
     assert note in " ".join(shown.get().split())
+
+
+def test_what_services_and_people_write_is_shown_as_it_is() -> None:
+    """Brackets are markup to the terminal's library: it would swallow them, or fail on them."""
+    words = {"role": "[/nurse]", "why": "[urgent] the service said [/b]", "evidence": "[red]2/3", "key": "[k]/1"}
+    approval = Approval(id="o1", kind="outcome", subject="[s]", seq=1, asked_at=datetime.now(UTC), **words)  # type: ignore[arg-type]
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(approval_view("[run]", approval))
+    for each in (*words.values(), "[s]", "settle [run] o1"):
+        assert each in shown.get()
