@@ -32,7 +32,7 @@ from holdfast.reliability.faults import Point
 from holdfast.reliability.waiting import NotYet
 from holdfast.runtime import Runtime
 from holdfast.state.checkpoints import Unstorable
-from holdfast.state.thread import Thread
+from holdfast.state.thread import Forgotten, Thread
 from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
 from holdfast.tools import explain
@@ -81,6 +81,9 @@ class Plan:
                 return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()))
             except MalformedOutput as error:
                 raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None
+            except Forgotten as error:
+                later = timedelta(seconds=self._runtime.settings.park_s)
+                raise ApplicationError(str(error), type=ErrorType.FORGOTTEN, next_retry_delay=later) from None
             except (graph.BadGraph, Unstorable, GraphRecursionError) as error:
                 words = f"agent {request.agent}: {error}"
                 raise ApplicationError(words, type=ErrorType.BAD_GRAPH, non_retryable=True) from None

@@ -64,6 +64,8 @@ class ErrorType(StrEnum):
     """A mistake of whoever wrote the agent's graph."""
     TOOL_FAILED = "tool_failed"
     """The tool says that it did nothing and never will."""
+    FORGOTTEN = "forgotten"
+    """The store lacks what history says it holds. It is waited for, for it may be restored once more."""
     INTERNAL = "internal"
     """A bug in the tool."""
     UNKNOWN_OUTCOME = "unknown_outcome"

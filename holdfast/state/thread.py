@@ -23,6 +23,10 @@ MAX_SUPERSTEPS = 200
 ERROR, HANDLED = "__error__", "__error_source_node__"
 
 
+class Forgotten(Exception):
+    """The store lacks the checkpoint that history says is there: it was restored to an earlier moment."""
+
+
 class Thread(Checkpoints):
     """The thread up to `head`: what the turn has already stored, else the checkpoint that it goes on from.
 
@@ -53,9 +57,15 @@ class Thread(Checkpoints):
         }
 
     async def open(self) -> bool:
-        """Finds the head. True when it is this turn's own: an earlier attempt came that far."""
+        """Finds the head. True when it is this turn's own: an earlier attempt came that far. Raises Forgotten."""
         found = await self.newest(self._id, self._tag, self._base)
         if found is None:
+            if self._base:
+                # To go on with an empty conversation would do all of the run's work again, under new keys.
+                raise Forgotten(
+                    f"the store does not know checkpoint {self._base} of this run: was it restored older than Temporal?"
+                    " Nothing is done until it is back; docs/operations.md, Backup and restore, says what to do"
+                )
             return False
         self._head, self.head = found, found.config.get("configurable", {})["checkpoint_id"]
         self.carried = found.metadata.get("carried", {})  # type: ignore[typeddict-item]

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from temporalio.exceptions import ApplicationError
 
 from activities.plan import Plan
 from holdfast.contracts import PlanRequest, PlanResult
@@ -59,6 +60,22 @@ async def test_a_finished_turn_returns_its_recorded_decision(process: Process, p
     result = await process.run(plan, first)
     assert await process.run(plan, first) == result
     assert len(process.model.requests) == 1
+
+
+async def test_a_turn_whose_past_the_store_has_forgotten_waits_for_it_and_asks_no_model(
+    process: Process, plan: Any, first: PlanRequest
+) -> None:
+    """A store that was restored older than Temporal: a run that began anew would do everything again."""
+    second = next_turn(first, await process.run(plan, first))
+    kept = await process.runtime.db.all("SELECT * FROM checkpoints")
+    await process.runtime.db.run("DELETE FROM checkpoints")
+    with pytest.raises(ApplicationError, match="restored older than Temporal") as caught:
+        await process.run(plan, second)
+    assert (caught.value.type, caught.value.non_retryable) == ("forgotten", False)
+    assert len(process.model.requests) == 1
+    for row in kept:
+        await process.runtime.db.run(f"INSERT INTO checkpoints VALUES ({', '.join('?' * len(row))})", *row)
+    assert [each.arguments for each in (await process.run(plan, second)).calls] == [{"n": 2}]
 
 
 @pytest.mark.parametrize(
