@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from activities.boundary import boundary, this_workflow
+from activities.boundary import boundary, not_known_yet, this_workflow
 from agents import registry
 from holdfast.batch import PAGE, BatchContext, BatchReport, BatchSpec, Item, ItemPage, ListRequest
 from holdfast.reliability.errors import ErrorType
@@ -66,7 +66,7 @@ def _find(name: str, value: object) -> tuple[BatchSpec, object]:
         spec = registry.batch(name)
         return spec, spec.input.model_validate(value)
     except registry.UnknownAgent as error:
-        raise _refused(str(error)) from None
+        raise not_known_yet(error) from None
     except ValidationError as error:
         raise _refused(f"the input does not fit batch {name}: {explain(error)}") from None
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
+from agents.registry import UnknownAgent
 from holdfast.reliability.chain import RetryLater
 from holdfast.reliability.errors import ErrorType, application_error, backoff, classify
 from holdfast.reliability.ledger import Fenced
@@ -19,6 +20,9 @@ from holdfast.tools import NotReady
 
 LONGEST_POLL_S = 60.0
 """What the pause between two questions grows to, from 1 s, where a tool names none."""
+
+KNOWN_TRIES, KNOWN_EVERY_S = 20, 2.0
+"""So often, and so far apart, a worker is asked for an agent that none knew so far."""
 
 
 @contextmanager
@@ -59,6 +63,16 @@ def _later(why: str, delay: float) -> ApplicationError:
         type=ErrorType.NOT_YET,
         next_retry_delay=timedelta(seconds=delay),
         category=ApplicationErrorCategory.BENIGN,
+    )
+
+
+def not_known_yet(error: UnknownAgent) -> ApplicationError:
+    """A worker of newer code may know it, or this one a moment later: a deploy, or `up` that takes a new agent."""
+    return ApplicationError(
+        str(error),
+        type=ErrorType.INVALID_INPUT,
+        non_retryable=activity.info().attempt >= KNOWN_TRIES,
+        next_retry_delay=timedelta(seconds=KNOWN_EVERY_S),
     )
 
 

@@ -19,7 +19,7 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.asking import Asking
-from activities.boundary import boundary, this_workflow
+from activities.boundary import boundary, not_known_yet, this_workflow
 from agents import registry
 from holdfast import graph, turns
 from holdfast.agent import AgentSpec
@@ -47,9 +47,6 @@ PARKS = {
     ErrorType.UNAUTHORIZED,
 }
 """A model that is gone comes back, and a key that expired gets mended: the run waits and nothing is undone."""
-
-KNOWN_TRIES, KNOWN_EVERY_S = 20, 2.0
-"""So often, and so far apart, a worker is asked for an agent that none knew so far."""
 
 
 class Plan:
@@ -159,13 +156,7 @@ def _spec(name: str) -> AgentSpec:
     try:
         return registry.agent(name)
     except registry.UnknownAgent as error:
-        # A worker of newer code may know it, or this one a moment later: a deploy, or `up` that takes a new agent.
-        raise ApplicationError(
-            str(error),
-            type=ErrorType.INVALID_INPUT,
-            non_retryable=activity.info().attempt >= KNOWN_TRIES,
-            next_retry_delay=timedelta(seconds=KNOWN_EVERY_S),
-        ) from None
+        raise not_known_yet(error) from None
 
 
 def _begin(spec: AgentSpec, request: PlanRequest, thread: Thread, down: dict[str, str], notes: list[str]) -> Json:

@@ -132,11 +132,17 @@ class Watch:
 
 
 def agents_now() -> Files:
-    """When each file under `agents/` was written last; tests aside."""
-    found = (path for path in AGENTS.rglob("*.py") if not path.name.startswith("test_"))
+    """When each file under `agents/` was written last, prompts and tables too; not tests, nor what editors leave."""
+    found = (
+        path for path in AGENTS.rglob("*") if path.is_file() and not any(map(_aside, path.relative_to(AGENTS).parts))
+    )
     with suppress(FileNotFoundError):  # a file may go between being listed and being looked at
         return {path: path.stat().st_mtime_ns for path in found}
     return {}
+
+
+def _aside(part: str) -> bool:
+    return part.startswith((".", "test_", "__pycache__", "#")) or part.endswith("~")
 
 
 def _changed(before: Files, after: Files) -> str:

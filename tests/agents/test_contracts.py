@@ -31,9 +31,8 @@ from holdfast.starting import BadRequest, start_run
 from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from holdfast.tools import ToolFailed, ToolRefused, Undo
-from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import error, say
-from tests.fixtures.temporal import Stage, until
+from tests.fixtures.temporal import Stage, retried, until
 from worker import make_worker
 
 LICENCE = """MIT License
@@ -444,9 +443,7 @@ async def test_a_workspace_that_cannot_be_written_is_waited_for(lite: Stage, tex
     lite.model.script = answering(lambda n: say(one_clause()))
     async with workers(lite):
         handle = await start(lite, texts / "a.txt", agent="contract")
-        async with asyncio.timeout(PATIENCE_S):
-            while not any(each.attempt > 1 for each in (await handle.describe()).raw_description.pending_activities):
-                await asyncio.sleep(0.02)
+        await retried(handle)
         out.unlink()
         result = await handle.result()
     assert result.outcome is RunOutcome.COMPLETED

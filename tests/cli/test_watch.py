@@ -1,10 +1,12 @@
 """A mistake under `agents/` while `up` runs: said in a line, and everything else goes on."""
 
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
 
+from holdfast.cli import watch
 from tests.fixtures.checkout import Checkout
 from tests.fixtures.stack import processes_of, until
 
@@ -14,6 +16,18 @@ BROKEN_AFTER_THE_CHECK = """
 from pathlib import Path
 Path(__file__).write_text("SPEC = nothing")
 """
+
+
+def test_prompts_and_tables_count_as_the_agent_and_what_editors_leave_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "AGENTS", tmp_path / "agents")
+    agent = tmp_path / "agents" / "expenses"
+    (agent / "__pycache__").mkdir(parents=True)
+    others = (".spec.py.swp", "spec.py~", "test_expenses.py", "__pycache__/spec.pyc")
+    for name in ("spec.py", "prompt.md", *others):
+        (agent / name).touch()
+    assert {path.name for path in watch.agents_now()} == {"spec.py", "prompt.md"}
 
 
 def worker(checkout: Checkout) -> list[psutil.Process]:

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 from temporalio.client import WorkflowExecutionStatus
 
+from agents import registry
 from holdfast.agent import AgentSpec, BreakerRule, Service
 from holdfast.contracts import Effect, Items, Phase, RunOutcome
 from holdfast.state.letters import Letters
@@ -21,7 +22,7 @@ from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence, turn
-from tests.fixtures.temporal import Stage, cancelled, failure, status, until
+from tests.fixtures.temporal import Stage, cancelled, failure, retried, status, until
 from tests.fixtures.world import World, agent
 
 
@@ -248,6 +249,18 @@ async def test_a_batch_that_cannot_be_listed_or_has_nothing_fails_with_words(lit
     assert empty.reason == "there are no names"
     letters = await Letters(lite.runtime.db).find()
     assert {letter.subject for letter in letters} == {batch.spec.name}
+
+
+async def test_a_batch_that_begins_before_a_worker_knows_it_waits_for_one_that_does(lite: Stage):
+    batch = Batch.of(agent(World().tool("work")))
+    lite.model.script = sequence(call(("work", {})), say("done"))
+    handle = await batch.start(lite, names(1))
+    registry._added_batches.pop(batch.spec.name)  # pyright: ignore[reportPrivateUsage]
+    async with lite.worker():
+        await retried(handle)
+        registry.add_batch(batch.spec)
+        result = await handle.result()
+    assert (result.outcome, result.items) == (RunOutcome.COMPLETED, Items(total=1, done=1))
 
 
 async def test_when_all_items_fail_the_batch_fails(lite: Stage):

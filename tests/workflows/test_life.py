@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError
 
-from activities import plan
+from activities import boundary
 from agents import registry
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Effect, Json, Phase, RunOutcome, RunResult, StepSpec, StepStatus
@@ -20,7 +20,7 @@ from holdfast.services import BreakerRule
 from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, error, say, sequence, turn
-from tests.fixtures.temporal import Stage, cancelled, failure, status, until
+from tests.fixtures.temporal import Stage, cancelled, failure, retried, status, until
 from tests.fixtures.world import World, agent
 
 uncached_too = pytest.mark.parametrize("options", [{}, {"max_cached_workflows": 0}], ids=["cached", "uncached"])
@@ -466,7 +466,7 @@ async def test_started_by_plain_json(lite: Stage) -> None:
 async def test_an_unknown_agent_fails_the_run_and_names_those_there_are(
     lite: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "KNOWN_EVERY_S", 0.01)
+    monkeypatch.setattr(boundary, "KNOWN_EVERY_S", 0.01)
     spec = agent(echo)
     async with lite.worker():
         handle = await by_hand(lite, {"agent": "nobody"})
@@ -482,9 +482,7 @@ async def test_a_run_that_begins_before_a_worker_knows_its_agent_waits_for_one_t
     registry._added.pop(spec.name)  # pyright: ignore[reportPrivateUsage]
     async with lite.worker():
         handle = await by_hand(lite, {"agent": spec.name, "input": {"what": "y"}})
-        async with asyncio.timeout(PATIENCE_S):
-            while not any(each.attempt > 1 for each in (await handle.describe()).raw_description.pending_activities):
-                await asyncio.sleep(0.05)
+        await retried(handle)
         registry.add(spec)
         result = await handle.result()
     assert result.outcome is RunOutcome.COMPLETED
