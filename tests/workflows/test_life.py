@@ -369,7 +369,7 @@ async def test_a_model_that_is_down_for_long_parks_the_run_and_nothing_is_undone
 
     lite.model.script = script
     (model,) = lite.runtime.models
-    model.service = replace(model.service, breaker=BreakerRule(probe_after_s=2.5))
+    model.service = replace(model.service, breaker=BreakerRule(probe_after_s=6))
     async with lite.worker():
         handle = await lite.start(spec)
         await until(handle, lambda now: any("model fake-1" in note for note in now.notes))

@@ -87,7 +87,7 @@ def patient(service: str, up: asyncio.Event) -> tuple[Tool, list[str]]:
 async def test_a_turn_waits_for_a_service_when_its_call_is_not_put_off(lite: Stage):
     name = f"svc-{uuid.uuid4().hex[:8]}"
     work, log = patient(name, up := asyncio.Event())
-    spec = agent(work, services=(Service(name, breaker=BreakerRule(failures=1, probe_after_s=0.8)),))
+    spec = agent(work, services=(Service(name, breaker=BreakerRule(failures=1, probe_after_s=3)),))
     lite.model.script = sequence(call(("work", {})), say("done"))
     async with lite.worker():
         handle = await lite.start(spec)
