@@ -85,13 +85,19 @@ def _by_code(call: Json, spec: AgentSpec) -> ToolCall:
 def compiled(own: StateGraph[Any, Any, Any, Any] | str | None, agent: str) -> CompiledStateGraph[Any, Any, Any, Any]:
     """An agent's graph, ready to run. Raises TypeError for one that cannot, and what the import of a named one does."""
     if own is None:
-        return loop.build().compile()
+        return _looping()
     if isinstance(own, str):
         module, _, name = own.partition(":")
         found: Any = getattr(import_module(module), name)
         check(found, agent)
         return found.compile()
     return own.compile()
+
+
+@cache
+def _looping() -> CompiledStateGraph[Any, Any, Any, Any]:
+    """One for all agents that bring none."""
+    return loop.build().compile()
 
 
 def check(graph: Any, agent: str) -> None:

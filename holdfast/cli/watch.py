@@ -29,7 +29,7 @@ IMPORT_S = 60.0
 """How long importing `agents/` may take: an import that waits for something would hold up the watch."""
 
 AGENTS = ROOT / "agents"
-IMPORT = "from agents import registry as r; r.agents(), r.batches(), r.stages(), r.service(''), r.load_graphs()"
+IMPORT = "from agents import registry as r; r.stages(), r.load_graphs()"
 IMPORT_SCRIPTS = "from holdfast.simulation import script; script.scripts()"
 
 Files = dict[Path, int]

@@ -11,7 +11,7 @@ import pytest
 from temporalio.client import WorkflowHandle
 
 from holdfast.cli.runs import in_flight
-from holdfast.contracts import Effect, OutcomeStatus, RunOutcome
+from holdfast.contracts import Approval, Effect, OutcomeStatus, RunOutcome
 from holdfast.reliability.ledger import Ledger, State
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import NotReady, ToolContext, tool
@@ -26,11 +26,25 @@ from tests.fixtures.world import agent
 EFFECTS = [Effect.IDEMPOTENT, Effect.PROBE, Effect.MANUAL]
 
 
+async def begun(stage: Stage, made: Any, jobs: Jobs, **more: Any) -> WorkflowHandle[Any, Any]:
+    """A run that renders one film."""
+    stage.model.script = sequence(call(("render", {"url": jobs.url})), say("done"))
+    return await stage.start(agent(made, **more))
+
+
 async def run(stage: Stage, made: Any, jobs: Jobs, **more: Any) -> tuple[Any, WorkflowHandle[Any, Any]]:
     """A run that renders one film, to its end."""
-    stage.model.script = sequence(call(("render", {"url": jobs.url})), say("done"))
-    handle = await stage.start(agent(made, **more))
+    handle = await begun(stage, made, jobs, **more)
     return await handle.result(), handle
+
+
+async def asked_about(stage: Stage, made: Any) -> tuple[Approval, Jobs]:
+    """What a person is asked about the film, and the jobs that there are by then."""
+    async with Jobs().serve() as jobs, stage.worker():
+        handle = await begun(stage, made, jobs)
+        (asked,) = (await until(handle, lambda s: bool(s.approvals))).approvals
+        await handle.terminate()
+    return asked, jobs
 
 
 async def events(handle: WorkflowHandle[Any, Any]) -> list[str]:
@@ -166,20 +180,12 @@ async def test_a_position_that_cannot_be_kept_is_a_bug_and_submits_no_second_job
             ctx.advance(bug["advance"])
         raise NotReady("not yet", **{"after": 0.01, **bug})
 
-    async with Jobs().serve() as jobs, lite.worker():
-        lite.model.script = sequence(call(("render", {"url": jobs.url})), say("done"))
-        handle = await lite.start(agent(mistaken))
-        (asked,) = (await until(handle, lambda s: bool(s.approvals))).approvals
-        await handle.terminate()
+    asked, jobs = await asked_about(lite, mistaken)
     assert "ValueError: " in asked.why
     assert len(jobs.jobs) == 1
 
 
 async def test_a_manual_tool_that_tells_no_position_is_not_called_again(lite: Stage) -> None:
-    async with Jobs().serve() as jobs, lite.worker():
-        lite.model.script = sequence(call(("render", {"url": jobs.url})), say("done"))
-        handle = await lite.start(agent(forgetful))
-        (asked,) = (await until(handle, lambda s: bool(s.approvals))).approvals
-        await handle.terminate()
+    asked, jobs = await asked_about(lite, forgetful)
     assert "told no position" in asked.why
     assert len(jobs.jobs) == 1

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
-from temporalio.testing import WorkflowEnvironment
 
 from holdfast.contracts import Effect, Phase, StepSpec
 from holdfast.repairing import repair_of, start_repair
@@ -24,11 +23,11 @@ from holdfast.repairs import Sweep, Swept
 from holdfast.services import BreakerRule, Service
 from holdfast.state.letters import Letters
 from holdfast.state.schema import migrate
-from holdfast.temporal import DATA_CONVERTER, SEARCH_ATTRIBUTES
+from holdfast.temporal import DATA_CONVERTER
 from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.model import call, error, say, sequence, turn
-from tests.fixtures.temporal import Stage, a_stage, binary, until
+from tests.fixtures.temporal import Stage, a_stage, dev_server, until
 from tests.fixtures.world import World, agent
 
 HERE = Path(__file__).parent
@@ -307,13 +306,7 @@ async def main(names: list[str]) -> int:
     if wrong := [name for name in names if there.get(name, True)]:
         print(f"not recorded: {', '.join(wrong)}: no such scenario, or its history is there and is never replaced")
         return 2
-    env = await WorkflowEnvironment.start_local(
-        dev_server_existing_path=binary("temporal"),
-        data_converter=DATA_CONVERTER,
-        search_attributes=list(SEARCH_ATTRIBUTES),
-        dev_server_log_level="error",
-    )
-    async with env:
+    async with await dev_server(data_converter=DATA_CONVERTER) as env:
         where = env.client.service_client.config.target_host
         client = await Client.connect(where, data_converter=DATA_CONVERTER, identity="recorder")
         for scenario in SCENARIOS:

@@ -10,7 +10,6 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,12 @@ from holdfast.contracts import (
     Verdict,
 )
 from holdfast.settings import Settings
-from holdfast.temporal import SEARCH_ATTRIBUTES, data_converter, sandbox
+from holdfast.temporal import data_converter, sandbox
 from holdfast.tools import Tool, ToolContext, ToolFailed, Undo, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, sequence
 from tests.fixtures.payloads import deployed
-from tests.fixtures.temporal import Stage, a_runtime, binary, cancelled, temporal_cli, until
+from tests.fixtures.temporal import Stage, a_runtime, cancelled, dev_server, temporal_cli, until
 from tests.fixtures.world import agent
 from workflows.agent import AgentWorkflow
 
@@ -86,14 +85,7 @@ def tools() -> tuple[Tool, ...]:
 
 @asynccontextmanager
 async def a_server(file: Path) -> AsyncIterator[WorkflowEnvironment]:
-    env = await WorkflowEnvironment.start_local(
-        dev_server_existing_path=binary("temporal"),
-        dev_server_startup_timeout=timedelta(seconds=PATIENCE_S),
-        dev_server_database_filename=str(file),
-        search_attributes=list(SEARCH_ATTRIBUTES),
-        dev_server_log_level="error",
-    )
-    async with env:
+    async with await dev_server(dev_server_database_filename=str(file)) as env:
         yield env
 
 
