@@ -28,10 +28,11 @@ async def up() -> int:
         try:
             with cancelled_by_signal():
                 out.print(f"[dim]starting; logs in {stack.logs}[/dim]")
+                watch = Watch(stack)  # what is saved from here on may be newer than what the workers have read
                 await stack.start()
                 stack.publish()
                 _announce(stack)
-                await Watch(stack).run()
+                await watch.run()
         except asyncio.CancelledError:
             out.print("\nstopping …")
         finally:
