@@ -88,6 +88,8 @@ class ToolPolicy(BaseModel):
     """The stage that its calls and undos run in: the task queue `<the run's own>.<queue>`; empty: the run's own."""
     put_off: bool = True
     """While its service is down a call is put off beside the turns; False: the turn waits for it, parked."""
+    role: str = ""
+    """Who is asked for the approval of its calls; empty: the role of its step."""
 
 
 class Profile(BaseModel):

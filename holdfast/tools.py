@@ -146,6 +146,7 @@ class Tool:
     per_minute: int | None = None
     queue: str = ""
     put_off: bool = True
+    role: str = ""
     fallback: tuple[Tool | LastGood, ...] = ()
     undo_function: Callable[..., Any] | None = None
     probe_function: Callable[..., Any] | None = None
@@ -210,6 +211,7 @@ class Tool:
             deadline_s=self.deadline_s,
             queue=self.queue,
             put_off=self.put_off,
+            role=self.role,
         )
 
     @property
@@ -282,6 +284,7 @@ def tool(
     deadline: float = 3600.0,
     retries: int = 5,
     approval: bool = False,
+    role: str = "",
     per_minute: int | None = None,
     queue: str = "",
     put_off: bool = True,
@@ -294,7 +297,7 @@ def tool(
     effect: what a crash in the middle means; required.
     service: the external service it talks to, as breakers and limits count it.
     timeout: seconds for one attempt. deadline: seconds over all attempts. retries: real failures after the first try.
-    approval: a human has to say yes before each call.
+    approval: a human has to say yes before each call. role: who is asked; without it the role of the tool's step.
     per_minute: calls that all workers together may make in a minute, per tenant.
     queue: the stage whose workers run it (`worker.py --queue`), so that stages scale apart; none: the main ones.
     put_off: False for an agent that has nothing else to do meanwhile: while its service or its model is gone the turn
@@ -308,6 +311,8 @@ def tool(
         label = name or function.__name__
         if queue and not re.fullmatch(r"(?!main$)[a-z][a-z0-9-]{0,30}", queue):
             raise TypeError(f"tool {label}: queue {queue!r} has to be a word such as 'extract', and not 'main'")
+        if role and not approval:
+            raise TypeError(f"tool {label}: role {role!r} is who approves its calls, so it needs approval=True")
         description = inspect.getdoc(function)
         if not description:
             raise TypeError(f"tool {label}: needs a docstring, it is what the model reads")
@@ -330,6 +335,7 @@ def tool(
             per_minute=per_minute,
             queue=queue,
             put_off=put_off,
+            role=role,
             fallback=tuple(fallback),
             function=function,
             arguments=arguments or _arguments(label, function, hints),

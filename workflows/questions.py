@@ -28,7 +28,14 @@ def may_run(state: RunState, item: CallState, now: datetime) -> Approval:
         evidence=progress.evidence(state),
         cost_usd=state.usage.cost_usd,
         asked_at=now,
+        role=_approver(state, call.tool),
     )
+
+
+def _approver(state: RunState, tool: str) -> str:
+    """The role that approves a call: the one declared with the tool, else that of its step."""
+    policy, step = state.policy(tool), state.step_of(tool)
+    return (policy.role if policy else "") or (step.role if step else "")
 
 
 def refused_turn(state: RunState, why: str, now: datetime) -> Approval:

@@ -152,7 +152,7 @@ async def _sent(ctx: ToolContext, reference: str) -> Json | None:
     return messages[0] if messages else None
 
 
-@tool(effect=Effect.MANUAL, service="messages", approval=True, per_minute=30)
+@tool(effect=Effect.MANUAL, service="messages", approval=True, role="physician", per_minute=30)
 async def notify_patient(
     ctx: ToolContext,
     patient_id: PatientId,
@@ -164,7 +164,7 @@ async def notify_patient(
     return await _send(ctx, patient_id, [to], text, channel=channel)
 
 
-@tool(effect=Effect.PROBE, service="messages", approval=True, per_minute=30)
+@tool(effect=Effect.PROBE, service="messages", approval=True, role="physician", per_minute=30)
 async def notify_providers(
     ctx: ToolContext, patient_id: PatientId, recipients: Annotated[list[Line], Field(min_length=1)], text: Text
 ) -> Json:

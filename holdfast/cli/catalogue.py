@@ -118,7 +118,8 @@ def show_tools(agent: str | None, as_json: bool) -> None:
             marks = [str(tool.effect), *filter(None, [whose]), f"{tool.timeout_s:g} s"]
             marks.append(counted(tool.retries, "retry", "retries"))
             marks += [f"stage {tool.queue}"] * bool(tool.queue)
-            marks += ["needs approval"] * tool.approval + ["can be undone"] * tool.policy.undo
+            approval = f"needs approval by {tool.role}" if tool.role else "needs approval"
+            marks += [approval] * tool.approval + ["can be undone"] * tool.policy.undo
             marks += [f"{tool.per_minute} a minute"] * (tool.per_minute is not None) + _fallbacks(tool)
             out.print(Text.assemble("  ", (tool.name, "cyan"), f"  version {tool.version} · {' · '.join(marks)}"))
             out.print(Text(f"      {tool.description.splitlines()[0]}", "dim"))
@@ -146,6 +147,7 @@ def _tool(tool: Tool) -> Json:
         "deadline_s": tool.deadline_s,
         "retries": tool.retries,
         "approval": tool.approval,
+        "role": tool.role,
         "undo": tool.policy.undo,
         "per_minute": tool.per_minute,
         "queue": tool.queue,

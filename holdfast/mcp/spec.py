@@ -28,6 +28,8 @@ class McpTool:
 
     effect: Effect
     approval: bool = False
+    role: str = ""
+    """Who is asked for the approval; empty: the role of the tool's step."""
     timeout: float = 10.0
     retries: int = 5
 

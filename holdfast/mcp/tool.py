@@ -58,6 +58,7 @@ def remote_tool(server: McpServer, name: str, version: str = UNSEEN, listed: Lis
         deadline_s=3600.0,
         retries=rule.retries,
         approval=rule.approval,
+        role=rule.role,
         function=_no_function,
         arguments=Anything,
         result_schema=listed.result_schema if listed else {},

@@ -11,7 +11,8 @@ import pytest
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast.contracts import Approval, DecisionReply, Json, Phase, RunOutcome, digest
+from holdfast.cli.runs import waiting
+from holdfast.contracts import Approval, DecisionReply, Json, Phase, RunOutcome, StepSpec, digest
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, at_rest, cancelled, skip, status, temporal_cli, until
@@ -65,6 +66,31 @@ async def test_the_request_says_what_is_asked_and_what_has_been_done(lite: Stage
     kept = result.decisions[0]
     assert (kept.approval, kept.decision.approver, kept.decision.comment) == (approval, "dr.lee", "go ahead")
     assert 0 < result.human_wait_s < time.monotonic() - begun + 1
+
+
+async def test_a_call_is_addressed_to_the_role_of_its_tool_else_of_its_step(lite: Stage) -> None:
+    world = World()
+    mine, steps, nobodys = (
+        world.tool("mine", approval=True, role="physician"),
+        world.tool("steps", approval=True),
+        world.tool("nobodys", approval=True),
+    )
+    step = StepSpec(name="both", tools=["mine", "steps"], role="nurse")
+    spec = agent(mine, steps, nobodys, steps=[step])
+    lite.model.script = sequence(call(("mine", {}), ("steps", {}), ("nobodys", {})), say("ended"))
+    async with lite.worker():
+        handle = await lite.start(spec)
+        await asked(handle, 3)
+        for role, subjects in {"physician": ["mine"], "nurse": ["steps"], "": ["mine", "steps", "nobodys"]}.items():
+            found, notes = await waiting(lite.client, handle.id, role)
+            assert ([approval.subject for _, approval in found], notes) == (subjects, []), role
+        await handle.cancel()
+        await cancelled(handle)
+
+
+def test_a_role_without_an_approval_is_a_mistake() -> None:
+    with pytest.raises(TypeError, match="role 'physician' is who approves its calls, so it needs approval=True"):
+        World().tool("send", role="physician")
 
 
 async def test_decided_at_once(lite: Stage) -> None:
