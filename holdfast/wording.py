@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from holdfast.contracts import Approval
+
+YOUR_NAME, WHY, WHAT_WAS_DONE, YOUR_ANSWER, DOTS = "YOUR NAME", "WHY", "WHAT WAS DONE", "YOUR ANSWER", "…"
+"""What our commands print where a person has to put words. `holdfast.door` does not take them for an answer."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean digest?`, or nothing when none of the known names is like it."""
+    close = get_close_matches(name.lower(), list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def in_words(value: object, between: str = "; ") -> str:
@@ -21,8 +32,8 @@ def answer_commands(workflow_id: str, approval: Approval) -> tuple[str, ...]:
     """The commands that answer it, that for yes first."""
     if approval.kind == "outcome":
         settle = f"settle {workflow_id} {approval.id}"
-        return f"{settle} --happened --comment '…'", f"{settle} --did-not --comment '…'"
+        return f"{settle} --happened --comment '{DOTS}'", f"{settle} --did-not --comment '{DOTS}'"
     if approval.kind == "question":
-        return (f"answer {workflow_id} {approval.id} '…'",)
-    yes, no = f"approve {workflow_id} {approval.id}", f"reject {workflow_id} {approval.id} --reason '…'"
+        return (f"answer {workflow_id} {approval.id} '{DOTS}'",)
+    yes, no = f"approve {workflow_id} {approval.id}", f"reject {workflow_id} {approval.id} --reason '{DOTS}'"
     return (yes, f"edit {workflow_id} {approval.id} --set NAME=VALUE", no) if approval.kind == "tool" else (yes, no)

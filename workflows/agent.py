@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import VersioningBehavior
+from temporalio.common import RawValue, VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.workflow import ContinueAsNewVersioningBehavior
 
@@ -375,6 +376,12 @@ class AgentWorkflow:
     @workflow.update(name="message", description="The same as the Signal, answered with what becomes of it")
     def message_now(self, *payload: Any) -> DecisionReply:
         return self._hear(*payload)
+
+    @workflow.signal(dynamic=True)
+    def other(self, name: str, _: Sequence[RawValue]) -> None:
+        """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
+        self._note(messages.unknown_signal(name, ("decide", "message"), "a run"))
+        self._display.page(self._state, self._ending)
 
     def _hear(self, *payload: Any) -> DecisionReply:
         reply = messages.take(self._state, payload, ended=self._ending is not None)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from temporalio import workflow
 
+from holdfast import door
 from holdfast.contracts import Approval, ApprovalDecision, DecidedApproval, DecisionReply, Verdict
-from holdfast.tools import explain
+from holdfast.door import T
 
 PAST = {
     Verdict.APPROVE: "approved",
@@ -31,8 +33,6 @@ VERDICTS = {
     "outcome": (Verdict.HAPPENED, Verdict.DID_NOT),
     "question": (Verdict.ANSWER,),
 }
-
-T = TypeVar("T", bound=BaseModel)
 
 MAX_DECISION = 2_000_000
 """Bytes of a decision as JSON. What Temporal itself takes: so no history holds a larger one that was accepted."""
@@ -184,6 +184,12 @@ def parse(kind: type[T], payload: tuple[Any, ...], example: str) -> T | str:
         got = json.dumps(payload[0] if len(payload) == 1 else list(payload), default=str)[:200]
         return f"expected one JSON object like {example}, got {got}"
     try:
-        return kind.model_validate(payload[0])
-    except ValidationError as error:
-        return explain(error)
+        return door.checked(kind, payload[0])
+    except door.Unfit as error:
+        problem = str(error)
+    with suppress(door.Unfit):
+        before = door.parsed(kind, payload[0])
+        # A run from before this check may have taken it: its replay has to take it again.
+        if not workflow.patched("checked-at-the-door"):
+            return before
+    return problem

@@ -7,11 +7,12 @@ a cursor and counts. A batch continues as new only when none of its children is 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
+from temporalio.common import RawValue, SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
 from temporalio.exceptions import (
     ActivityError,
     ApplicationError,
@@ -30,7 +31,7 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.contracts import AgentInput, Items, Phase, RunEnd, RunOutcome, RunResult, RunStatus, Wait, key_base
     from holdfast.reliability.errors import ErrorType
     from holdfast.temporal import AGENT, STATUS, TENANT
-    from workflows import batching
+    from workflows import batching, messages
     from workflows.calls import Calls, why
     from workflows.state import Ending
 
@@ -309,6 +310,12 @@ class BatchWorkflow:
             self._heard[news.id] = news.n
             self._changed()
 
+    @workflow.signal(dynamic=True)
+    def other(self, name: str, _: Sequence[RawValue]) -> None:
+        """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
+        self._note(messages.unknown_signal(name, (), "a batch"))
+        self._page()
+
     @workflow.query(description="What the batch is doing")
     def status(self) -> RunStatus:
         return batching.status(self._given, self._state, self._items(), self._ending, workflow.now())
@@ -340,7 +347,10 @@ class BatchWorkflow:
         if state.phase != self._shown_status:
             self._shown_status = state.phase
             workflow.upsert_search_attributes([STATUS.value_set(state.phase.value)])
-        info = workflow.info()
+        self._page()
+
+    def _page(self) -> None:
+        state, info = self._state, workflow.info()
         workflow.set_current_details(
             batching.page(self._given, info.workflow_id, state, self._items(), self._ending, workflow.now())
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from holdfast.contracts import DecisionReply, Message
+from holdfast.wording import did_you_mean
 from workflows.approvals import parse
 from workflows.state import RunState
 
@@ -33,6 +34,12 @@ def take(state: RunState, payload: tuple[Any, ...], ended: bool) -> DecisionRepl
     flight = ", ".join(c.call.tool for c in state.calls if c.outcome is None)
     rest = f"; not interrupted by it: {flight}" if flight else ""
     return DecisionReply(accepted=True, message=f"{message.by}'s message is for turn {state.turn + 1}{rest}")
+
+
+def unknown_signal(name: str, known: tuple[str, ...], kind: str) -> str:
+    """What is noted of a Signal that no handler takes. known: those that a run of this kind takes from people."""
+    takes = f"it takes {' and '.join(known)}" if known else "it takes none from people; send it to one of its runs"
+    return f"signal {name[:80]!r} ignored: {kind} has no such signal{did_you_mean(name, known)} ({takes})"
 
 
 def _ignored(why: str) -> DecisionReply:

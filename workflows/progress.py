@@ -23,7 +23,7 @@ from holdfast.contracts import (
     percent,
 )
 from holdfast.temporal import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
-from holdfast.wording import in_words
+from holdfast.wording import WHAT_WAS_DONE, WHY, YOUR_ANSWER, YOUR_NAME, in_words
 from workflows.state import Ending, RunState
 
 TICKS = {
@@ -95,7 +95,7 @@ def evidence(state: RunState) -> str:
 
 def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve", **more: str) -> str:
     """The exact command that answers an approval with the plain Temporal CLI."""
-    body = {"approval_id": approval_id, "verdict": verdict, "approver": "YOUR NAME", **more}
+    body = {"approval_id": approval_id, "verdict": verdict, "approver": YOUR_NAME, **more}
     # Short lines: the page cuts off what does not fit.
     payload = json.dumps(body).replace(', "approver"', ',\n   "approver"')
     return (
@@ -133,19 +133,19 @@ def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
             head = f"### {plain((step and step.title) or approval.step or approval.subject)}: question `{approval.id}`"
             head += plain(review)
             answers = {
-                "It happened, or you have done it yourself": ("happened", {"comment": "WHAT WAS DONE"}),
-                "It did not happen, and nobody has done it": ("did_not", {"comment": "WHY"}),
+                "It happened, or you have done it yourself": ("happened", {"comment": WHAT_WAS_DONE}),
+                "It did not happen, and nobody has done it": ("did_not", {"comment": WHY}),
             }
         case "refusal":
             head = f"### Waiting for a human: the model refuses (`{approval.id}`)"
-            answers = {"Ask again": ("approve", {}), "End the run": ("reject", {"comment": "WHY"})}
+            answers = {"Ask again": ("approve", {}), "End the run": ("reject", {"comment": WHY})}
         case "question":
             head = f"### The agent asks: question `{approval.id}`"
             head += plain(f", for {approval.role}") if approval.role else ""
-            answers = {"Answer": ("answer", {"answer": "YOUR ANSWER"})}
+            answers = {"Answer": ("answer", {"answer": YOUR_ANSWER})}
         case _:
             head = f"### Waiting for a human: approval `{approval.id}`\n`{approval.subject}` wants to run."
-            answers = {"Approve": ("approve", {}), "Reject": ("reject", {"comment": "WHY"})}
+            answers = {"Approve": ("approve", {}), "Reject": ("reject", {"comment": WHY})}
     commands = "\n".join(
         f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, verdict, **more)}\n```"
         for what, (verdict, more) in answers.items()
@@ -224,8 +224,12 @@ class Display:
         known = workflow.info().typed_search_attributes
         self._shown = {key: known.get(key, "") for key in SEARCH_ATTRIBUTES}
 
-    def show(self, state: RunState, ending: Ending | None) -> None:
+    def page(self, state: RunState, ending: Ending | None) -> None:
+        """The page alone, which is not in history."""
         workflow.set_current_details(page(self._given.agent, workflow.info().workflow_id, state, ending))
+
+    def show(self, state: RunState, ending: Ending | None) -> None:
+        self.page(state, ending)
         now = {STATUS: state.phase.value, STAGE: state.stage(), AGENT: self._given.agent, TENANT: self._given.tenant}
         if changed := [key.value_set(value) for key, value in now.items() if self._shown.get(key, "") != value]:
             self._shown = now

@@ -157,8 +157,7 @@ def reject(
     json: Json = False,
 ) -> None:
     """Say no to one approval, or to all that are open, with a reason."""
-    if not reason.strip():
-        raise Refused("--reason is empty: say why, the agent acts on it")
+    _words("--reason", reason, "say why, the agent acts on it")
     _decide(run, approval_id, "reject", by, reason, json)
 
 
@@ -254,8 +253,8 @@ def settle(
     """Say how a call ended that nobody knows the end of, or that was left to a person; also after the run's end."""
     if happened is None:
         raise Refused("say which: --happened, or --did-not --comment WHY")
-    if happened is False and not comment.strip():
-        raise Refused("--did-not needs --comment WHY: it is kept with the finding")
+    if happened is False:
+        _words("--comment", comment, "--did-not needs it, and it is kept with the finding")
     if result and not happened:
         raise Refused("--result goes with --happened only")
     from holdfast.cli.settle import settle
@@ -315,8 +314,7 @@ def dlq_drop(
     json: Json = False,
 ) -> None:
     """Close dead letters without doing anything about them."""
-    if not why.strip():
-        raise Refused("--why is empty: say why nothing is done about it")
+    _words("--why", why, "say why nothing is done about it")
     from holdfast.cli import letters
 
     _go(letters.drop(letter, why, _name(by), json))
@@ -336,10 +334,21 @@ def orphans(
     _go(letters.orphans(fix, older_than, json))
 
 
+def _words(option: str, value: str, what_for: str) -> None:
+    """Raises Refused unless there are words in it that somebody can read."""
+    from holdfast import door
+
+    if not door.visible(value):
+        raise Refused(f"{option} is empty: {what_for}")
+    door.reason(option, value)
+
+
 def _name(by: str) -> str:
     import getpass
 
-    return by.strip() or getpass.getuser()
+    from holdfast import door
+
+    return door.name("--by", by) if by else getpass.getuser()
 
 
 @app.command()
@@ -492,6 +501,7 @@ def mendable(error: Exception) -> str | None:
     from temporalio.service import RPCError
 
     from agents.registry import BrokenAgent, UnknownAgent
+    from holdfast import door
     from holdfast.claims import ClaimLost
     from holdfast.codec import PayloadUnreadable
     from holdfast.settings import unfit
@@ -513,7 +523,8 @@ def mendable(error: Exception) -> str | None:
         | PayloadUnreadable
         | SchemaMismatch
         | StackFailed
-        | StoreUnavailable,
+        | StoreUnavailable
+        | door.Unfit,
     ):
         return str(error)
     if isinstance(error, RPCError):

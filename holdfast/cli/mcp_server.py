@@ -17,16 +17,15 @@ from typing import Annotated, Any, Literal
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from temporalio.client import Client
 
 from agents.registry import agents, batches
 from holdfast.cli import runs
 from holdfast.cli.output import Refused
-from holdfast.contracts import Approval, ApprovalDecision, DecisionReply, Json, RunResult, RunStatus, Verdict
+from holdfast.contracts import Approval, DecisionReply, Json, RunResult, RunStatus, Verdict
 from holdfast.settings import settings
 from holdfast.temporal import connect
-from holdfast.tools import explain
 
 LOOKS = ToolAnnotations(read_only_hint=True)
 STARTS = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=True)
@@ -133,18 +132,8 @@ class Platform:
         if verdict in ("reject", "did_not") and not comment.strip():
             raise Refused(f"{verdict} needs a comment: say why, it is acted on")
         handle = (await runs.find_running(await self.connected(), run)).handle
-        try:
-            decision = ApprovalDecision(
-                approval_id=approval_id,
-                verdict=Verdict(verdict),
-                approver=self._by,
-                comment=comment,
-                digest=digest,
-                arguments=arguments,
-                answer=answer or None,
-            )
-        except ValidationError as error:
-            raise Refused(explain(error)) from None
+        more = {"digest": digest, "arguments": arguments, "answer": answer or None}
+        decision = runs.checked_decision(approval_id, Verdict(verdict), self._by, comment, **more)
         reply = (await runs.send(handle, decision)).reply
         if not reply.accepted:
             raise Refused(reply.message)

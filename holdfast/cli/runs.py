@@ -31,6 +31,7 @@ from temporalio.client import (
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from holdfast import door
 from holdfast.cli import view
 from holdfast.cli.output import Refused, err, out, print_json, seconds
 from holdfast.cli.stuck import failing_task, words
@@ -577,11 +578,14 @@ async def decide(
             raise Refused(f"{workflow_id} {asks}, not whether something may run: uv run starter.py {hint}")
         if not wanted:
             raise Refused(f"{workflow_id} waits for no approval: see `uv run starter.py status {workflow_id}`")
-    decisions = [
-        ApprovalDecision(approval_id=each, verdict=verdict, approver=approver, comment=comment, digest=digest)
-        for each, digest in wanted
-    ]
+    decisions = [checked_decision(each, verdict, approver, comment, digest=digest) for each, digest in wanted]
     return report([await send(handle, decision) for decision in decisions], as_json)
+
+
+def checked_decision(approval_id: str, verdict: Verdict, by: str, comment: str, **more: Any) -> ApprovalDecision:
+    """A decision, checked as the run will check it. Raises Unfit."""
+    given = {"approval_id": approval_id, "verdict": verdict, "approver": by, "comment": comment, **more}
+    return door.checked(ApprovalDecision, given)
 
 
 @dataclass(frozen=True)

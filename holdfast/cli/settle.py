@@ -7,10 +7,11 @@ from typing import Any
 
 from temporalio.client import Client
 
+from holdfast import door
 from holdfast.cli.letters import store, wait_for
 from holdfast.cli.output import Refused, out, print_json
-from holdfast.cli.runs import Handle, Known, NoAnswer, ask, connect, find, report, send
-from holdfast.contracts import Approval, ApprovalDecision, RunResult, Verdict
+from holdfast.cli.runs import Handle, Known, NoAnswer, ask, checked_decision, connect, find, report, send
+from holdfast.contracts import Approval, RunResult, Verdict
 from holdfast.reliability.ledger import Entry, Ledger
 from holdfast.repairing import start_repair
 from holdfast.repairs import Action, Repair, concerns, doubtful
@@ -25,6 +26,8 @@ async def settle(run: str, what: str, *, happened: bool, result: str, by: str, c
     what: the step, the tool, the ledger key or the approval's id. result: JSON. Raises Refused.
     """
     value = _parse(result)
+    by = door.name("--by", by)
+    door.reason("--comment", comment)
     client = await connect()
     known = await find(client, run, with_row=True)
     if known.running:
@@ -60,7 +63,7 @@ async def _answer(handle: Handle, what: str, happened: bool, value: Any, by: str
         how = "several calls" if meant else "no call"
         raise Refused(f"{handle.id} asks about {how} {what!r}; open questions: {there}")
     verdict = Verdict.HAPPENED if happened else Verdict.DID_NOT
-    decision = ApprovalDecision(approval_id=meant[0].id, verdict=verdict, approver=by, comment=comment, result=value)
+    decision = checked_decision(meant[0].id, verdict, by, comment, result=value)
     return report(await send(handle, decision), as_json)
 
 

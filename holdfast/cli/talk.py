@@ -9,19 +9,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from agents import registry
+from holdfast import door
 from holdfast.cli.output import Refused
-from holdfast.cli.runs import Known, NoAnswer, ask, connect, find_running, read_input, report, send
-from holdfast.contracts import Approval, ApprovalDecision, Json, Message, RunStatus, Verdict
+from holdfast.cli.runs import Known, NoAnswer, ask, checked_decision, connect, find_running, read_input, report, send
+from holdfast.contracts import Approval, Json, Message, RunStatus, Verdict
 from holdfast.tools import explain
 
 
 async def message(run: str, text: str, by: str, as_json: bool) -> int:
-    """Says something to a run. Raises Refused."""
+    """Says something to a run. Raises Refused and Unfit."""
     text = sys.stdin.read().strip() if text == "-" else text
-    try:
-        said = Message(text=text, by=by)
-    except ValidationError as error:
-        raise Refused(f"message: {explain(error)}") from None
+    said = door.checked(Message, {"text": text, "by": by})
     known = await find_running(await connect(), run)
     return report(await send(known.handle, said), as_json)
 
@@ -29,10 +27,10 @@ async def message(run: str, text: str, by: str, as_json: bool) -> int:
 async def answer(run: str, question: str, text: str, by: str, comment: str, parse: bool, as_json: bool) -> int:
     """Answers what the agent asks. parse: the answer is JSON, not a text. Raises Refused."""
     value = _json("the answer", text) if parse else text
-    if value in (None, ""):
+    if value is None or (isinstance(value, str) and not door.visible(value)):
         raise Refused("the answer is empty")
     known = await find_running(await connect(), run)
-    decision = _decision(question, Verdict.ANSWER, by, comment, answer=value)
+    decision = checked_decision(question, Verdict.ANSWER, by, comment, answer=value)
     return report(await send(known.handle, decision), as_json)
 
 
@@ -54,15 +52,8 @@ async def edit(
     approval = _meant(known, status.approvals, approval_id)
     wanted = changes if arguments else approval.arguments | changes
     _check(status.agent, approval.subject, wanted)
-    decision = _decision(approval.id, Verdict.EDIT, by, comment, arguments=wanted, digest=approval.digest)
+    decision = checked_decision(approval.id, Verdict.EDIT, by, comment, arguments=wanted, digest=approval.digest)
     return report(await send(known.handle, decision), as_json)
-
-
-def _decision(approval_id: str, verdict: Verdict, by: str, comment: str, **more: Any) -> ApprovalDecision:
-    try:
-        return ApprovalDecision(approval_id=approval_id, verdict=verdict, approver=by, comment=comment, **more)
-    except ValidationError as error:
-        raise Refused(explain(error)) from None
 
 
 def _meant(known: Known, opened: list[Approval], approval_id: str) -> Approval:

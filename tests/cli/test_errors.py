@@ -33,6 +33,11 @@ WRONG = {
     "reject without reason": (["reject", "nobody-1"], "(see `uv run starter.py reject --help`)"),
     "breakers trip without a target": (["breakers", "trip"], "(see `uv run starter.py breakers trip --help`)"),
     "reject with an empty reason": (["reject", "nobody-1", "--reason", " "], "--reason is empty"),
+    "reject with the reason of the page": (["reject", "nobody-1", "--reason", "WHY"], "--reason is still 'WHY'"),
+    "reject with a reason that nobody sees": (["reject", "nobody-1", "--reason", "\u200b"], "--reason is empty"),
+    "approve by nobody": (["approve", "nobody-1", "--by", "\u200b"], "--by is blank"),
+    "approve by the name of the page": (["approve", "nobody-1", "--by", "YOUR NAME"], "--by is still 'YOUR NAME'"),
+    "message as printed": (["message", "nobody-1", " "], "text is blank"),
     "tools of unknown": (["tools", "nobody"], "there are: contract, discharge"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from datetime import timedelta
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
+from holdfast import door
 from holdfast.cli.runs import waiting
 from holdfast.contracts import Approval, DecisionReply, Json, Phase, RunOutcome, StepSpec, digest
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, at_rest, cancelled, skip, status, temporal_cli, until
 from tests.fixtures.world import World, agent
+from tests.workflows.test_replay import replay
 
 YES: Json = {"approval_id": "a1", "verdict": "approve", "approver": "dr.lee"}
 
@@ -161,6 +164,12 @@ BAD: dict[str, tuple[Any, str]] = {
         "verdict: Input should be 'approve', 'reject'",
     ),
     "nobody": ({**YES, "approver": ""}, "approver: "),
+    "blank approver": ({**YES, "approver": " \t"}, "approver is blank"),
+    "invisible approver": ({**YES, "approver": "\u200b\u2060\u3164"}, "approver is blank"),
+    "the page's own word": ({**YES, "approver": " YOUR NAME "}, "approver is still 'YOUR NAME'"),
+    "blank reason": ({**YES, "verdict": "reject", "comment": "\u00a0\u200d"}, "comment is blank"),
+    "the page's reason": ({**YES, "verdict": "reject", "comment": "WHY"}, "comment is still 'WHY'"),
+    "unknown field": ({**YES, "digst": "0"}, "no field 'digst'; did you mean digest? (fields: approval_id"),
     "no approver": ({"approval_id": "a1", "verdict": "approve"}, "approver: Field required"),
     "a text": ("approve", 'got "approve"'),
     "a list": ([YES], "expected one JSON object"),
@@ -217,6 +226,63 @@ async def test_whatever_the_temporal_cli_sends_is_noted_and_sticks_nothing(lite:
         await temporal_cli(lite, "workflow", "signal", "--workflow-id", handle.id, "--name", "decide", "--input", good)
         assert (await handle.result()).outcome is RunOutcome.COMPLETED
     assert world.log == ["begin send#1", "done send#1"]
+
+
+async def test_a_signal_of_another_name_is_noted_whatever_it_carries(lite: Stage) -> None:
+    async with lite.worker():
+        handle = await asking(lite, World())
+        await asked(handle)
+        odd = ["--input", "no JSON", "--input-meta", "encoding=application/x-test"]
+        for payload in ([], ["--input", json.dumps(YES)], odd):
+            sent = await temporal_cli(
+                lite, "workflow", "signal", "--workflow-id", handle.id, "--name", "decied", *payload
+            )
+            assert sent.returncode == 0, sent.stderr
+        await handle.signal("x" * 500, YES)
+        noted = await until(handle, lambda s: len(s.notes) == 2)  # three alike in a row are one note
+        assert "signal 'decied' ignored: a run has no such signal; did you mean decide?" in noted.notes[0]
+        assert "it takes decide and message" in noted.notes[0]
+        assert len(noted.notes[1]) < 250
+        await handle.signal("decide", YES)
+        result = await handle.result()
+    assert result.notes == noted.notes
+    await replay((await handle.fetch_history()).to_json())
+
+
+async def test_a_signal_before_the_first_task_is_noted_and_replays(lite: Stage) -> None:
+    spec = agent(World().tool("send"))
+    lite.model.script = sequence(call(("send", {})), say("ended"))
+    handle = await lite.start(spec)
+    await handle.signal("decied", YES)
+    async with lite.worker():
+        result = await handle.result()
+    assert "signal 'decied' ignored" in result.notes[0]
+    await replay((await handle.fetch_history()).to_json())
+
+
+async def test_a_name_is_kept_without_the_spaces_around_it(lite: Stage) -> None:
+    async with lite.worker():
+        handle = await asking(lite, World())
+        await asked(handle)
+        await handle.signal("decide", {**YES, "approver": "  dr.\n lee "})
+        result = await handle.result()
+    assert [each.decision.approver for each in result.decisions] == ["dr. lee"]
+
+
+async def test_a_run_that_took_a_blank_name_before_the_check_replays(
+    lite: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The door as it was is put in its place: no other way leads to such a history."""
+    async with lite.worker():
+        handle = await asking(lite, World())
+        await asked(handle)
+        with monkeypatch.context() as before:
+            before.setattr(door, "checked", door.parsed)
+            await handle.signal("decide", {**YES, "approver": " ", "digst": "0"})
+            result = await handle.result()
+    assert [each.decision.approver for each in result.decisions] == [" "]
+    assert await lite.stored(handle) == result, "what was taken once has to load"
+    await replay((await handle.fetch_history()).to_json())
 
 
 async def test_after_the_end_it_is_refused_by_the_server_and_changes_nothing(lite: Stage) -> None:

@@ -63,6 +63,19 @@ def by_name(tool_name: str) -> Any:
     return script
 
 
+async def test_a_signal_to_the_batch_is_noted_and_says_where_to_send_it(lite: Stage):
+    desk = Desk()
+    batch = Batch.of(desk.agent(lite))
+    async with lite.worker():
+        handle = await batch.start(lite, names(1))
+        await handle.signal("decide", {"approval_id": "a1"})
+        noted = await until(handle, lambda now: bool(now.notes))
+        assert "signal 'decide' ignored: a batch has no such signal" in noted.notes[0]
+        assert "send it to one of its runs" in noted.notes[0]
+        desk.gate.set()
+        await handle.result()
+
+
 async def test_every_item_is_done_once_within_the_window_and_reported_on_the_way(lite: Stage):
     desk = Desk()
     batch = Batch.of(desk.agent(lite), window=3)
