@@ -335,6 +335,8 @@ class Approval(BaseModel):
     step: str = ""
     eta: datetime | None = None
     """When the role will have answered, as a rule."""
+    about: str = ""
+    """Of kind `outcome`: the status of the call that the question shows. The answer holds for that one only."""
 
 
 class ApprovalDecision(BaseModel):

@@ -63,10 +63,13 @@ class Acts:
             return Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown, gave up: {why(error)}")
         if outcome.wait and (not policy.put_off or not outcome.wait.service or left <= 0):
             # It waited too long. Whether an earlier attempt of it has acted stands in the ledger.
-            text = f"gave up after {policy.deadline_s:.0f} s: {outcome.wait.why}"
-            given_up = GiveUp(request=request, why=text)
-            return await self._calls.run("give_up", given_up, Outcome, summary=f"#{seq} {call.tool}: give up")
+            return await self.give_up(call, seq, f"gave up after {policy.deadline_s:.0f} s: {outcome.wait.why}")
         return outcome
+
+    async def give_up(self, call: ToolCall, seq: int, why: str) -> Outcome:
+        """Closes a call that is not tried any more, also one that never went out: what is known of it."""
+        given_up = GiveUp(request=self._request(seq, call.tool, call.version, call.arguments), why=why)
+        return await self._calls.run("give_up", given_up, Outcome, summary=f"#{seq} {call.tool}: give up")
 
     async def check(self, item: CallState, arguments: dict[str, Any]) -> Checked:
         """Whether the tool of a call takes these arguments."""

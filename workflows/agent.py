@@ -81,7 +81,7 @@ class AgentWorkflow:
         self._parent = Parent(self._state)
         self._calls = Calls(self._parked, self._parent.goes_on)
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
-        self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude)
+        self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
         self._gate = Gate(self._state, given.standing, self._approvals, self._acts, self._note)
         self._display = progress.Display(given)
         self._ending: Ending | None = None

@@ -47,6 +47,8 @@ class ApprovalsState(BaseModel):
     """Seconds waited before `asked_since`."""
     held: list[str] = []
     """Requests of kind `outcome` that the run cannot end without."""
+    withdrawn: dict[str, str] = {}
+    """Requests of kind `outcome` that have answered themselves, and how."""
 
     @property
     def blocking(self) -> list[Approval]:
@@ -91,9 +93,10 @@ class Approvals:
         await workflow.wait_condition(lambda: approval_id not in state.open)
         return state.decided[approval_id].decision if approval_id in state.decided else None
 
-    def withdraw(self, approval_id: str) -> None:
+    def withdraw(self, approval_id: str, why: str) -> None:
         """The question has answered itself."""
         if self.state.open.pop(approval_id, None):
+            self.state.withdrawn[approval_id] = why
             self._keep_time()
             self.changed()
 
@@ -126,6 +129,9 @@ class Approvals:
                 accepted=False, message=f"decision of {decision.approver} ignored: {name} was already {was}"
             )
         approval = state.open.get(name)
+        if approval is None and (why := state.withdrawn.get(name)):
+            message = f"decision of {decision.approver} ignored: the run withdrew the question {name}, because {why}"
+            return DecisionReply(accepted=False, message=message)
         if approval is None:
             waiting = ", ".join(state.open) or "none"
             message = f"decision of {decision.approver} ignored: no approval {name!r} is open (open: {waiting})"

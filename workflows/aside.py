@@ -12,7 +12,7 @@ from typing import Any
 from temporalio import workflow
 
 from holdfast.aio import to_the_end
-from holdfast.contracts import Approval, ApprovalDecision, Finding, Outcome, Verdict, Wait
+from holdfast.contracts import Approval, ApprovalDecision, Finding, Outcome, OutcomeStatus, Verdict, Wait
 from workflows import questions
 from workflows.acts import Acts
 from workflows.approvals import Approvals
@@ -24,14 +24,25 @@ class Aside:
     """`concluded` is told of each call that has come to its outcome here."""
 
     def __init__(
-        self, state: RunState, approvals: Approvals, calls: Calls, acts: Acts, concluded: Callable[[CallState], None]
+        self,
+        state: RunState,
+        approvals: Approvals,
+        calls: Calls,
+        acts: Acts,
+        concluded: Callable[[CallState], None],
+        note: Callable[[str], None],
     ) -> None:
         self._state = state
         self._approvals = approvals
         self._calls = calls
         self._acts = acts
         self._concluded = concluded
+        self._note = note
         self._tasks: list[asyncio.Task[None]] = []
+        self._trying: set[int] = set()
+        """Calls that were put off and are being tried again right now."""
+        self._answered: set[int] = set()
+        """Calls that were put off and that a person settles: they are not tried again."""
 
     def resume(self) -> None:
         """Goes on with what was open when the run continued as new."""
@@ -51,8 +62,11 @@ class Aside:
     def ask(self, item: CallState) -> None:
         """Asks a person how the call ended, if its outcome is one that the platform cannot settle."""
         for name in questions.outdated(self._state, item.call.tool):
-            self._approvals.withdraw(name)
-        approval = questions.how_it_ended(self._state, item, workflow.now())
+            self._approvals.withdraw(name, f"call #{item.seq} of {item.call.tool} has worked")
+        before = questions.closed(self._state, item.seq)
+        if before and not workflow.patched("questions-apart"):
+            before = 0
+        approval = questions.how_it_ended(self._state, item, workflow.now(), before)
         if approval and not self._approvals.asked(approval.id):
             self._approvals.open(approval)
             self._start(self._settle(approval))
@@ -79,9 +93,13 @@ class Aside:
         while True:
             pause = max(deferred.until - workflow.now(), timedelta(milliseconds=100))
             await workflow.sleep(pause, summary=f"#{seq} {call.tool} is put off")
-            if deferred not in state.deferred:
+            if deferred not in state.deferred or seq in self._answered:
                 return  # a person has settled it
-            outcome = await self._acts.tool(call, seq, deferred.since)
+            self._trying.add(seq)
+            try:
+                outcome = await self._acts.tool(call, seq, deferred.since)
+            finally:
+                self._trying.discard(seq)
             if outcome.wait is None:
                 break
             deferred.until, deferred.why = outcome.wait.until, outcome.wait.why
@@ -89,14 +107,47 @@ class Aside:
         if deferred not in state.deferred:
             return
         state.deferred.remove(deferred)
-        self._approvals.withdraw(f"o{seq}")
+        for name in [a.id for a in state.approvals.open.values() if a.kind == "outcome" and a.seq == seq]:
+            self._approvals.withdraw(name, f"call #{seq} of {call.tool} was tried again and ended: {outcome.status}")
         state.notices.append(f"Call #{seq} of {call.tool}, put off before, has ended: {outcome.content}")
         self._concluded(CallState(call=call, seq=seq, outcome=outcome))
 
     async def _settle(self, approval: Approval) -> None:
         decision = await self._approvals.answer(approval.id)
-        if decision:
+        if decision is None:
+            return
+        if approval.about == OutcomeStatus.DEFERRED and workflow.patched("answers-bound"):
+            self._answered.add(approval.seq)
+            # A try under way may act: what the person was shown may hold no longer when it has ended.
+            await workflow.wait_condition(lambda: approval.seq not in self._trying)
+            await to_the_end(self._settled_for(approval, decision))
+        else:
             await to_the_end(self._settled(approval, decision))
+
+    async def _settled_for(self, approval: Approval, decision: ApprovalDecision) -> None:
+        """Takes the answer to a question about a call that is put off, unless the call has ended meanwhile."""
+        deferred = next((each for each in self._state.deferred if each.seq == approval.seq), None)
+        if deferred is None:
+            self._state.settled.append(approval.id)
+            self._note(
+                f"{decision.approver} answered {approval.id} ({decision.verdict}) while call #{approval.seq} of"
+                f" {approval.subject} was tried again. The call has ended, so this answer changes nothing"
+            )
+            self._approvals.changed()
+            return
+        # Closes the key, and writes a row to settle: the call may never have gone out.
+        call, seq = deferred.call, deferred.seq
+        known = await self._acts.give_up(call, seq, f"settled by {decision.approver} while it was put off")
+        if known.status is not OutcomeStatus.UNKNOWN or decision.verdict is Verdict.HAPPENED:
+            await self._settled(approval, decision)
+            return
+        # An earlier try may have acted, which the question did not say: the answer does not cover it.
+        self._state.settled.append(approval.id)
+        self._state.deferred.remove(deferred)
+        self._note(
+            f"{decision.approver} says of {approval.id} that it did not happen, but an earlier try may have acted"
+        )
+        self._concluded(CallState(call=call, seq=seq, outcome=known))
 
     async def _settled(self, approval: Approval, decision: ApprovalDecision) -> None:
         """Records what a person says of a call, and tells the model."""

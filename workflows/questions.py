@@ -79,8 +79,11 @@ def _numbered(name: str, n: int) -> str:
     return f"{name}-{n + 1}" if n else name
 
 
-def how_it_ended(state: RunState, item: CallState, now: datetime) -> Approval | None:
-    """How did this call end? Asked when that is unknown, when an optional step is exhausted, or its service is down."""
+def how_it_ended(state: RunState, item: CallState, now: datetime, before: int = 0) -> Approval | None:
+    """How did this call end? Asked when that is unknown, when an optional step is exhausted, or its service is down.
+
+    before: how many questions about this call are closed; the new one gets an id of its own.
+    """
     call, outcome = item.call, item.outcome
     assert outcome is not None
     step = state.step_of(call.tool)
@@ -95,7 +98,7 @@ def how_it_ended(state: RunState, item: CallState, now: datetime) -> Approval | 
         case _:
             return None
     return Approval(
-        id=f"o{item.seq}",
+        id=_numbered(f"o{item.seq}", before),
         kind="outcome",
         subject=call.tool,
         seq=item.seq,
@@ -109,7 +112,15 @@ def how_it_ended(state: RunState, item: CallState, now: datetime) -> Approval | 
         key=f"{state.key_base}/{item.seq}",
         step=step.name if step else "",
         eta=now + timedelta(seconds=step.review_s) if step and step.review_s else None,
+        about=outcome.status,
     )
+
+
+def closed(state: RunState, seq: int) -> int:
+    """How many questions about the end of this call were answered or withdrawn."""
+    answered = (d.approval for d in state.approvals.decided.values())
+    withdrawn = (name.partition("-")[0] for name in state.approvals.withdrawn)
+    return sum(a.kind == "outcome" and a.seq == seq for a in answered) + sum(name == f"o{seq}" for name in withdrawn)
 
 
 def held(state: RunState) -> list[str]:
