@@ -12,6 +12,7 @@ from activities.boundary import boundary
 from activities.runs import RunRecords
 from agents import registry
 from holdfast import hooks
+from holdfast.answers import ModelAnswer
 from holdfast.contracts import (
     Effect,
     Json,
@@ -28,7 +29,7 @@ from holdfast.contracts import (
     Usage,
 )
 from holdfast.hooks import Hook
-from holdfast.models import ModelAnswer
+from holdfast.keys import outside
 from holdfast.orphans import find_orphans, is_over, webhook_of
 from holdfast.reliability.chain import protected
 from holdfast.reliability.ledger import Entry, Settled, State, tool_call
@@ -171,7 +172,7 @@ class Repairs:
         )
         runtime = self._runtime
         workspace = partial(runtime.workspace, request.agent)
-        context = ToolContext(request.key, 1, runtime.http, runtime.service_url, _no_model, workspace)
+        context = ToolContext(outside(request.key), 1, runtime.http, runtime.service_url, _no_model, workspace)
 
         async def act(attempt: int) -> object:
             return await tool.run_probe(context, arguments)

@@ -17,6 +17,7 @@ from activities.model import ask_model
 from activities.plan import PARKS
 from agents import registry
 from holdfast.aio import to_the_end
+from holdfast.answers import ModelAnswer, ModelUnavailable
 from holdfast.contracts import (
     Checked,
     Effect,
@@ -33,7 +34,7 @@ from holdfast.contracts import (
     clip,
     digest,
 )
-from holdfast.models import ModelAnswer, ModelUnavailable
+from holdfast.keys import outside
 from holdfast.reliability import faults, heartbeat
 from holdfast.reliability.chain import protected
 from holdfast.reliability.errors import RETRIES, ErrorType
@@ -239,7 +240,7 @@ class Tools:
         state, result = await self._runtime.ledger.seize(call, "the run was undone before this call began")
         if state is State.FAILED or tool.undo_function is None:
             return UndoOutcome(status=UndoStatus.NOTHING)
-        undo = Undo(key=call.key, arguments=request.arguments, result=result)
+        undo = Undo(key=outside(call.key), arguments=request.arguments, result=result)
         undo_call = replace(call, key=f"{call.key}/undo", kind="undo", effect=Effect.IDEMPOTENT, retries=RETRIES)
 
         async def act(attempt: int) -> str | None:
@@ -281,7 +282,7 @@ class Tools:
             return answer
 
         return ToolContext(
-            key=key,
+            key=outside(key),
             attempt=attempt,
             http=self._runtime.http,
             service_url=self._runtime.service_url,

@@ -37,8 +37,8 @@ from holdfast.contracts import Effect, Json, ToolPolicy
 if TYPE_CHECKING:
     import httpx2
 
+    from holdfast.answers import ModelAnswer
     from holdfast.mcp.hub import Hub
-    from holdfast.models import ModelAnswer
 
 
 LONGEST_PAUSE_S = 366 * 86_400
@@ -85,7 +85,7 @@ class Undo:
     """What a compensation gets. `result` is None for an unknown outcome: ask by `key`, cope with 'never happened'."""
 
     key: str
-    """The idempotency key of the call to undo."""
+    """The `ctx.key` that the call had which is to be undone."""
     arguments: Mapping[str, Any]
     result: Any | None
 
@@ -95,7 +95,7 @@ class ToolContext:
     """What a tool call may use."""
 
     key: str
-    """Idempotency key, the same over retries, crashes and resets. Hand it downstream."""
+    """Idempotency key, the same over retries, crashes and resets. Hand it downstream; it fits a header (`keys`)."""
     attempt: int
     http: httpx2.AsyncClient
     """A shared client, which keeps no cookies. Its timeout is the tool's own, enforced around the call."""

@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from holdfast.contracts import Json, digest
+from holdfast.keys import inside, outside
 from holdfast.simulation.faults import FaultBoard, error_body, refusal, under
 from holdfast.simulation.serve import Database, arguments, read_rows, serve
 
@@ -82,7 +83,7 @@ class EffectRow:
 
 
 class HospitalRecord:
-    """Reads a hospital's SQLite file. `prefix` keeps one run: its `key_base/`."""
+    """Reads a hospital's SQLite file, with keys as the platform has them. `prefix` keeps one run: its `key_base/`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -118,7 +119,8 @@ class HospitalRecord:
 
     def _rows(self, table: str, prefix: str) -> list[Json]:
         sql = f"SELECT * FROM {table} WHERE substr(key, 1, length(?)) = ? ORDER BY id"
-        return read_rows(self._path, sql, (prefix, prefix))
+        rows = read_rows(self._path, sql, (outside(prefix), outside(prefix)))
+        return [row | {"key": inside(row["key"])} for row in rows]
 
 
 # ------------------------------------------------------------------ the services

@@ -27,6 +27,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from holdfast.contracts import Json
+from holdfast.keys import inside, outside
 from holdfast.simulation.faults import FaultBoard, refusal, under
 from holdfast.simulation.script import ScriptFailed, decide
 from holdfast.simulation.serve import Database, arguments, read_rows, serve
@@ -57,14 +58,15 @@ class CallRow:
 
 
 class ModelRecord:
-    """Reads a scripted model's SQLite file. `prefix` keeps one run: its `key_base/`."""
+    """Reads a scripted model's SQLite file, keys as the platform has them. `prefix` keeps one run: its `key_base/`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def calls(self, prefix: str = "") -> list[CallRow]:
         sql = "SELECT * FROM calls WHERE substr(key, 1, length(?)) = ? ORDER BY id"
-        return [CallRow(**row) for row in read_rows(self._path, sql, (prefix, prefix))]
+        rows = read_rows(self._path, sql, (outside(prefix), outside(prefix)))
+        return [CallRow(**{**row, "key": inside(row["key"])}) for row in rows]
 
     def ledger(self, prefix: str = "") -> Json:
         """Counts: {"calls", "answered", "input_tokens", "output_tokens", "keys": {key: {"calls", "answered"}}}.

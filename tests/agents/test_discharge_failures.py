@@ -22,6 +22,7 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 from temporalio.api.sdk.v1 import WorkflowMetadata
+from temporalio.client import WorkflowFailureError
 
 from agents import registry
 from agents.discharge.prompts import SUMMARY_INSTRUCTIONS
@@ -120,13 +121,20 @@ class Ward:
     def __post_init__(self) -> None:
         self.record = HospitalRecord(self.stack.home / "hospital.db")
 
-    async def admit(self, queue: str = "holdfast", tenant: str = "") -> Run:
+    async def admit(self, queue: str = "holdfast", tenant: str = "", key: str = "") -> Run:
         store = await open_database(self.stack.store_url)
         try:
             value = {"patient_id": "pat-1"}
             tenant = tenant or f"t-{uuid4().hex[:8]}"
             started = await start_run(
-                self.client, Runs(store), "discharge", value, task_queue=queue, requested_by="ward 3", tenant=tenant
+                self.client,
+                Runs(store),
+                "discharge",
+                value,
+                task_queue=queue,
+                request_key=key,
+                requested_by="ward 3",
+                tenant=tenant,
             )
         finally:
             await store.close()
@@ -176,6 +184,30 @@ async def ward(stack: Stack, cli: Cli) -> AsyncIterator[Ward]:
     await ward.well_again()
     yield ward
     await ward.well_again()
+
+
+# ------------------------------------------------------------------ request keys that are no ASCII
+
+
+@pytest.mark.parametrize("name", ["Müller", "日本", "100%C3%A9"])
+async def test_a_request_key_in_any_script_has_one_effect_each_that_is_found_and_undone_by_its_key(
+    ward: Ward, name: str
+) -> None:
+    run = await ward.admit(key=f"{name}-{uuid4().hex[:8]}")
+    await run.approve()
+    result = await run.ended()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert [kind for kind, _ in run.effects("pharmacy")] == ["order"]
+    assert [kind for kind, _ in run.effects("messages")] == ["message", "message"]
+    asked = ModelRecord(ward.stack.home / "model.db").calls(f"{result.key_base}/")
+    assert len(asked) == result.usage.calls
+
+    broken = await ward.admit(key=f"{name}-{uuid4().hex[:8]}")
+    await broken.until_messages_wait()
+    await broken.handle.cancel()
+    with pytest.raises(WorkflowFailureError):
+        await broken.ended()
+    assert [kind for kind, _ in broken.effects("pharmacy")] == ["order", "cancel-order"]
 
 
 # ------------------------------------------------------------------ insurance: flaky
