@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from activities.model import ask_model
+from holdfast.answers import ModelAnswer
 from holdfast.contracts import Json, PlanRequest, Usage
-from holdfast.models import ModelAnswer
 from holdfast.runtime import Runtime
 from holdfast.state.thread import Thread
 

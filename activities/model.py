@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from holdfast.answers import ModelAnswer, ModelUnavailable
 from holdfast.contracts import Effect, Json
-from holdfast.models import ModelAnswer, ModelClient, ModelUnavailable, compacted, estimate
+from holdfast.models import ModelClient, compacted, estimate
 from holdfast.reliability.chain import protected
 from holdfast.reliability.errors import ErrorType, Failure
 from holdfast.reliability.ledger import Call, State

@@ -23,9 +23,9 @@ from activities.boundary import boundary, not_known_yet, this_workflow
 from agents import registry
 from holdfast import graph, turns
 from holdfast.agent import AgentSpec
+from holdfast.answers import ModelUnavailable
 from holdfast.contracts import Json, OutcomeStatus, PlanRequest, PlanResult, Question, absolute, digest
 from holdfast.conversation import MalformedOutput
-from holdfast.models import ModelUnavailable
 from holdfast.reliability import faults
 from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.faults import Point

@@ -13,6 +13,8 @@ from holdfast.contracts import Decision, Json, ToolCall
 from holdfast.tools import explain
 
 MAX_REASKS = 2
+CUT = "cut"
+"""Key of an assistant message that the model did not get to the end of, because of its limit. It is never sent."""
 MAX_ARGUMENTS = 1_000_000
 """Bytes of a call's arguments, as JSON."""
 MAX_TOGETHER = 2_000_000
@@ -20,6 +22,10 @@ MAX_TOGETHER = 2_000_000
 whose message has more than 4 MB."""
 MAX_FINAL = 1_000_000
 """Bytes of the final words."""
+WAS_CUT = (
+    "Your answer was cut at its limit before it was complete, so nothing of it was taken. Answer again, shorter: a few"
+    " words, or fewer calls at a time."
+)
 
 
 class MalformedOutput(Exception):
@@ -36,6 +42,8 @@ def as_json(message: Any) -> Json:
     if getattr(message, "invalid_tool_calls", None):
         # Left out by the conversion, but the model has to hear of them. `RecordedChatModel` keeps them there.
         converted["tool_calls"] = message.additional_kwargs.get("tool_calls", [])
+    if getattr(message, "response_metadata", {}).get("finish_reason") == "length":
+        converted[CUT] = True
     return converted
 
 
@@ -51,6 +59,9 @@ def inbox_messages(conversation: Sequence[Json], answers: Sequence[str], notices
 def parse(message: Json, spec: AgentSpec, offered: set[str] | None = None) -> tuple[Decision | None, list[Json]]:
     """The decision that a model message stands for, or None and the messages that tell the model what is wrong."""
     wanted = message.get("tool_calls") or []
+    if message.get(CUT):
+        told = [{"role": "tool", "tool_call_id": call["id"], "content": f"error: {WAS_CUT}"} for call in wanted]
+        return None, told or [{"role": "user", "content": WAS_CUT}]
     if not wanted:
         text = said(message)
         if (size := len(text.encode())) > MAX_FINAL:

@@ -41,7 +41,7 @@ from holdfast.tools import Tool
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
-    from holdfast.models import ModelAnswer
+    from holdfast.answers import ModelAnswer
 
 
 class BadGraph(Exception):

@@ -9,78 +9,59 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+import re
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import genai_prices
 import httpx2
 import openai
 
-from holdfast.contracts import Json, Usage, whole
+from holdfast.answers import Assembly, ModelAnswer, ModelUnavailable, chunks, rambling
+from holdfast.contracts import Json
+from holdfast.conversation import CUT
+from holdfast.keys import outside
+from holdfast.options import MAX_TOKENS, ModelOptions
 from holdfast.reliability.errors import ErrorType, Failure, classify
 from holdfast.services import Service
 from holdfast.settings import ModelTarget, Settings
 from holdfast.telemetry.tracing import span
 
+log = logging.getLogger(__name__)
+
 CONNECT_S = 5.0
-DRAIN_S = 0.1
 LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=200)
 USUAL_OUTPUT = 500
 COMPACT_TO = 500
 """Characters that stay of an older tool result in a compacted conversation."""
-SIMULATED = "simulated"
-"""The `system_fingerprint` of the scripted model, so that its output can be labelled wherever it is shown."""
-
-
-class ModelUnavailable(Exception):
-    """A model call failed; `failure` says how. Every failure of a call is one of these."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
+MOST_SAID = 4_000_000
+"""Bytes of an answer's words and arguments, after which the model is cut."""
+MOST_SENT = 16_000_000
+"""Bytes of a whole stream, or `SENT_PER_TOKEN` for each token that it may have, whichever is more."""
+SENT_PER_TOKEN = 1024
+RAMBLES = 40.0
+"""Bytes a second, some ten tokens: a model that says more but is not done in time rambles, with less it is slow."""
+LEAST_TOKENS = 256
+"""What is left for the answer, however full the context window."""
+MAY_REFUSE = ("max_tokens", "max_completion_tokens", "tool_choice", "temperature", "response_format", "stream_options")
+"""Parameters of ours that some endpoint refuses. It is asked again without, and not sent it any more."""
+NONE_OF_OURS = ModelOptions()
 
 
 @dataclass(frozen=True)
-class ModelAnswer:
-    """A complete answer of a model."""
+class Question:
+    """One request to a model."""
 
-    message: Json
-    """The assistant message as the endpoint takes it back: role, content or tool_calls (or both), no None fields."""
-    model: str
-    """As the endpoint names it."""
-    usage: Usage
-    finish_reason: str
-    """`stop`, `tool_calls` or `length` (cut off)."""
-    simulated: bool = False
-    origin: str = ""
-    """Why it was not the first model that answered; empty when it was."""
-
-    @property
-    def label(self) -> str:
-        """The model's name as people read it: a simulated one says so."""
-        return f"{self.model} (simulated)" if self.simulated else self.model
-
-    @property
-    def text(self) -> str:
-        """What the model said in words: content, or its refusal."""
-        return self.message.get("content") or self.message.get("refusal") or ""
-
-    def to_json(self) -> Json:
-        return {
-            "message": self.message,
-            "model": self.model,
-            "usage": self.usage.model_dump(mode="json"),
-            "finish_reason": self.finish_reason,
-            "simulated": self.simulated,
-            "origin": self.origin,
-        }
-
-    @classmethod
-    def from_json(cls, value: Json) -> ModelAnswer:
-        return cls(**{**value, "usage": Usage.model_validate(value["usage"])})
+    messages: list[Json]
+    tools: list[Json]
+    key: str
+    """Goes out as `Idempotency-Key`."""
+    options: ModelOptions
+    must_call: bool
+    tokens: int
+    """Of messages and tools, estimated."""
 
 
 class ModelClient:
@@ -90,6 +71,7 @@ class ModelClient:
         """target: the model, by default the first of the settings."""
         target = target or settings.models[0]
         self._settings = settings
+        self._target = target
         self.model = target.model
         self.window = target.window
         self._url = target.base_url or settings.openai_base_url
@@ -106,7 +88,12 @@ class ModelClient:
         """The model as breaker and limits know it, the same for every tenant."""
         self.usual_output = USUAL_OUTPUT
         """Tokens of an answer to allow for before it is there: the longest of the last answers, slowly forgotten."""
-        self._no_key = not key and endpoint.host == "api.openai.com"
+        openais = endpoint.host == "api.openai.com"
+        self._no_key = not key and openais
+        # What the newer of OpenAI's models want, and what local servers know.
+        self._limit_name = target.limit_name or ("max_completion_tokens" if openais else "max_tokens")
+        self._refused: set[str] = set()
+        """Parameters that the endpoint does not take; as long as this process lives."""
         # The deadlines of A10 are ours (tokens, not bytes), so the transport only bounds the connection.
         timeout = httpx2.Timeout(None, connect=CONNECT_S, pool=CONNECT_S)
         self._client = openai.AsyncOpenAI(
@@ -118,15 +105,31 @@ class ModelClient:
             http_client=openai.DefaultAsyncHttpxClient(limits=LIMITS, timeout=timeout, follow_redirects=False),
         )
 
-    async def complete(self, messages: list[Json], tools: list[Json], *, key: str) -> ModelAnswer:
+    def most(self, options: ModelOptions, asked: int = 0) -> int:
+        """Tokens that an answer may have. asked: tokens of the request, which share the context window."""
+        limits = [each for each in (options.max_tokens, self._target.max_tokens) if each]
+        most = min(limits, default=MAX_TOKENS)
+        return min(most, max(self.window - asked, LEAST_TOKENS)) if self.window else most
+
+    async def complete(
+        self,
+        messages: list[Json],
+        tools: list[Json],
+        *,
+        key: str,
+        options: ModelOptions = NONE_OF_OURS,
+        must_call: bool = False,
+    ) -> ModelAnswer:
         """One model call.
 
-        messages, tools: as in a chat completion request. key: sent as `Idempotency-Key`.
+        messages, tools: as in a chat completion request. key: sent as `Idempotency-Key`. must_call: the model has to
+        call one of the tools, where the endpoint can demand it.
         Raises ModelUnavailable, and nothing else.
         """
         asked = {"gen_ai.operation.name": "chat", "gen_ai.request.model": self.model, "holdfast.key": key}
+        question = Question(messages, tools, key, options, must_call, estimate(messages, tools))
         with span(f"chat {self.model}", **asked) as current:
-            answer = await self._complete(messages, tools, key)
+            answer = await self._complete(question)
             self.usual_output = max(answer.usage.output_tokens, round(0.95 * self.usual_output))
             if current is not None:
                 current.set_attribute("gen_ai.response.model", answer.model)
@@ -137,48 +140,103 @@ class ModelClient:
     async def close(self) -> None:
         await self._client.close()
 
-    async def _complete(self, messages: list[Json], tools: list[Json], key: str) -> ModelAnswer:
-        assembly = _Assembly()
+    async def _complete(self, question: Question) -> ModelAnswer:
+        assembly = Assembly()
+        taken = [call["id"] for each in question.messages for call in each.get("tool_calls") or ()]
         try:
             if self._no_key:
                 how = "needs a key: set OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint of your own"
                 raise ModelUnavailable(Failure(ErrorType.UNAUTHORIZED, how))
-            await self._stream(messages, tools, key, assembly)
-            return assembly.answer(self.model, self._url)
+            await self._ask(question, assembly)
+            return assembly.answer(self.model, self._url, taken)
         except Exception as error:  # noqa: BLE001 - whatever it was, callers get it classified
             failure = classify(error)
+            used = assembly.so_far(question.tokens, self.model, self._url) if assembly.started else None
             # `from None`: the original's words and request hold what must not reach a history or a log.
-            raise ModelUnavailable(replace(failure, message=f"{self._who}: {failure.message}")) from None
+            raise ModelUnavailable(replace(failure, message=f"{self._who}: {failure.message}"), used) from None
 
-    async def _stream(self, messages: list[Json], tools: list[Json], key: str, assembly: _Assembly) -> None:
-        """Sends the request and feeds every chunk to `assembly`, under the three deadlines."""
-        limits, now = self._settings, asyncio.get_running_loop().time
+    async def _ask(self, question: Question, assembly: Assembly) -> None:
+        """Asks, and once more without each parameter that the endpoint refuses."""
+        end = asyncio.get_running_loop().time() + self._settings.model_total_s
+        left_out = {*self._refused}
+        while True:
+            body = self._body(question, left_out)
+            try:
+                return await self._stream(body, question, assembly, end)
+            except openai.APIStatusError as error:
+                refused = refused_of(error, body)
+                if refused is None:
+                    raise
+                self._adapt(refused, left_out, error)
+
+    def _adapt(self, refused: str, left_out: set[str], error: openai.APIStatusError) -> None:
+        """Goes by another name of the limit, or without the parameter."""
+        other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(refused)
+        if classify(error).type is ErrorType.CONTEXT_OVERFLOW:
+            left_out |= {refused, other or ""}  # the limit is too large for this request only
+            return
+        if other and other not in left_out and not self._target.limit_name:
+            self._limit_name = other
+        else:
+            self._refused.add(refused)
+        left_out.add(refused)
+        log.warning("%s refuses the parameter %s: it is asked without from now on", self._who, refused)
+
+    def _body(self, question: Question, left_out: set[str]) -> Json:
+        options, target = question.options, self._target
         body: Json = {
+            **target.extra,
+            **options.extra,
             "model": self.model,
-            "messages": messages,
+            "messages": [_sent(each) for each in question.messages],
             "stream": True,
             "stream_options": {"include_usage": True},
+            self._limit_name: self.most(options, question.tokens),
         }
-        if tools:
-            body["tools"] = tools
-        end = now() + limits.model_total_s
+        temperature = target.temperature if options.temperature is None else options.temperature
+        if temperature is not None:
+            body["temperature"] = temperature
+        if options.schema is not None:
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": options.schema},
+            }
+        if question.tools:
+            body["tools"] = question.tools
+            if question.must_call:
+                body["tool_choice"] = "required"
+        return {name: value for name, value in body.items() if name not in left_out}
+
+    async def _stream(self, body: Json, question: Question, assembly: Assembly, end: float) -> None:
+        """Sends the request and feeds every chunk to `assembly`, under the three deadlines, the last of them `end`."""
+        limits, now = self._settings, asyncio.get_running_loop().time
+        most = self.most(question.options)
+        begun = now()
         try:
-            async with asyncio.timeout_at(min(end, now() + limits.model_first_token_s)) as clock:
+            async with asyncio.timeout_at(min(end, begun + limits.model_first_token_s)) as clock:
                 posted = self._client.post(
                     "/chat/completions",
                     body=body,
                     cast_to=httpx2.Response,
-                    options={"headers": {"Idempotency-Key": key}, "security": {"bearer_auth": True}},
+                    options={
+                        "headers": {"Idempotency-Key": outside(question.key)},
+                        "security": {"bearer_auth": True},
+                    },
                     stream=True,
                     stream_cls=openai.AsyncStream[Any],
                 )
                 # With this `cast_to` the client hands over the open response and leaves the reading to us.
                 response = cast(httpx2.Response, await posted)
-                async with aclosing(_chunks(response)) as chunks:
-                    async for chunk in chunks:
+                async with aclosing(chunks(response, max(MOST_SENT, most * SENT_PER_TOKEN))) as stream:
+                    async for chunk in stream:
                         assembly.add(chunk, response.request)
+                        if assembly.size > MOST_SAID:
+                            raise rambling(f"said more than {MOST_SAID:,} bytes and did not end: cut")
                         clock.reschedule(min(end, now() + limits.model_between_tokens_s))
         except TimeoutError:
+            if now() >= end and assembly.size >= RAMBLES * (now() - begun):
+                words = f"still talking after {limits.model_total_s:g} s and {assembly.size:,} bytes: cut"
+                raise rambling(words) from None
             if now() >= end:
                 what = f"not finished within {limits.model_total_s:g} s"
             elif assembly.started:
@@ -188,102 +246,17 @@ class ModelClient:
             raise ModelUnavailable(Failure(ErrorType.TIMEOUT, what, retry=True, maybe_done=True)) from None
 
 
-async def _chunks(response: httpx2.Response) -> AsyncGenerator[Any]:
-    """The JSON of each server-sent event; closes the response.
-
-    Splits at newlines itself: httpx's line reader also splits at U+2028 and its like, which JSON strings may contain.
-    """
-    parts = response.aiter_bytes()
-    rest = b""
-    try:
-        async for part in parts:
-            *lines, rest = (rest + part).split(b"\n")
-            for line in lines:
-                if not line.startswith(b"data:"):
-                    continue
-                data = line[5:].strip()
-                if data == b"[DONE]":
-                    await _drain(parts)
-                    return
-                yield json.loads(data)
-    finally:
-        await response.aclose()
+def refused_of(error: openai.APIStatusError, body: Json) -> str | None:
+    """The parameter of ours that an endpoint refuses, as its answer names it; None when it names none."""
+    if error.status_code not in (400, 422):
+        return None
+    words = f"{getattr(error, 'param', None)} {error.body or error.message}"
+    return next((name for name in MAY_REFUSE if name in body and re.search(rf"(?<!\w){name}(?!\w)", words)), None)
 
 
-async def _drain(parts: AsyncIterator[bytes]) -> None:
-    """Reads what is left after the last event: only then can the connection be used again. Nothing there can fail."""
-    with suppress(TimeoutError, httpx2.TransportError):
-        async with asyncio.timeout(DRAIN_S):
-            async for _ in parts:
-                pass
-
-
-@dataclass
-class _Assembly:
-    """Puts the chunks of a stream together."""
-
-    content: list[str] = field(default_factory=list)
-    refusal: list[str] = field(default_factory=list)
-    calls: dict[int, Json] = field(default_factory=dict)
-    model: str = ""
-    finish_reason: str = ""
-    usage: Json | None = None
-    simulated: bool = False
-    started: bool = False
-
-    def add(self, chunk: Any, request: httpx2.Request) -> None:
-        """Raises openai's APIError for an error event, ModelUnavailable for a chunk that is none."""
-        self.started = True
-        try:
-            if error := chunk.get("error"):
-                body = error if isinstance(error, dict) else {"message": str(error)}
-                raise openai.APIError(str(body.get("message") or "error in the stream"), request, body=body)
-            self.model = chunk.get("model") or self.model
-            self.usage = chunk.get("usage") or self.usage
-            self.simulated = self.simulated or chunk.get("system_fingerprint") == SIMULATED
-            for choice in chunk.get("choices") or ():
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
-                delta = choice.get("delta") or {}
-                if text := delta.get("content"):
-                    self.content.append(text)
-                if text := delta.get("refusal"):
-                    self.refusal.append(text)
-                for part in delta.get("tool_calls") or ():
-                    self._add_call(part)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise _bad(f"a chunk that is none ({error})") from None
-
-    def _add_call(self, part: Json) -> None:
-        # Some compatible endpoints send no index; there a part with an id begins a call and the others go on with it.
-        index = part.get("index")
-        if index is None:
-            index = len(self.calls) - (0 if part.get("id") else 1)
-        call = self.calls.setdefault(index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        call["id"] = part.get("id") or call["id"]
-        function = part.get("function") or {}
-        call["function"]["name"] += function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
-
-    def answer(self, model: str, url: str) -> ModelAnswer:
-        """Raises ModelUnavailable when the stream ended too early or was cut by a content filter."""
-        if not self.started:
-            raise _bad("no event stream")
-        if not self.finish_reason:
-            raise _bad("a stream that ended before its answer did")
-        if self.finish_reason == "content_filter":
-            raise ModelUnavailable(Failure(ErrorType.CONTENT_POLICY, "cut off by the content filter"))
-        message: Json = {"role": "assistant"}
-        if self.content or not (self.calls or self.refusal):
-            message["content"] = whole("".join(self.content))
-        if self.refusal:
-            message["refusal"] = whole("".join(self.refusal))
-        if self.calls:
-            for call in self.calls.values():
-                call["function"] = {name: whole(text) for name, text in call["function"].items()}
-            message["tool_calls"] = [self.calls[index] for index in sorted(self.calls)]
-        name = self.model or model
-        usage = count(self.usage, name, url, free=self.simulated)
-        return ModelAnswer(message, name, usage, self.finish_reason, self.simulated)
+def _sent(message: Json) -> Json:
+    """A message without what only we have to know of it."""
+    return {name: value for name, value in message.items() if name != CUT} if CUT in message else message
 
 
 def estimate(messages: list[Json], tools: list[Json]) -> int:
@@ -306,29 +279,3 @@ def _cut(message: Json) -> Json:
     if len(text) <= COMPACT_TO:
         return message
     return {**message, "content": f"{text[:COMPACT_TO]}\n[cut: {len(text) - COMPACT_TO} more characters, read before]"}
-
-
-def count(usage: Json | None, model: str, url: str, *, free: bool = False) -> Usage:
-    """Usage and price of one call. Without usage, or for a model of no known price, the call counts as unpriced."""
-    usage = usage or {}
-    read, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    cached = min(read, (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-    tokens = genai_prices.Usage(input_tokens=read, output_tokens=written, cache_read_tokens=cached)
-    price = 0.0 if free else _price(tokens, model, url) if usage else None
-    return Usage(
-        calls=1, input_tokens=read, output_tokens=written, cost_usd=price or 0.0, unpriced=1 if price is None else 0
-    )
-
-
-def _price(tokens: genai_prices.Usage, model: str, url: str) -> float | None:
-    """USD by the prices of the endpoint, else (a gateway of one's own) of whoever makes a model of this name."""
-    for endpoint in (url, None):
-        try:
-            return float(genai_prices.calc_price(tokens, model, provider_api_url=endpoint).total_price)
-        except LookupError:
-            continue
-    return None
-
-
-def _bad(what: str) -> ModelUnavailable:
-    return ModelUnavailable(Failure(ErrorType.BAD_RESPONSE, f"answered with {what}", True, True))

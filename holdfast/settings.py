@@ -13,7 +13,7 @@ import re
 from base64 import b64decode
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -24,6 +24,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
+
+from holdfast.options import OURS
 
 
 def _address(value: str) -> str:
@@ -50,6 +52,18 @@ Address = Annotated[str, AfterValidator(_address)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+LimitName = Literal["max_tokens", "max_completion_tokens"]
+
+
+def _extra(value: dict[str, Any]) -> dict[str, Any]:
+    if clash := OURS & {*value}:
+        raise ValueError(f"Holdfast sets {', '.join(sorted(clash))} itself")
+    return value
+
+
+Extra = Annotated[dict[str, Any], AfterValidator(_extra)]
+
+
 class ModelTarget(BaseModel):
     """A model at an endpoint."""
 
@@ -64,6 +78,13 @@ class ModelTarget(BaseModel):
     """Context window in tokens; None: not known."""
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Of an answer; None: what the agent says, else 8192."""
+    limit_name: LimitName | None = None
+    """How the endpoint calls that limit; None: found out."""
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    extra: Extra = {}
+    """Further parameters of each request."""
 
 
 class Settings(BaseSettings):
@@ -100,6 +121,16 @@ class Settings(BaseSettings):
     model_rpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_RPM", gt=0)] = None
     model_tpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_TPM", gt=0)] = None
     """Requests and tokens per minute that all workers together may use."""
+    model_max_tokens: Annotated[int | None, Field(alias="HOLDFAST_MODEL_MAX_TOKENS", gt=0)] = None
+    """Tokens of an answer; none: what the agent says, else 8192."""
+    model_limit_name: Annotated[LimitName | None, Field(alias="HOLDFAST_MODEL_LIMIT_NAME")] = None
+    """How the endpoint calls that limit; none: `max_completion_tokens` at OpenAI, `max_tokens` elsewhere, and the other
+    one where it is refused."""
+    model_temperature: Annotated[float | None, Field(alias="HOLDFAST_MODEL_TEMPERATURE", ge=0, allow_inf_nan=False)] = (
+        None
+    )
+    model_extra_parameters: Annotated[Extra, Field(alias="HOLDFAST_MODEL_EXTRA")] = {}
+    """Further parameters of each request, a JSON object, e.g. `{"reasoning_effort": "low"}`."""
     model_fallbacks: Annotated[tuple[ModelTarget, ...], Field(alias="HOLDFAST_MODEL_FALLBACKS")] = ()
     """Models that stand in, in this order: a JSON list, e.g. `[{"model": "gpt-5-nano", "window": 400000}]`."""
 
@@ -201,6 +232,10 @@ class Settings(BaseSettings):
             window=self.model_window,
             requests_per_minute=self.model_rpm,
             tokens_per_minute=self.model_tpm,
+            max_tokens=self.model_max_tokens,
+            limit_name=self.model_limit_name,
+            temperature=self.model_temperature,
+            extra=self.model_extra_parameters,
         )
         return (first, *self.model_fallbacks)
 

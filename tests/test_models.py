@@ -12,8 +12,9 @@ import openai
 import pytest
 from llmock.pytest_plugin import LLMock
 
+from holdfast.answers import ModelAnswer, ModelUnavailable
 from holdfast.contracts import Json, Usage
-from holdfast.models import ModelAnswer, ModelClient, ModelUnavailable
+from holdfast.models import ModelClient
 from holdfast.reliability.errors import ErrorType, Failure, classify
 from holdfast.settings import Settings
 from tests.fixtures.clock import PATIENCE_S
@@ -87,6 +88,7 @@ async def test_request_is_a_streamed_chat_completion_with_key_and_credentials() 
         "tools": [TOOL],
         "stream": True,
         "stream_options": {"include_usage": True},
+        "max_tokens": 8192,
     }
 
 
@@ -103,6 +105,7 @@ async def test_the_direct_way_sends_and_fails_as_chat_completions_create_does(st
                 tools=[TOOL],  # pyright: ignore[reportArgumentType]
                 stream=True,
                 stream_options={"include_usage": True},
+                max_tokens=8192,
                 extra_headers={"Idempotency-Key": "k"},
             )
         )

@@ -20,7 +20,7 @@ from holdfast.contracts import Effect, Json
 from holdfast.tools import ToolContext, ToolFailed, Undo, explain, tool
 
 if TYPE_CHECKING:
-    from holdfast.models import ModelAnswer
+    from holdfast.answers import ModelAnswer
 
 PATIENT = 7 * 86_400.0
 """Seconds that a stage may take with all its waits: a model that is down over a weekend loses no document."""

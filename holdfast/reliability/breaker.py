@@ -46,6 +46,7 @@ ANSWERS = frozenset(
         ErrorType.UNAUTHORIZED,
         ErrorType.CONTEXT_OVERFLOW,
         ErrorType.CONTENT_POLICY,
+        ErrorType.RAMBLING,
     }
 )
 """Failures by which a service shows that it is well. Those in neither set are ours and say nothing about it."""

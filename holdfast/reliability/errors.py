@@ -50,6 +50,8 @@ class ErrorType(StrEnum):
     CONTENT_POLICY = "content_policy"
     BAD_RESPONSE = "bad_response"
     """Answered, but the answer cannot be read."""
+    RAMBLING = "rambling"
+    """The model talks on and on: cut at a limit of ours, or at its own."""
     INVALID_ARGUMENTS = "invalid_arguments"
     """The model's arguments do not fit the tool."""
     INVALID_INPUT = "invalid_input"

@@ -12,8 +12,9 @@ from pydantic import SecretStr
 from starlette.responses import Response
 
 from activities.model import ask_model
+from holdfast.answers import ModelAnswer, ModelUnavailable
 from holdfast.contracts import Json
-from holdfast.models import ModelAnswer, ModelUnavailable, estimate
+from holdfast.models import estimate
 from holdfast.reliability.chain import RetryLater
 from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.ledger import State

@@ -12,9 +12,10 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from agents.registry import agent
+from holdfast.answers import ModelAnswer
 from holdfast.contracts import Effect, Json
 from holdfast.conversation import inbox_messages, parse
-from holdfast.models import ModelAnswer, ModelClient
+from holdfast.models import ModelClient
 from holdfast.settings import Settings
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.simulation.script import decide

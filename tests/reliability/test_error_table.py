@@ -21,8 +21,8 @@ from temporalio.testing import ActivityEnvironment
 
 from activities.model import ask_model
 from activities.tools import Tools
+from holdfast.answers import ModelUnavailable
 from holdfast.contracts import Effect, ToolRequest
-from holdfast.models import ModelUnavailable
 from holdfast.reliability.breaker import TRIPS
 from holdfast.reliability.chain import RetryLater
 from holdfast.reliability.waiting import NotYet
