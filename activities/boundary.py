@@ -16,6 +16,7 @@ from holdfast.reliability.chain import RetryLater
 from holdfast.reliability.errors import ErrorType, application_error, backoff, classify
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
+from holdfast.state.database import StoreUnavailable
 from holdfast.tools import NotReady
 
 LONGEST_POLL_S = 60.0
@@ -50,7 +51,10 @@ def boundary() -> Iterator[None]:
     except ApplicationError:
         raise
     except Exception as error:  # noqa: BLE001 - none is swallowed: it leaves, in words that are safe
-        activity.logger.exception("activity failed")
+        if isinstance(error, StoreUnavailable):  # no bug: its words say all there is
+            activity.logger.warning("tried again: %s", error)
+        else:
+            activity.logger.exception("activity failed")
         failure = classify(error)
         delay = timedelta(seconds=backoff(activity.info().attempt, failure.retry_after, random.random()))
         raise ApplicationError(failure.message, type=failure.type, next_retry_delay=delay) from None

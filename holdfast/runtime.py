@@ -60,7 +60,7 @@ class Runtime:
 
 async def open_runtime(settings: Settings) -> Runtime:
     """Raises StoreUnavailable or SchemaMismatch."""
-    db = await open_database(settings.store_url)
+    db = await open_database(settings.store_url, settings.store_timeout_s)
     try:
         await check_schema(db)
     except BaseException:

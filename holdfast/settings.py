@@ -106,6 +106,8 @@ class Settings(BaseSettings):
     """The `temporal` binary of the embedded stack and of the tests; empty: the one that is installed beside Python."""
     database_url: Annotated[str, Field(alias="DATABASE_URL")] = ""
     """`postgresql://…`; empty means SQLite under `home`."""
+    store_timeout_s: Annotated[Seconds, Field(alias="HOLDFAST_STORE_TIMEOUT_S", ge=1)] = 10.0
+    """How long a statement may take, and how long a call waits for a connection or a lock before that."""
     task_queue: Annotated[str, Field(alias="HOLDFAST_TASK_QUEUE")] = "holdfast"
 
     build_id: Annotated[str, Field(alias="HOLDFAST_BUILD_ID"), AfterValidator(_build)] = "dev"

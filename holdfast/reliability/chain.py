@@ -30,7 +30,7 @@ from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, St
 from holdfast.reliability.limits import Limiter, Ticket
 from holdfast.reliability.waiting import NotYet
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import Database
+from holdfast.state.database import Database, StoreUnavailable
 from holdfast.telemetry import metrics
 from holdfast.tools import NotReady
 
@@ -152,7 +152,7 @@ async def _repeatable(guards: Guards, call: Call, act: Act, tokens: Callable[[An
             await guards.ledger.forget_failures(call)
         _told_position(call, later)
         raise
-    except (RetryLater, NotYet, Fenced):
+    except (RetryLater, NotYet, Fenced, StoreUnavailable):
         await entry.left()  # a call inside this one failed and was counted there, or went to another attempt
         raise
     except Exception as error:
@@ -247,9 +247,10 @@ async def _act(
         raise
     except NotReady as later:
         return await _not_ready(entry, grant, later)
-    except (RetryLater, NotYet):
-        # A model call inside this one did not come to its answer. Whether this one had acted by then only the tool
-        # knows: a `manual` one is taken at its word (`ToolContext.ask_model`), the others can afford the doubt.
+    except (RetryLater, NotYet, StoreUnavailable):
+        # A model call inside this one did not come to its answer, or the store is away. Whether this one had acted by
+        # then only the tool knows: a `manual` one is taken at its word (`ToolContext.ask_model`), the others can afford
+        # the doubt.
         state = State.FAILED if call.effect is Effect.MANUAL else State.UNKNOWN
         await ledger.record(call, grant.attempt, state, grant.failures, None, None)
         await entry.left()

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from holdfast.contracts import whole
+from holdfast.state.database import StoreUnavailable
 from holdfast.tools import ToolFailed, ToolRefused, explain
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ TABLE: dict[str, Meaning] = {
     "holdfast.BadAnswer": Meaning(ErrorType.BAD_RESPONSE, True, True),
     "sqlite3.OperationalError": Meaning(ErrorType.UNAVAILABLE, True, True),
     "psycopg.OperationalError": Meaning(ErrorType.UNAVAILABLE, True, True),
+    "holdfast.StoreUnavailable": Meaning(ErrorType.UNAVAILABLE, True, True),
     "holdfast.ToolRefused": Meaning(ErrorType.REFUSED, False, False),
     "holdfast.ToolFailed": Meaning(ErrorType.TOOL_FAILED, False, False),
     # A bug: nobody can say how far it got, and it will be there again on a retry.
@@ -292,7 +294,7 @@ def _message(error: BaseException, type: ErrorType) -> str:
         # Client libraries wrap an error into one of the same name.
         name += f" ({cause})" if error.__cause__ is not None and cause != name else ""
         # Ours are written for their reader, most often the model; of others the name says more than the words.
-        ours = isinstance(error, ToolRefused | ToolFailed)
+        ours = isinstance(error, ToolRefused | ToolFailed | StoreUnavailable)
         text = words if ours and words else f"{name}: {words}".removesuffix(": ").removesuffix(".")
         if type is ErrorType.INTERNAL and (place := where(error)):
             text = f"{text} ({place})"

@@ -12,18 +12,26 @@ One statement reserves, one records. The SQL is the same for SQLite and Postgres
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from holdfast.contracts import Effect, Json, digest
 from holdfast.reliability.errors import LONGEST_DELAY, RETRIES, ErrorType, Failure
 from holdfast.services import BreakerRule, Limit
-from holdfast.state.database import Database
+from holdfast.state.database import Database, Row, StoreUnavailable
 
 Kind = Literal["tool", "undo", "model", "hook"]
+
+
+T = TypeVar("T")
+
+LOST_S, AGAIN_S = 20.0, 0.2
+"""For so long, and with this pause, a reservation or a record is sent again whose answer was lost."""
 
 
 class State(StrEnum):
@@ -152,6 +160,14 @@ ON CONFLICT (key) DO UPDATE SET prior = effects.state, state = 'RESERVED', attem
 WHERE effects.result IS NULL AND effects.digest = excluded.digest
 RETURNING attempt, failures, prior, position, (SELECT b.failures FROM breakers b WHERE b.target = ?)"""
 
+_RESERVED = """
+SELECT attempt, failures, prior, position, (SELECT b.failures FROM breakers b WHERE b.target = ?)
+FROM effects WHERE key = ? AND state = 'RESERVED' AND worker = ? AND reserved_at = ?"""
+"""The reservation that this process made at this very time."""
+
+_MINE = "SELECT 1 FROM effects WHERE key = ? AND attempt = ? AND state <> 'RESERVED'"
+"""Only the attempt that holds a key writes to its row without raising the attempt."""
+
 _LOOK = """
 SELECT e.state, e.digest, e.result, e.failures, b.failures, b.state, b.paused_until
 FROM (SELECT 1 AS one) AS always LEFT JOIN effects e ON e.key = ? LEFT JOIN breakers b ON b.target = ?"""
@@ -221,7 +237,11 @@ class Ledger:
         Raises KeyConflict when the key was used with other arguments.
         """
         guard = "" if admitted else call.target
-        row = await self._db.one(_RESERVE, *self._columns(call), time.time(), guard, now, call.target)
+        at = time.time()
+        row = await _surely(
+            lambda: self._db.one(_RESERVE, *self._columns(call), at, guard, now, call.target),
+            lambda: self._db.one(_RESERVED, call.target, call.key, self._worker, at),
+        )
         if row is not None:
             attempt, failures, prior, position, breaker_failures = row
             # One that was cut off while it asked has done no more than the one before it.
@@ -274,14 +294,22 @@ class Ledger:
         """Records how the attempt ended; `settled` only when for good. Raises Fenced when it no longer holds."""
         error, log = self._log(failure)
         dump = settled.dump() if settled else None
-        changed = await self._db.run(_RECORD, state, dump, error, failures, time.time(), log, call.key, attempt)
-        if changed != 1:
+        now = time.time()
+        done = await _surely(
+            lambda: self._db.run(_RECORD, state, dump, error, failures, now, log, call.key, attempt),
+            lambda: self._db.one(f"{_MINE} AND settled_at = ?", call.key, attempt, now),
+        )
+        if not done:
             raise Fenced(f"another attempt has taken over {call.key}")
 
     async def not_ready(self, call: Call, attempt: int, why: str, position: Any) -> None:
         """Records that the effect is done and its result is not there yet: no failure. Raises Fenced."""
         at = None if position is None else json.dumps(position)
-        if await self._db.run(_NOT_READY, why, at, call.key, attempt) != 1:
+        done = await _surely(
+            lambda: self._db.run(_NOT_READY, why, at, call.key, attempt),
+            lambda: self._db.one(f"{_MINE} AND error = ?", call.key, attempt, why),
+        )
+        if not done:
             raise Fenced(f"another attempt has taken over {call.key}")
 
     async def keep(self, call: Call, result: Any) -> Settled:
@@ -386,6 +414,24 @@ class Ledger:
             return None, None
         error = f"{failure.type}: {failure.message}"
         return error, json.dumps({"at": round(time.time(), 3), "worker": self._worker, "error": error}) + "\n"
+
+
+async def _surely(ask: Callable[[], Awaitable[T]], done: Callable[[], Awaitable[T | Row | None]]) -> T | Row:
+    """What a statement answers that must not be in doubt for an answer that was lost on its way.
+
+    done: what stands for the answer once the statement has been done; None when it has not. Raises StoreUnavailable
+    when the store is away for longer: the next attempt then takes it as it takes a crash.
+    """
+    until = time.monotonic() + LOST_S
+    lost = False
+    while True:
+        try:
+            return (lost and await done()) or await ask()
+        except StoreUnavailable:
+            if time.monotonic() > until:
+                raise
+            lost = True
+            await asyncio.sleep(AGAIN_S)
 
 
 def tool_call(key: str, key_base: str, name: str, effect: Effect, arguments: Json, **more: Any) -> Call:

@@ -16,14 +16,18 @@ Statement = tuple[str, Row]
 
 
 class StoreUnavailable(Exception):
-    """The store cannot be opened or reached. The text is one line and holds no password."""
+    """The store cannot be opened, or does not do what it is asked now. The text is one line and holds no password.
+
+    Raised by a call: whether it was done is not known. The same again later is right.
+    """
 
 
 class Database(ABC):
     """A store. Placeholders are `?` in both dialects, outside quotes and comments; times are epoch seconds, UTC.
 
     A call is all or nothing, also when its caller is cancelled: it then has happened completely or not at all.
-    Errors of the drivers (`sqlite3.Error`, `psycopg.Error`) pass through.
+    It ends within some seconds (`HOLDFAST_STORE_TIMEOUT_S`): when the store is gone, silent, locked or out of order it
+    raises StoreUnavailable. Other errors of the drivers (`sqlite3.Error`, `psycopg.Error`) pass through.
     """
 
     dialect: Literal["sqlite", "postgresql"]
@@ -54,19 +58,24 @@ class Database(ABC):
         return rows[0] if rows else None
 
 
-async def open_database(url: str) -> Database:
+async def open_database(url: str, limit_s: float | None = None) -> Database:
     """Opens `sqlite:///path` (the file has to be there: `holdfast.state.schema.migrate` makes it) or `postgresql://…`.
 
+    limit_s: how long a call may take; without it, what the settings say.
     Raises StoreUnavailable when it is not there, cannot be reached, or the address is of another kind.
     """
     # Imported here: whoever uses one database does not load the other's driver.
+    if limit_s is None:
+        from holdfast.settings import settings
+
+        limit_s = settings().store_timeout_s
     if (path := sqlite_path(url)) is not None:
         from holdfast.state.sqlite import Sqlite
 
-        return await Sqlite.open(path)
+        return await Sqlite.open(path, limit_s)
     from holdfast.state.postgres import Postgres
 
-    return await Postgres.open(url)
+    return await Postgres.open(url, limit_s)
 
 
 def sqlite_path(url: str) -> Path | None:

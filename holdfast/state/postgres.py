@@ -2,50 +2,103 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from holdfast.state.database import Database, Row, Statement, StoreUnavailable, one_line
 
+CONNECT_S = 5
+"""Seconds for a new connection."""
+MOST = 10
+GRACE_S = 1.0
+"""The server ends a statement at the limit and says why; a connection on which it says nothing is cut so much later."""
+LIFE_S = 1800.0
+"""Seconds after which a connection is replaced, so that all of them find a server that has moved."""
+
+NETWORK = {
+    "connect_timeout": CONNECT_S,
+    # The kernel finds out about a peer that is gone within some 20 s, also where no statement waits for it.
+    "keepalives_idle": 10,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+"""Connection parameters of libpq; those in the store's address win."""
+
+OUT_OF_ORDER = (
+    psycopg.OperationalError,  # gone, shutting down, full, a time-out, a deadlock
+    psycopg.InterfaceError,  # the connection was cut under the call
+    psycopg.errors.ReadOnlySqlTransaction,  # a server that is no primary any more
+    psycopg.errors.InsufficientPrivilege,
+)
+
+# Its warnings repeat, for each connection, what the call that needs one raises.
+logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+
 
 class Postgres(Database):
-    """A pool of at most 10 connections in autocommit, with prepared statements."""
+    """A pool of at most 10 connections in autocommit, with prepared statements.
+
+    A statement has a limit at the server. For a server that says nothing at all, the call has a timer that shuts the
+    socket: the driver then ends the call as it does when the server hangs up. The pool drops a connection that broke,
+    and all the others of that age with it.
+    """
 
     dialect = "postgresql"
 
-    def __init__(self, pool: AsyncConnectionPool[Any]) -> None:
-        self._pool = pool
+    def __init__(self, url: str, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._fresh_at = float("-inf")
+        self._pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+            url,
+            min_size=2,
+            max_size=MOST,
+            open=False,
+            kwargs={"autocommit": True, "prepare_threshold": 0},
+            configure=self._configure,
+            timeout=limit_s,
+            max_lifetime=LIFE_S,
+            # Its pauses double: after a longer outage it would try again only minutes after the database is back.
+            reconnect_timeout=CONNECT_S,
+        )
 
     @classmethod
-    async def open(cls, url: str) -> Postgres:
-        pool = AsyncConnectionPool(
-            url, min_size=2, max_size=10, open=False, kwargs={"autocommit": True, "prepare_threshold": 0}
-        )
+    async def open(cls, url: str, limit_s: float) -> Postgres:
+        store: Postgres | None = None
         try:
+            url = with_limits(url)
+            store = cls(url, limit_s)
             # A connection by hand first: the pool would retry in the background and say only that it timed out.
-            await (await psycopg.AsyncConnection.connect(url, connect_timeout=5)).close()
-            await pool.open(wait=True)
-        except psycopg.Error as error:
-            await pool.close()
+            await (await psycopg.AsyncConnection.connect(url)).close()
+            await store._pool.open(wait=True, timeout=limit_s)
+        except (psycopg.Error, ValueError) as error:
+            if store is not None:
+                await store._pool.close()
             raise StoreUnavailable(f"cannot reach the Postgres store: {one_line(error)}") from error
-        return cls(pool)
+        return store
 
     async def all(self, sql: str, *params: Any) -> list[Row]:
-        async with self._pool.connection() as connection:
+        async with self._connection() as connection:
             cursor = await connection.execute(_for_psycopg(sql), params, binary=True)
             return await cursor.fetchall() if cursor.description else []
 
     async def run(self, sql: str, *params: Any) -> int:
-        async with self._pool.connection() as connection:
+        async with self._connection() as connection:
             return (await connection.execute(_for_psycopg(sql), params)).rowcount
 
     async def batch(self, statements: Sequence[Statement]) -> None:
-        async with self._pool.connection() as connection, connection.transaction():
+        async with self._connection() as connection, connection.transaction():
             for sql, params in statements:
                 await connection.execute(_for_psycopg(sql), params)
 
@@ -56,6 +109,70 @@ class Postgres(Database):
 
     async def close(self) -> None:
         await self._pool.close()
+
+    async def _configure(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Limits at the server. Not with the connection's `options`: poolers such as PgBouncer refuse those."""
+        names = ("statement_timeout", "idle_in_transaction_session_timeout")
+        # Those that are set for the user, the database or the server win.
+        sql = "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = ANY(%s) AND setting = '0'"
+        with _cut_after(connection, self._limit_s + GRACE_S):
+            await connection.execute(sql, [f"{self._limit_s * 1000:.0f}", list(names)])
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """A connection for one call. Raises StoreUnavailable when there is none, or it does not do its work in time."""
+        cut: list[bool] = []
+        connection, got_at = None, 0.0
+        try:
+            async with self._pool.connection() as connection:
+                got_at = asyncio.get_running_loop().time()
+                with _cut_after(connection, self._limit_s + GRACE_S, cut):
+                    yield connection
+        except PoolTimeout:
+            words = (
+                f"no connection came free within {self._limit_s:g} s: all {MOST} are in use, or it cannot be reached"
+            )
+            raise StoreUnavailable(f"the Postgres store does not answer: {words}") from None
+        except OUT_OF_ORDER as error:
+            if connection is not None and connection.closed:
+                await self._distrust(got_at)
+            if cut:
+                raise StoreUnavailable(f"the Postgres store did not answer within {self._limit_s:g} s") from None
+            raise StoreUnavailable(f"the Postgres store cannot be used now: {one_line(error)}") from error
+
+    async def _distrust(self, since: float) -> None:
+        """Replaces the connections that were there at `since`: what broke one of them has broken the others too."""
+        if self._fresh_at < since:
+            self._fresh_at = asyncio.get_running_loop().time()
+            await self._pool.drain()
+
+
+def with_limits(url: str) -> str:
+    """The address with what makes a connection notice that its peer is gone. Raises psycopg.ProgrammingError."""
+    return make_conninfo(url, **{k: v for k, v in NETWORK.items() if k not in conninfo_to_dict(url)})
+
+
+@contextmanager
+def _cut_after(
+    connection: psycopg.AsyncConnection[Any], seconds: float, cut: list[bool] | None = None
+) -> Iterator[None]:
+    """Shuts the connection's socket when the block takes longer, and puts True into `cut`.
+
+    Not by a cancellation: the driver would first ask the server, which is silent, to cancel the statement.
+    """
+
+    def shut() -> None:
+        if cut is not None:
+            cut.append(True)
+        if not connection.closed:
+            with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as copy:
+                copy.shutdown(socket.SHUT_RDWR)  # OSError: the peer was faster
+
+    timer = asyncio.get_running_loop().call_later(seconds, shut)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 _TOKEN = re.compile(r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | --[^\n]* | /\*.*?\*/ | \?""", re.VERBOSE | re.DOTALL)

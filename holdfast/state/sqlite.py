@@ -13,40 +13,52 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
-from holdfast.state.database import Database, Row, Statement, StoreUnavailable
+from holdfast.state.database import Database, Row, Statement, StoreUnavailable, one_line
 
 T = TypeVar("T")
 
-BUSY_S = 10.0
-"""Seconds that SQLite itself waits for another process's write lock."""
-GIVE_UP_S = 30.0
-"""Seconds after which a call that still meets a lock fails."""
+BUSY_S = 1.0
+"""Seconds that SQLite itself waits for another process's lock, before the job looks whether its caller still waits."""
+
+OUT_OF_ORDER = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_READONLY,
+}
+"""Primary result codes that say something about the file or its disk, not about the statement."""
 
 
 class Sqlite(Database):
     """One connection in one thread. Calls of one process queue there: SQLite has one writer anyway.
 
     A job is a whole transaction and runs to its end in the thread whatever becomes of its caller, so a cancelled caller
-    leaves no transaction open.
+    leaves no transaction open. One that has not begun when its caller gives up is not begun.
     """
 
     dialect = "sqlite"
 
-    def __init__(self, jobs: _Jobs, connection: sqlite3.Connection) -> None:
-        self._jobs = jobs
-        self._connection = connection
+    def __init__(self, path: Path, limit_s: float) -> None:
+        self._path = path
+        self._jobs = _Jobs(path, limit_s)
+        self._connection: sqlite3.Connection
 
     @classmethod
-    async def open(cls, path: Path) -> Sqlite:
-        jobs = _Jobs()
+    async def open(cls, path: Path, limit_s: float) -> Sqlite:
+        store = cls(path, limit_s)
         try:
-            return cls(jobs, await jobs.do(lambda: _connect(path)))
-        except sqlite3.Error as error:
-            jobs.stop()
-            raise StoreUnavailable(f"cannot open the store {path}: {error}") from error
+            store._connection = await store._do(lambda: _connect(path))
         except BaseException:
-            jobs.stop()
+            store._jobs.stop()
             raise
+        return store
 
     async def _do(self, job: Callable[[], T]) -> T:
         return await self._jobs.do(job)
@@ -83,25 +95,46 @@ class Sqlite(Database):
 class _Jobs:
     """A thread that does one job after another. An executor does the same at more than twice the price a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path, limit_s: float) -> None:
+        self._path = path
+        self._limit_s = limit_s
         self._queue: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = SimpleQueue()
         Thread(target=self._serve, name="sqlite", daemon=True).start()
 
     async def do(self, job: Callable[[], T]) -> T:
-        """The job's result. It runs to its end even when this caller is cancelled."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        """The job's result. Once begun it runs to its end even when this caller is cancelled, or has waited too long.
+
+        Raises StoreUnavailable when it is not done within the limit, its wait for other jobs included, or cannot be.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        timer = loop.call_later(self._limit_s, self._too_late, future)
         self._queue.put((job, future))
-        return await future
+        try:
+            return await future
+        except sqlite3.DatabaseError as error:
+            if _code(error) not in OUT_OF_ORDER:
+                raise
+            raise StoreUnavailable(f"cannot use the store {self._path}: {one_line(error)}") from error
+        finally:
+            timer.cancel()
 
     def stop(self) -> None:
         """Ends the thread after the jobs that are queued."""
         self._queue.put(None)
 
+    def _too_late(self, future: asyncio.Future[Any]) -> None:
+        words = "another process holds its lock, or the disk is slow"
+        error = StoreUnavailable(f"the store {self._path} did not answer within {self._limit_s:g} s: {words}")
+        _answer(future, None, error)
+
     def _serve(self) -> None:
         while (item := self._queue.get()) is not None:
             job, future = item
+            if future.done():
+                continue
             try:
-                result, error = _until_free(job), None
+                result, error = _until_free(job, future.done), None
             except Exception as raised:  # noqa: BLE001 - it belongs to the caller, who gets it
                 result, error = None, raised
             with suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
@@ -118,7 +151,11 @@ def _answer(future: asyncio.Future[Any], result: Any, error: Exception | None) -
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # no right to look
+        raise StoreUnavailable(f"cannot use the store {path}: {error.strerror}") from error
+    if not there:
         raise StoreUnavailable(f"no store at {path}: run `uv run starter.py migrate`")
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, cached_statements=256)
     try:
@@ -130,17 +167,20 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _until_free(job: Callable[[], T]) -> T:
+def _until_free(job: Callable[[], T], given_up: Callable[[], bool]) -> T:
     """Runs a job again while another process holds the file: SQLite refuses some locks at once, without waiting.
 
     One of them is the switch to WAL, in a new file that another process writes to.
     """
-    until = time.monotonic() + GIVE_UP_S
     while True:
         try:
             return job()
         except sqlite3.OperationalError as error:
-            # The low byte is the primary code, without the extended ones such as SQLITE_BUSY_SNAPSHOT.
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+            if _code(error) != sqlite3.SQLITE_BUSY or given_up():
                 raise
         time.sleep(random.uniform(0.005, 0.02))
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The primary result code, without the extended ones such as SQLITE_BUSY_SNAPSHOT."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -7,12 +7,14 @@ import sys
 from uuid import uuid4
 
 import httpx2
+import pytest
 
 from holdfast.contracts import RunResult
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.stack import ROOT, Stack
 from holdfast.temporal import DATA_CONVERTER, Client
 from tests.fixtures.clock import PATIENCE_S
+from tests.fixtures.proxy import Proxy
 from tests.fixtures.stack import Cli, until
 
 
@@ -77,3 +79,21 @@ def test_a_killed_workers_run_goes_on(stack: Stack, cli: Cli) -> None:
     assert len(booked) == 1
     heir.send_signal(signal.SIGTERM)
     assert heir.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("how", ["silent", "refusing", "going down at 1", "going down at 3", "going down at 5"])
+def test_cannot_start_on_a_database_that_is_not_there(stack: Stack, silent: tuple[Proxy, str], how: str) -> None:
+    """One line and status 2, at whatever connection of its start the database goes away."""
+    proxy, url = silent
+    if how == "refusing":
+        proxy.refuse()
+    if how == "silent":
+        proxy.silence()
+    starting = worker(stack, DATABASE_URL=url, HOLDFAST_STORE_TIMEOUT_S="2")
+    if "going down" in how:
+        until(lambda: proxy.taken >= int(how[-1]))
+        proxy.refuse()
+    _, said = starting.communicate(timeout=PATIENCE_S)
+    assert starting.returncode == 2, said
+    assert said.startswith("worker cannot start: ") and "Postgres store" in said
+    assert len(said.strip().splitlines()) == 1, said

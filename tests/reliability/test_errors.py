@@ -39,6 +39,7 @@ from holdfast.reliability.errors import (
     backoff,
     classify,
 )
+from holdfast.state.database import open_database
 from holdfast.tools import ToolFailed, ToolRefused
 from tests.mcp.conftest import Notebook, stdio
 from tests.mcp.server import make as make_notebook
@@ -357,6 +358,11 @@ async def database_locked() -> None:
 @case("psycopg.OperationalError", ErrorType.UNAVAILABLE, retry=True, maybe_done=True)
 async def database_gone() -> None:
     await psycopg.AsyncConnection.connect(f"postgresql://u:secret@127.0.0.1:{free_port()}/d")
+
+
+@case("holdfast.StoreUnavailable", ErrorType.UNAVAILABLE, retry=True, maybe_done=True)
+async def store_gone() -> None:
+    await open_database(f"postgresql://u:secret@127.0.0.1:{free_port()}/d")
 
 
 @case("holdfast.ToolRefused", ErrorType.REFUSED, retry=False, maybe_done=False)
