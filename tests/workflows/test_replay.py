@@ -12,14 +12,9 @@ from pathlib import Path
 
 import pytest
 from temporalio.client import WorkflowHistory
-from temporalio.worker import Replayer
 
-from holdfast.temporal import DATA_CONVERTER, sandbox
-from workflows.agent import AgentWorkflow
-from workflows.batch import BatchWorkflow
-from workflows.delivery import DeliveryWorkflow
-from workflows.orphans import OrphanSweep
-from workflows.repair import RepairWorkflow
+from holdfast.temporal import DATA_CONVERTER
+from tests.fixtures import replay as replaying
 
 # As the first landed version wrote them. Each is pinned by its digest: recording one anew would prove nothing.
 FIRST = {
@@ -39,18 +34,11 @@ HISTORIES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "hi
 
 
 async def replay(text: str) -> None:
-    workflows = [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep, DeliveryWorkflow]
-    replayer = Replayer(workflows=workflows, workflow_runner=sandbox(), data_converter=DATA_CONVERTER)
     # Under the id that it had: the ids of children follow from it.
     workflow_id = json.loads(text)["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
-    while True:
-        try:
-            await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, text))
-        except Exception as error:
-            if "TMPRL1101" not in str(error):  # two seconds without a yield: this machine had no time for the thread
-                raise
-        else:
-            return
+    history = WorkflowHistory.from_json(workflow_id, text)
+    failed = await replaying.replay([replaying.Execution(workflow_id, "", history)], DATA_CONVERTER)
+    assert not failed, str(failed[0])
 
 
 @pytest.mark.parametrize("name", HISTORIES)
