@@ -71,10 +71,14 @@ async def check(client: Client) -> None:
 
 def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", **options: Any) -> Worker:
     """A worker as production runs it; `options` are Temporal's and win. stage: of this one only, without workflows."""
+
+    def evict(run_id: str) -> None:
+        worker._bridge_worker.request_workflow_eviction(run_id)  # pyright: ignore[reportPrivateUsage]
+
     settled: dict[str, Any] = {
         **SETTINGS,
         "interceptors": [HeartbeatInterceptor()],
-        "workflow_runner": sandbox(versioned=bool(runtime.settings.deployment)),
+        "workflow_runner": sandbox(versioned=bool(runtime.settings.deployment), evict=evict),
         **versioning(runtime.settings),
         **slots(runtime.settings),
         "workflows": [] if stage else [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep, DeliveryWorkflow],
@@ -83,7 +87,8 @@ def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", *
     settled |= options
     if "tuner" in settled:  # which decides this itself
         settled.pop("max_concurrent_activities", None)
-    return Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **settled)
+    worker = Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **settled)
+    return worker
 
 
 def slots(of: Settings) -> dict[str, Any]:

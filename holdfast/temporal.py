@@ -6,7 +6,7 @@ else it is `localhost:7233`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -33,6 +33,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import WorkflowInstance, WorkflowInstanceDetails
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
+from holdfast.ahead import Ahead
 from holdfast.batch import BatchInput
 from holdfast.claims import external_storage
 from holdfast.codec import EncryptionCodec, parse_keys
@@ -137,35 +138,38 @@ class _Sandbox(SandboxedWorkflowRunner):
     """
 
     versioned: bool = False
+    evict: Callable[[str], None] | None = None
 
     def create_instance(self, det: WorkflowInstanceDetails) -> WorkflowInstance:
         instance = super().create_instance(det)
         instance.get_serialization_context = lambda command_info: None
         instance.get_external_store_context = lambda command_info: _NOWHERE
-        if not self.versioned:
-            activate = instance.activate
+        activate, ahead = instance.activate, Ahead()
 
-            def without_behaviour(act: WorkflowActivation) -> WorkflowActivationCompletion:
-                done = activate(act)
-                if done.HasField("successful"):
-                    # The server refuses it of a worker that is no build of a Worker Deployment.
-                    done.successful.ClearField("versioning_behavior")
-                return done
+        def watched(act: WorkflowActivation) -> WorkflowActivationCompletion:
+            if ahead.moved(act) and self.evict:
+                self.evict(act.run_id)
+            done = activate(act)
+            if not self.versioned and done.HasField("successful"):
+                # The server refuses it of a worker that is no build of a Worker Deployment.
+                done.successful.ClearField("versioning_behavior")
+            return done
 
-            instance.activate = without_behaviour
+        instance.activate = watched
         return instance
 
 
 _NOWHERE = StorageDriverStoreContext(target=None)
 
 
-def sandbox(versioned: bool = False) -> SandboxedWorkflowRunner:
+def sandbox(versioned: bool = False, evict: Callable[[str], None] | None = None) -> SandboxedWorkflowRunner:
     """The sandbox, with our library and pydantic imported once: most of a parked run's memory is its own copies.
 
     versioned: for a worker of a Worker Deployment; another one leaves out the workflows' versioning behaviour.
+    evict: makes the worker drop the run with this run id from its cache, once what is under way is done.
     """
     restrictions = SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH)
-    return _Sandbox(restrictions=restrictions, versioned=versioned)
+    return _Sandbox(restrictions=restrictions, versioned=versioned, evict=evict)
 
 
 def profile() -> ClientConfigProfile:
