@@ -14,6 +14,7 @@ from agents import registry
 from holdfast import hooks
 from holdfast.answers import ModelAnswer
 from holdfast.contracts import (
+    NO_UNDO,
     Effect,
     Json,
     Outcome,
@@ -22,11 +23,13 @@ from holdfast.contracts import (
     RunEnd,
     RunOutcome,
     RunResult,
+    Stands,
     StepState,
     StepStatus,
     ToolRequest,
     UndoStatus,
     Usage,
+    not_undone,
 )
 from holdfast.hooks import Hook
 from holdfast.keys import outside
@@ -46,6 +49,7 @@ from holdfast.repairs import (
     left_behind,
     record_of,
     refusal,
+    standing,
 )
 from holdfast.runtime import Runtime
 from holdfast.state.letters import Letters, LetterState
@@ -261,6 +265,9 @@ def _orphans_result(end: RepairEnd, entries: list[Entry]) -> RunResult:
         if e.seq not in left
     ]
     asked = sum(e.kind == "model" for e in entries)
+    done = {e.key for e in standing(entries)}
+    stands = {e.seq or 0: Stands(seq=e.seq or 0, tool=e.name, why=NO_UNDO) for e in entries if e.key in done}
+    stands |= {each.seq: each for each in not_undone(undos)}
     return RunResult(
         outcome=RunOutcome.CANCELLED,
         reason=TERMINATED,
@@ -278,6 +285,7 @@ def _orphans_result(end: RepairEnd, entries: list[Entry]) -> RunResult:
         ],
         pending=pending,
         undone=sorted(undos, key=lambda record: record.seq),
+        stands=[stands[seq] for seq in sorted(stands)],
         calls=max((e.seq or 0 for e in entries if e.kind == "tool"), default=0),
         failures=sum(e.failures for e in entries),
         usage=Usage(calls=asked, unpriced=asked),

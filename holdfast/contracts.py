@@ -461,6 +461,26 @@ class UndoRecord(BaseModel):
     note: str = ""
 
 
+class Stands(BaseModel):
+    """An effect that a run has left outside although it was unwound."""
+
+    seq: int
+    tool: str
+    why: str = ""
+    """Why nothing has undone it."""
+
+    def __str__(self) -> str:
+        return f"{self.tool} #{self.seq}"
+
+
+NO_UNDO = "it has no undo"
+
+
+def not_undone(records: list[UndoRecord]) -> list[Stands]:
+    """What the undos that failed have left."""
+    return [Stands(seq=r.seq, tool=r.tool, why="its undo failed") for r in records if r.status is UndoStatus.FAILED]
+
+
 class Pending(BaseModel):
     """Something a person still has to settle after the run."""
 
@@ -530,6 +550,8 @@ class RunResult(BaseModel):
     """Of a batch."""
     webhook: str = ""
     """Who is told, also of what is repaired after the end."""
+    stands: list[Stands] = []
+    """Of a run that was unwound: its effects that still stand."""
 
 
 class Phase(StrEnum):
@@ -566,6 +588,8 @@ class RunStatus(BaseModel):
     outcome: RunOutcome | None = None
     items: Items | None = None
     """Of a batch."""
+    stands: list[Stands] = []
+    """Once it unwinds: its effects that still stand."""
 
 
 class Standing(BaseModel):

@@ -139,6 +139,7 @@ def run_is(type: str, result: RunResult, workflow_id: str, request_key: str, ten
             "outcome": result.outcome,
             "percent": result.percent,
             "pending": [{"step": each.step, "role": each.role} for each in result.pending],
+            "stands": [{"tool": each.tool, "call": each.seq} for each in result.stands],
         },
     )
 

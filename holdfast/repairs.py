@@ -11,17 +11,20 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from holdfast.contracts import (
+    NO_UNDO,
     Effect,
     Json,
     RunOutcome,
     RunResult,
     Standing,
+    Stands,
     StepStatus,
     ToolRequest,
     UndoRecord,
     UndoStatus,
     awaiting,
     clip,
+    not_undone,
     percent,
 )
 from holdfast.hooks import Hook
@@ -219,6 +222,9 @@ def amended(result: RunResult, ends: list[ActionEnd]) -> RunResult:
         result.outcome = RunOutcome.PARTIAL if result.pending else RunOutcome.COMPLETED
         result.reason = awaiting(result.steps, result.pending) if result.pending else ""
     result.percent = percent(result.steps)
+    undone = {record.seq for record in result.undone}
+    result.stands = [each for each in result.stands if each.seq not in undone] + not_undone(result.undone)
+    result.stands.sort(key=lambda each: each.seq)
     return result
 
 
@@ -232,6 +238,8 @@ def _after_call(result: RunResult, end: ActionEnd) -> None:
     for pending in [p for p in result.pending if concerns(action, p.step, p.key)]:
         steps = [s for s in result.steps if s.name == pending.step]
         if end.ok and (action.do == "call" or action.happened):
+            if result.outcome.unwinds and action.key:
+                result.stands.append(Stands(seq=action.seq, tool=action.tool, why=NO_UNDO))
             result.pending.remove(pending)
             for step in steps:
                 step.status, step.detail, step.eta, step.seq = StepStatus.DONE, end.words, None, None

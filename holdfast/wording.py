@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from holdfast.contracts import Approval
+from holdfast.contracts import Approval, Stands
 
 YOUR_NAME, WHY, WHAT_WAS_DONE, YOUR_ANSWER, DOTS = "YOUR NAME", "WHY", "WHAT WAS DONE", "YOUR ANSWER", "…"
 """What our commands print where a person has to put words. `holdfast.door` does not take them for an answer."""
@@ -26,6 +26,12 @@ def in_words(value: object, between: str = "; ") -> str:
         parts = any(isinstance(each, dict | list) for each in value)
         return (between if parts else ", ").join(in_words(each) for each in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def standing(stands: list[Stands]) -> str:
+    """`Still stands: notify_patient #7, pay #9 and 3 more`, or nothing."""
+    more = f" and {len(stands) - 3} more" if len(stands) > 3 else ""
+    return f"Still stands: {', '.join(map(str, stands[:3]))}{more}" if stands else ""
 
 
 def answer_commands(workflow_id: str, approval: Approval) -> tuple[str, ...]:

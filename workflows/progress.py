@@ -23,7 +23,7 @@ from holdfast.contracts import (
     percent,
 )
 from holdfast.temporal import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
-from holdfast.wording import WHAT_WAS_DONE, WHY, YOUR_ANSWER, YOUR_NAME, in_words
+from holdfast.wording import WHAT_WAS_DONE, WHY, YOUR_ANSWER, YOUR_NAME, in_words, standing
 from workflows.state import Ending, RunState
 
 TICKS = {
@@ -54,7 +54,8 @@ def headline(agent: str, state: RunState, ending: Ending | None, now: datetime) 
     ended = f"{agent.capitalize()} {ending.outcome}" + (f": {_tally(steps)}" if steps else "")
     # What a partial run waits for has been said by then.
     reason = "" if ending.outcome is RunOutcome.PARTIAL else ending.reason
-    return ". ".join([ended, *_troubles(steps, None), *([reason] if reason else [])])
+    left = standing(state.stands()) if ending.outcome.unwinds else ""
+    return ". ".join([ended, *_troubles(steps, None), *filter(None, [reason, left])])
 
 
 def _tally(steps: list[StepState]) -> str:
@@ -115,6 +116,9 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
         )
     parts += [_question(workflow_id, approval, state) for approval in state.approvals.open.values()]
     undone = (u for u in state.saga if u.status is not UndoStatus.REGISTERED)
+    if ending and ending.outcome.unwinds and (stands := state.stands()):
+        rows = [f"- {plain(each)}: {plain(each.why)}" for each in stands]
+        parts.append("### Still stands\nWhat was done and is not undone:\n" + "\n".join(rows))
     if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone]:
         parts.append("### Undo\n" + "\n".join(rows))
     if state.notes:
@@ -187,6 +191,7 @@ def status(given: AgentInput, state: RunState, ending: Ending | None) -> RunStat
         trace_id=given.trace_id,
         undone=[u for u in state.saga if u.status is not UndoStatus.REGISTERED],
         outcome=ending.outcome if ending else None,
+        stands=state.stands() if ending and ending.outcome.unwinds else [],
     )
 
 
@@ -213,6 +218,7 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
         models=state.models if len(state.models) > 1 else {},
         notes=state.notes[-20:],
         webhook=given.webhook,
+        stands=state.stands() if ending.outcome.unwinds else [],
     )
 
 

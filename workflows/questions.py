@@ -159,6 +159,7 @@ def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outc
     if outcome.status is OutcomeStatus.OK:
         state.ends[tool] = ToolEnd(status=OutcomeStatus.OK, seq=seq, origin=f"settled by {who}")
         state.notices.append(f"{who} settled call #{seq} of {tool}: it happened. {outcome.content}")
+        state.lasts(tool, seq, f"settled by {who}")
         return
     comment = f": {decision.comment}" if decision.comment else ""
     if before and before.status is OutcomeStatus.UNKNOWN:

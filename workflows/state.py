@@ -8,6 +8,8 @@ from datetime import datetime
 from pydantic import BaseModel
 
 from holdfast.contracts import (
+    NO_UNDO,
+    Effect,
     Outcome,
     OutcomeStatus,
     Pending,
@@ -15,6 +17,7 @@ from holdfast.contracts import (
     Profile,
     Reply,
     RunOutcome,
+    Stands,
     StepSpec,
     StepState,
     StepStatus,
@@ -23,6 +26,7 @@ from holdfast.contracts import (
     UndoRecord,
     UndoStatus,
     Usage,
+    not_undone,
 )
 from workflows.approvals import ApprovalsState
 
@@ -122,6 +126,9 @@ class RunState(BaseModel):
     told: int = 0
     """What the batch that started this run was told: odd that it stands still, even that it goes on."""
 
+    lasting: list[Stands] = []
+    """Effects that were done and that this run cannot undo, by the order of their ends."""
+
     def policy(self, tool: str) -> ToolPolicy | None:
         """The rules of a tool, as they were when the run began; None for one that is newer than the run."""
         return self.profile.tools.get(tool) if self.profile else None
@@ -132,6 +139,8 @@ class RunState(BaseModel):
         assert outcome is not None
         self.failures += outcome.failures
         self.usage += outcome.usage
+        if outcome.status is OutcomeStatus.OK:
+            self.lasts(item.call.tool, item.seq, outcome.origin)
         if outcome.status is not OutcomeStatus.ERROR:
             detail = "" if outcome.status is OutcomeStatus.OK else (outcome.reason or outcome.content)[:300]
             end = ToolEnd(status=outcome.status, seq=item.seq, detail=detail, origin=outcome.origin)
@@ -139,6 +148,17 @@ class RunState(BaseModel):
             self.refused.pop(item.call.tool, None)
         else:
             self.refused[item.call.tool] = outcome.content[:300]
+
+    def lasts(self, tool: str, seq: int, origin: str) -> None:
+        """Keeps in mind that a call is done, if it has an effect that the saga does not undo."""
+        policy = self.policy(tool)
+        if policy and policy.effect is not Effect.READ and all(record.seq != seq for record in self.saga):
+            # A tool with an undo is missing from the saga only when the effect is that of an earlier run.
+            self.lasting.append(Stands(seq=seq, tool=tool, why=origin if policy.undo else NO_UNDO))
+
+    def stands(self) -> list[Stands]:
+        """The effects that are left when the run has been unwound."""
+        return sorted(self.lasting + not_undone(self.saga), key=lambda each: each.seq)
 
     def unknown(self, tool: str) -> int | None:
         """The call of this tool whose outcome is unknown, if there is one."""

@@ -417,6 +417,7 @@ def from_result(result: RunResult) -> RunStatus:
         trace_id=result.trace_id,
         undone=result.undone,
         outcome=result.outcome,
+        stands=result.stands,
     )
 
 

@@ -14,6 +14,7 @@ from holdfast.contracts import (
     RunOutcome,
     RunResult,
     RunStatus,
+    Stands,
     StepState,
     StepStatus,
     UndoRecord,
@@ -63,6 +64,7 @@ def status_view(workflow_id: str, status: RunStatus, ask: bool = True) -> Render
         parts += [approval_view(workflow_id, approval) for approval in status.approvals]
     if status.undone and status.phase is Phase.COMPENSATING:
         parts.append(undone_view(status.undone))
+    parts += [stands_line(each) for each in status.stands]
     parts += [Text(f"note: {note}", "dim") for note in status.notes[-3:]]
     parts.append(usage_line(status.usage, status.model, status.turn, status.calls))
     return Group(*parts)
@@ -116,6 +118,10 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     return grid
 
 
+def stands_line(effect: Stands) -> Text:
+    return Text(f"still stands: {effect}: {effect.why}", "red")
+
+
 def undone_view(undone: list[UndoRecord]) -> RenderableType:
     """The compensations in the order in which they run: the last effect first."""
     table = Table.grid(padding=(0, 2))
@@ -154,6 +160,7 @@ def result_view(workflow_id: str, result: RunResult) -> RenderableType:
         parts.append(Text(f"pending: {pending.step}{review}: {pending.what}", "yellow"))
     if result.undone:
         parts.append(undone_view(result.undone))
+    parts += [stands_line(each) for each in result.stands]
     for done in result.decisions:
         words = f"{done.decision.verdict} by {done.decision.approver}: {done.approval.subject}"
         parts.append(Text(words + (f" ({done.decision.comment})" if done.decision.comment else ""), "dim"))

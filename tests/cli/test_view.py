@@ -4,8 +4,10 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from holdfast.cli.view import approval_view, undone_view
-from holdfast.contracts import Approval, UndoRecord, UndoStatus
+from holdfast.cli.runs import from_result
+from holdfast.cli.view import approval_view, result_view, status_view, undone_view
+from holdfast.contracts import Approval, Pending, RunOutcome, RunResult, Stands, UndoRecord, UndoStatus
+from holdfast.repairs import Action, ActionEnd, amended
 
 
 def test_why_an_effect_could_not_be_undone_is_shown_in_full() -> None:
@@ -26,3 +28,26 @@ def test_what_services_and_people_write_is_shown_as_it_is() -> None:
         console.print(approval_view("[run]", approval))
     for each in (*words.values(), "[s]", "settle [run] o1"):
         assert each in shown.get()
+
+
+def test_what_still_stands_is_named_by_result_and_status() -> None:
+    left = Stands(seq=7, tool="notify_patient", why="it has no undo")
+    result = RunResult(outcome=RunOutcome.CANCELLED, stands=[left])
+    for view in (result_view("r", result), status_view("r", from_result(result))):
+        console = Console(width=80)
+        with console.capture() as shown:
+            console.print(view)
+        assert "still stands: notify_patient #7: it has no undo" in shown.get()
+
+
+def test_a_call_that_a_person_finds_to_have_happened_stands_when_its_run_was_unwound() -> None:
+    result = RunResult(
+        outcome=RunOutcome.FAILED, pending=[Pending(step="tell", role="", what="unknown", key="k/7")], key_base="k"
+    )
+    finding = Action(do="settle", key="k/7", seq=7, tool="tell", step="tell", happened=True)
+    ends = [ActionEnd(action=finding, ok=True, words="it happened")]
+    once = amended(result, ends)
+    assert [str(each) for each in once.stands] == ["tell #7"]
+    assert amended(once, ends) == once
+    did_not = [ActionEnd(action=finding.model_copy(update={"happened": False}), ok=True, words="it did not")]
+    assert amended(result, did_not).stands == []

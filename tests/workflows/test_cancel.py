@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from temporalio.client import WorkflowFailureError, WorkflowHandle
 
 from holdfast.contracts import Effect, Phase, RunOutcome, StepSpec, UndoRecord
+from holdfast.hooks import ENDED, run_is
 from holdfast.reliability.ledger import State
 from holdfast.tools import ToolFailed, ToolRefused
 from tests.fixtures.model import Message, call, error, say, sequence, turn
@@ -217,6 +218,45 @@ async def test_a_failing_undo_is_retried_then_recorded_and_the_others_go_on(lite
     rows = {e.key.removeprefix(f"{(await lite.stored(handle)).key_base}/"): e for e in await entries(lite, handle)}
     assert rows["1"].state is rows["2"].state is State.COMPENSATED
     assert (rows["3"].state, rows["3/undo"].state) == (State.DONE, State.FAILED)
+
+
+async def test_what_no_undo_takes_back_is_named_by_the_result_and_the_page(lite: Stage) -> None:
+    world, steps = World(), [StepSpec(name="all", tools=["book", "tell"])]
+    spec = agent(
+        world.tool("book"),
+        world.tool("tell", Effect.MANUAL, undo=None),
+        world.tool("look", Effect.READ),
+        world.tool("stuck", undo=[ToolFailed("the clinic is closed for good")]),
+        world.tool("fails", undo=None, errors=[ToolFailed("no")]),
+        world.tool("send", approval=True),
+        steps=steps,
+    )
+    lite.model.script = sequence(
+        call(("book", {}), ("look", {})), call(("tell", {}), ("stuck", {}), ("fails", {})), call(("send", {}))
+    )
+    async with lite.worker():
+        handle = await lite.start(spec)
+        asked = await until(handle, lambda s: bool(s.approvals))
+        assert asked.stands == [], "while it goes on nothing has to be undone"
+        await handle.cancel()
+        await cancelled(handle)
+        now = await status(handle)
+        page = await handle.query("__temporal_workflow_metadata")
+    result = await lite.stored(handle)
+    stands = [(str(each), each.why) for each in result.stands]
+    assert stands == [("tell #3", "it has no undo"), ("stuck #4", "its undo failed")]
+    assert now.stands == result.stands
+    assert now.line.endswith("Still stands: tell #3, stuck #4")
+    assert "- tell #3: it has no undo" in page.current_details.replace("\\", "")
+    data = run_is(ENDED, result, handle.id, "", "default", datetime.now(UTC)).data
+    assert data["stands"] == [{"tool": "tell", "call": 3}, {"tool": "stuck", "call": 4}]
+
+
+async def test_a_run_that_ends_well_leaves_nothing_that_stands(lite: Stage) -> None:
+    lite.model.script = sequence(call(("tell", {})), say("told"))
+    async with lite.worker():
+        handle = await lite.start(agent(World().tool("tell", undo=None)))
+        assert (await handle.result()).stands == []
 
 
 async def entries(stage: Stage, handle: WorkflowHandle[Any, Any]) -> list[Any]:

@@ -216,16 +216,24 @@ async def test_a_compensation_of_a_terminated_run_that_fails_is_a_letter(lite: S
     world = World()
     spec = agent(
         world.tool("book", undo=[ToolFailed("desk is closed")]),
+        world.tool("tell", undo=None),
+        world.tool("order"),
         world.tool("send", approval=True),
         steps=[StepSpec(name="visit", tools=["book"])],
     )
-    lite.model.script = sequence(call(("book", {})), call(("send", {})), say("done"))
+    calls = call(("book", {})), call(("tell", {})), call(("order", {})), call(("send", {}))
+    lite.model.script = sequence(*calls, say("done"))
     async with lite.worker():
         handle = await lite.start(spec)
         await until(handle, lambda s: bool(s.approvals))
         await handle.terminate("by hand")
         (ended,) = await sweep(lite)
         (letter,) = await Letters(lite.runtime.db).find()
+        result = await lite.stored(handle)
+    assert [(str(each), each.why) for each in result.stands] == [
+        ("book #1", "its undo failed"),
+        ("tell #2", "it has no undo"),
+    ]
     assert (ended.ok, letter.kind, letter.key) == (False, LetterKind.UNDO, f"{letter.key_base}/1/undo")
     assert "desk is closed" in letter.cause
 

@@ -182,12 +182,14 @@ async def test_a_compensation_that_failed_is_a_letter_and_its_replay_undoes_once
         await cancelled(handle)
         letter = await only_letter(stage)
         assert (letter.kind, letter.subject, "desk is closed" in letter.cause) == (LetterKind.UNDO, "book", True)
+        assert [str(each) for each in (await stage.stored(handle)).stands] == ["book #1"]
         ended = await replay(stage, letter)
     assert ended.ok
     assert world.log[-2:] == ["undo of book#1 fails", "undo book#1"]
     result = await stage.stored(handle)
     assert (result.outcome, [(u.tool, u.status) for u in result.undone]) == ("cancelled", [("book", UndoStatus.UNDONE)])
     assert result.steps[0].status is StepStatus.UNDONE
+    assert result.stands == []
     assert (await only_letter(stage)).state == LetterState.REPLAYED
 
 
