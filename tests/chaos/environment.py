@@ -1,0 +1,179 @@
+"""The processes that the chaos program disturbs: Temporal, a store, the hospital, the model, and some workers.
+
+Every worker reaches each of them over a link of its own (`tests.chaos.links`), so that one worker can be cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import httpx2
+import psutil
+from temporalio.client import Client
+
+from holdfast.contracts import Json
+from holdfast.simulation.hospital import HospitalRecord
+from holdfast.simulation.scripted_model import ModelRecord
+from holdfast.stack import Child, Stack, StackFailed, without_ours
+from holdfast.state.database import Database, open_database
+from holdfast.state.schema import migrate
+from holdfast.temporal import DATA_CONVERTER
+from tests.chaos.links import Link, to_port, to_socket
+from tests.fixtures.store import PostgresForTests
+from tests.sweep.nursery import Nursery
+
+QUEUE = "chaos"
+
+
+@dataclass
+class Worker:
+    """A worker process and its links, by the name of what they lead to."""
+
+    child: Child
+    links: dict[str, Link] = field(default_factory=dict)
+
+    async def close(self) -> None:
+        self.child.signal(signal.SIGKILL)
+        for link in self.links.values():
+            await link.close()
+
+
+class Postgres:
+    """A server of its own that can be killed, frozen and started again."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self.url = PostgresForTests(home).create("chaos")
+
+    @property
+    def socket(self) -> Path:
+        (folder,) = parse_qs(urlsplit(self.url).query)["host"]
+        return next(Path(folder).glob(".s.PGSQL.*[0-9]"))
+
+    def over(self, port: int) -> str:
+        """The address of the same database over a link."""
+        return f"postgresql://postgres@127.0.0.1:{port}/chaos"
+
+    def kill(self) -> None:
+        """As a crash: nothing is written back, and the next start recovers from the log."""
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def freeze(self) -> None:
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def thaw(self) -> None:
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def start(self) -> None:
+        """Starts it again after a kill. Blocks until it answers."""
+        PostgresForTests(self._home)
+
+    def _processes(self) -> list[psutil.Process]:
+        with suppress(FileNotFoundError, psutil.NoSuchProcess, ValueError):
+            postmaster = psutil.Process(int((self._home / "data" / "postmaster.pid").read_text().split()[0]))
+            return [*postmaster.children(recursive=True), postmaster]
+        return []
+
+
+class Environment:
+    """All processes of one chaos run over one store. `home` keeps their files and logs."""
+
+    def __init__(self, home: Path, postgres: Postgres | None) -> None:
+        self.postgres = postgres
+        self.url = postgres.url if postgres else f"sqlite:///{home / 'store.db'}"
+        self.stack = Stack(home, {**without_ours(os.environ), "DATABASE_URL": self.url, "HOLDFAST_TASK_QUEUE": QUEUE})
+        self.temporal, self.hospital, self.model = self.stack.services
+        self._nursery = Nursery(self.stack.environment, self.stack.logs)
+        self.hospital_record = HospitalRecord(self.stack.home / "hospital.db")
+        self.model_record = ModelRecord(self.stack.home / "model.db")
+        self.workers: list[Worker] = []
+        self.client: Client
+        self.db: Database
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, home: Path, postgres: Postgres | None, workers: int) -> AsyncIterator[Environment]:
+        """Starts everything; ends it, frozen processes too, however the block is left."""
+        env = cls(home, postgres)
+        async with AsyncExitStack() as stack:
+            stack.callback(env.stack.stop, 0.0)
+            stack.callback(env._nursery.stop)
+            stack.push_async_callback(env._close_workers)
+            await asyncio.to_thread(migrate, env.url)
+            await env.stack.start(workers=0)
+            env.db = await open_database(env.url)
+            stack.push_async_callback(env.db.close)
+            env.client = await Client.connect(env.stack.temporal_address, data_converter=DATA_CONVERTER)
+            await asyncio.gather(*(env.start_worker() for _ in range(workers)))
+            yield env
+
+    async def start_worker(self) -> None:
+        """One more worker, on links of its own. Raises StackFailed when it does not come up."""
+        ports = self.stack.ports
+        links = {name: Link(to_port(ports[name])) for name in ("temporal", "hospital", "model")}
+        if self.postgres:
+            links["store"] = Link(to_socket(self.postgres.socket))
+        for link in links.values():
+            await link.start()
+        child = await self._nursery.worker(
+            TEMPORAL_ADDRESS=f"127.0.0.1:{links['temporal'].port}",
+            HOLDFAST_HOSPITAL_URL=f"http://127.0.0.1:{links['hospital'].port}",
+            OPENAI_BASE_URL=f"http://127.0.0.1:{links['model'].port}/v1",
+            DATABASE_URL=self.postgres.over(links["store"].port) if self.postgres else self.url,
+            HOLDFAST_DRAIN_S="5",
+            HOLDFAST_MODEL_RPM="60000",
+            HOLDFAST_PARK_S="5",
+        )
+        self.workers.append(Worker(child, links))
+
+    async def _close_workers(self) -> None:
+        for worker in self.workers:
+            await worker.close()
+
+    async def replace(self, worker: Worker) -> None:
+        """Another worker in the place of one that died. Tries until one comes up: the store may be down as well."""
+        if worker in self.workers:
+            self.workers.remove(worker)
+        await worker.close()
+        while True:
+            try:
+                return await self.start_worker()
+            except (StackFailed, StopIteration):
+                await asyncio.sleep(0.5)
+
+    async def restart(self, child: Child) -> None:
+        """Kills a service and starts it again on its port and its files."""
+        child.signal(signal.SIGKILL)
+        await asyncio.to_thread(child.wait, 10)
+        child.start()
+        await self.stack.until_ready(child)
+
+    async def order(self, where: str, service: str, fault: Json | None) -> None:
+        """Orders a fault from the hospital or the model; None takes all back. A process that is down is well."""
+        url = f"http://127.0.0.1:{self.stack.ports[where]}/faults"
+        with suppress(httpx2.HTTPError):
+            async with httpx2.AsyncClient(timeout=5) as http:
+                await (http.delete(url) if fault is None else http.put(f"{url}/{service}", json=fault))
+
+
+async def until(holds: Callable[[], bool], seconds: float) -> bool:
+    """Waits for something that another process does; whether it came about."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not holds():
+        if asyncio.get_running_loop().time() > deadline:
+            return False
+        await asyncio.sleep(0.05)
+    return True

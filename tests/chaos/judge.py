@@ -1,0 +1,143 @@
+"""What must hold of every run after the chaos: pure functions over what the services themselves have on record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from holdfast.contracts import RunOutcome, RunResult
+from holdfast.reliability.ledger import Entry, State
+from holdfast.simulation.hospital import EffectRow
+from holdfast.simulation.scripted_model import CallRow
+from holdfast.state.letters import Letter
+
+CLOCK_S = 0.25
+"""Two processes of one machine may read the clock this far apart while they are busy."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything on record about one run."""
+
+    workflow_id: str
+    status: str
+    """Temporal's word: COMPLETED, TERMINATED, …"""
+    result: RunResult | None
+    """The store's."""
+    ledger: list[Entry] = field(default_factory=list)
+    letters: list[Letter] = field(default_factory=list)
+    effects: list[EffectRow] = field(default_factory=list)
+    """The hospital's."""
+    calls: list[CallRow] = field(default_factory=list)
+    """The model's."""
+    replay_error: str = ""
+
+
+@dataclass(frozen=True)
+class Violation:
+    kind: str
+    """doubled, lost, standing, stuck, paid again, disagreement, no replay, failed."""
+    workflow_id: str
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.workflow_id}: {self.words}"
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The hospital's words for a tool's effect and its undo, and the suffix of the key that the undo has."""
+
+    done: str
+    undone: str = ""
+    suffix: str = ""
+
+
+TOOLS = {
+    "order_medication": _Words("order", "cancel-order"),
+    "book_appointment": _Words("book", "cancel-booking"),
+    "notify_providers": _Words("message", "retraction", "/undo"),
+    "notify_patient": _Words("message"),
+}
+
+
+def judge(record: Record) -> list[Violation]:
+    """What is wrong with this run."""
+    found = [("no replay", record.replay_error)] if record.replay_error else []
+    if record.result is None:
+        found.append(("stuck", f"the run did not end: Temporal says {record.status}"))
+    else:
+        found += _outcome(record.result)
+    found += _effects(record)
+    found += _model_calls(record)
+    return [Violation(kind, record.workflow_id, words) for kind, words in found]
+
+
+def _outcome(result: RunResult) -> list[tuple[str, str]]:
+    """Every service comes back within every call's patience, and the model always knows what to do."""
+    if result.outcome is RunOutcome.FAILED:
+        return [("failed", result.reason)]
+    return []
+
+
+def _effects(record: Record) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    counted = Counter((effect.kind, effect.key) for effect in record.effects)
+    outcome = record.result.outcome if record.result else None
+    told = _told(record)
+    for tool, words in TOOLS.items():
+        net = 0
+        for entry in (e for e in record.ledger if (e.kind, e.name) == ("tool", tool)):
+            done = counted.pop((words.done, entry.key), 0)
+            undone = counted.pop((words.undone, entry.key + words.suffix), 0) if words.undone else 0
+            net += done - undone
+            if done > 1 or undone > 1:
+                found.append(("doubled", f"{entry.key} ({tool}): done {done} times, undone {undone} times"))
+            found += _agreement(entry, tool, done, undone, told)
+        if net > 1:
+            found.append(("doubled", f"{tool}: {net} effects under different keys"))
+        if net == 0 and outcome is RunOutcome.COMPLETED:
+            found.append(("lost", f"{tool}: the run completed without it"))
+        if net > 0 and outcome is not None and outcome.unwinds and words.undone and not told & _keys(record, tool):
+            found.append(("standing", f"{tool}: its effect stands although the run ended {outcome}"))
+    found += [("doubled", f"{times} × {kind} under {key}, which no call has") for (kind, key), times in counted.items()]
+    return found
+
+
+def _agreement(entry: Entry, tool: str, done: int, undone: int, told: set[str]) -> list[tuple[str, str]]:
+    """The ledger says what the hospital says; what it does not know, a person is asked about."""
+    match entry.state:
+        case State.DONE:
+            right = (done, undone) == (1, 0)
+        case State.COMPENSATED:
+            right = (done, undone) == (1, 1)
+        case State.FAILED:
+            right = done == undone
+        case State.UNKNOWN | State.RESERVED:
+            right = entry.key in told or done == undone == 1
+    if right:
+        return []
+    words = f"{entry.key} ({tool}): ledger {entry.state}, the hospital did it {done} times and undid it {undone} times"
+    # An effect that the ledger has as done and the hospital does not is lost work.
+    return [("lost" if entry.state is State.DONE and not done else "disagreement", words)]
+
+
+def _told(record: Record) -> set[str]:
+    """Keys that people were told of: they are in a dead letter, or pending in the result."""
+    pending = {each.key for each in record.result.pending} if record.result else set()
+    return pending | {letter.key.removesuffix("/undo") for letter in record.letters if letter.key}
+
+
+def _keys(record: Record, tool: str) -> set[str]:
+    return {entry.key for entry in record.ledger if entry.name == tool}
+
+
+def _model_calls(record: Record) -> list[tuple[str, str]]:
+    recorded = {entry.key: entry for entry in record.ledger if entry.kind == "model"}
+    found = []
+    for call in record.calls:
+        entry = recorded.get(call.key)
+        if entry and entry.settled_at and entry.settled and call.received_at > entry.settled_at + CLOCK_S:
+            late = call.received_at - entry.settled_at
+            found.append(("paid again", f"{entry.name}: called again {late:.1f} s after its answer was recorded"))
+    return found
