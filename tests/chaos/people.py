@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psycopg
+from psycopg_pool import PoolTimeout
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
@@ -32,6 +35,7 @@ from holdfast.state.runs import Runs
 from holdfast.temporal import STATUS
 from tests.chaos.environment import QUEUE, Environment
 
+STORE_ERRORS = (StoreUnavailable, psycopg.Error, sqlite3.Error, PoolTimeout)
 RPC = timedelta(seconds=5)
 LOOK_S = 1.0
 """How often a person looks whether a run asks something."""
@@ -58,7 +62,7 @@ async def persist(attempt: Callable[[], Awaitable[T]]) -> T:
                 raise Gone(error.message) from None
             if error.status in (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION):
                 raise
-        except (StoreUnavailable, OSError, TimeoutError, RuntimeError):
+        except (*STORE_ERRORS, OSError, RuntimeError):
             pass  # said by whoever waits: a run that never starts or ends is stuck
         await asyncio.sleep(0.5)
 
