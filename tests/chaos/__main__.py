@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +25,6 @@ from rich.table import Table
 
 from tests.chaos.chaos import Report, chaos
 from tests.chaos.environment import Postgres
-from tests.fixtures.store import STOP
 
 STORES = ("sqlite", "postgresql")
 console = Console()
@@ -67,16 +65,12 @@ def _options() -> argparse.Namespace:
 
 def _on(store: str, options: argparse.Namespace) -> Report:
     home = Path(tempfile.mkdtemp(prefix="holdfast-chaos-"))
-    # Not under `home`: the server gives up root's rights and then has to pass through all folders above.
-    folder = Path(tempfile.gettempdir()) / f"holdfast-chaos-pg-{os.getpid()}"
-    stopper = subprocess.Popen(["sh", "-c", STOP, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
     report = None
     try:
-        postgres = Postgres(folder) if store == "postgresql" else None
-        report = asyncio.run(_watched(home, postgres, options))
-        return report
+        with Postgres.open() if store == "postgresql" else nullcontext() as postgres:
+            report = asyncio.run(_watched(home, postgres, options))
+            return report
     finally:
-        stopper.communicate()
         if options.keep and (report is None or report.violations):
             console.print(f"files and logs: {home}")
         else:

@@ -56,11 +56,11 @@ class Disturbances:
             _, name, disturb = self._random.choices(self._kinds, [weight for weight, _, _ in self._kinds])[0]
             self.done[name] += 1
             self.log.append(f"{asyncio.get_running_loop().time() - begun:7.1f} s  {name}")
-            task = asyncio.create_task(disturb(), name=name)
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
-        if self._under_way:
-            await asyncio.gather(*self._under_way)
+            self._under_way.add(asyncio.create_task(disturb(), name=name))
+            for task in [task for task in self._under_way if task.done()]:
+                self._under_way.discard(task)
+                task.result()
+        await asyncio.gather(*self._under_way)
         for where in ("hospital", "model"):
             await self._env.order(where, "", None)
 

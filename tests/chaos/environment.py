@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -26,7 +28,7 @@ from holdfast.state.database import Database, open_database
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER
 from tests.chaos.links import Link, to_port, to_socket
-from tests.fixtures.store import PostgresForTests
+from tests.fixtures.store import STOP, PostgresForTests
 from tests.sweep.nursery import Nursery
 
 QUEUE = "chaos"
@@ -47,6 +49,18 @@ class Worker:
 
 class Postgres:
     """A server of its own that can be killed, frozen and started again."""
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[Postgres]:
+        """Starts it; stops it however the block is left, or this process ends."""
+        # In a folder of its own: the server gives up root's rights and then has to pass through all folders above.
+        folder = Path(tempfile.gettempdir()) / f"holdfast-chaos-pg-{os.getpid()}"
+        stopper = subprocess.Popen(["sh", "-c", STOP, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
+        try:
+            yield cls(folder)
+        finally:
+            stopper.communicate()
 
     def __init__(self, home: Path) -> None:
         self._home = home
@@ -155,11 +169,15 @@ class Environment:
                 await asyncio.sleep(0.5)
 
     async def restart(self, child: Child) -> None:
-        """Kills a service and starts it again on its port and its files."""
-        child.signal(signal.SIGKILL)
-        await asyncio.to_thread(child.wait, 10)
-        child.start()
-        await self.stack.until_ready(child)
+        """Kills a service and starts it again on its port and its files, until it comes up."""
+        while True:
+            child.signal(signal.SIGKILL)
+            await asyncio.to_thread(child.wait, 10)
+            child.start()
+            try:
+                return await self.stack.until_ready(child)
+            except StackFailed:
+                await asyncio.sleep(0.5)  # a server that finds its machine or its store too slow ends itself
 
     async def order(self, where: str, service: str, fault: Json | None) -> None:
         """Orders a fault from the hospital or the model; None takes all back. A process that is down is well."""
