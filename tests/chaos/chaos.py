@@ -22,7 +22,7 @@ from tests.chaos.disturbances import Disturbances
 from tests.chaos.environment import Environment, Postgres
 from tests.chaos.judge import Record, Violation, judge
 from tests.chaos.people import People, Run
-from tests.chaos.replay import replay_error
+from tests.fixtures.replay import replay_all
 
 WORKERS = 3
 CALM_S = 420.0
@@ -118,6 +118,7 @@ async def _records(env: Environment, runs: Sequence[Run]) -> list[Record]:
     """Everything that is on record, read once from every side."""
     ledger, letters, rows = Ledger(env.db, "chaos"), await Letters(env.db).find(), Runs(env.db)
     effects, calls = env.hospital_record.effects(), env.model_record.calls()
+    broken = {each.workflow_id: str(each) for each in await replay_all(env.client, [run.handle.id for run in runs])}
     found = []
     for run in runs:
         prefix = f"{run.key_base}/"
@@ -132,7 +133,7 @@ async def _records(env: Environment, runs: Sequence[Run]) -> list[Record]:
                 letters=[each for each in letters if each.workflow_id == run.handle.id],
                 effects=[each for each in effects if each.key.startswith(prefix)],
                 calls=[each for each in calls if each.key.startswith(prefix)],
-                replay_error=await replay_error(env.client, run.handle.id),
+                replay_error=broken.get(run.handle.id, ""),
             )
         )
     return found

@@ -86,7 +86,7 @@ class Disturbances:
                 getattr(link, how)()
             await self._while()
             for link in chosen:
-                link.let_go()
+                link.talk()
 
     async def _kill_temporal(self) -> None:
         async with self._alone("temporal") as free:

@@ -1,6 +1,6 @@
 """The processes that the chaos program disturbs: Temporal, a store, the hospital, the model, and some workers.
 
-Every worker reaches each of them over a link of its own (`tests.chaos.links`), so that one worker can be cut off.
+Every worker reaches each of them over a proxy of its own (`tests.fixtures.proxy`), so that one worker can be cut off.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from holdfast.stack import Child, Stack, StackFailed, without_ours
 from holdfast.state.database import Database, open_database
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER
-from tests.chaos.links import Link, to_port, to_socket
+from tests.fixtures.proxy import Proxy
 from tests.fixtures.store import STOP, PostgresForTests
 from tests.sweep.nursery import Nursery
 
@@ -36,15 +36,15 @@ QUEUE = "chaos"
 
 @dataclass
 class Worker:
-    """A worker process and its links, by the name of what they lead to."""
+    """A worker process and its proxies, by the name of what they lead to."""
 
     child: Child
-    links: dict[str, Link] = field(default_factory=dict)
+    links: dict[str, Proxy] = field(default_factory=dict)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self.child.signal(signal.SIGKILL)
         for link in self.links.values():
-            await link.close()
+            link.stop()
 
 
 class Postgres:
@@ -125,7 +125,7 @@ class Environment:
         async with AsyncExitStack() as stack:
             stack.callback(env.stack.stop, 0.0)
             stack.callback(env._nursery.stop)
-            stack.push_async_callback(env._close_workers)
+            stack.callback(env._close_workers)
             await asyncio.to_thread(migrate, env.url)
             await env.stack.start(workers=0)
             env.db = await open_database(env.url)
@@ -137,11 +137,9 @@ class Environment:
     async def start_worker(self) -> None:
         """One more worker, on links of its own. Raises StackFailed when it does not come up."""
         ports = self.stack.ports
-        links = {name: Link(to_port(ports[name])) for name in ("temporal", "hospital", "model")}
+        links = {name: Proxy(("127.0.0.1", ports[name])) for name in ("temporal", "hospital", "model")}
         if self.postgres:
-            links["store"] = Link(to_socket(self.postgres.socket))
-        for link in links.values():
-            await link.start()
+            links["store"] = Proxy(str(self.postgres.socket))
         child = await self._nursery.worker(
             TEMPORAL_ADDRESS=f"127.0.0.1:{links['temporal'].port}",
             HOLDFAST_HOSPITAL_URL=f"http://127.0.0.1:{links['hospital'].port}",
@@ -153,15 +151,15 @@ class Environment:
         )
         self.workers.append(Worker(child, links))
 
-    async def _close_workers(self) -> None:
+    def _close_workers(self) -> None:
         for worker in self.workers:
-            await worker.close()
+            worker.close()
 
     async def replace(self, worker: Worker) -> None:
         """Another worker in the place of one that died. Tries until one comes up: the store may be down as well."""
         if worker in self.workers:
             self.workers.remove(worker)
-        await worker.close()
+        worker.close()
         while True:
             try:
                 return await self.start_worker()
