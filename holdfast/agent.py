@@ -20,6 +20,9 @@ from holdfast.tools import Tool
 if TYPE_CHECKING:
     from langgraph.graph import StateGraph
 
+MOST_CALLS = 1_000
+"""What `max_calls` and `parallel_calls` may be set to. Temporal takes 2,000 activities of a run at a time."""
+
 
 def _as_json(value: BaseModel) -> str:
     return json.dumps(value.model_dump(mode="json"), ensure_ascii=False)
@@ -43,6 +46,11 @@ class AgentSpec:
     max_turns: int = 40
     deadline: timedelta = timedelta(days=1)
     turns_per_execution: int = 100
+    max_calls: int = 32
+    """Tool calls of one turn. A model that makes more reads this number and chooses again."""
+    parallel_calls: int = 8
+    """Tool calls that are at work at a time; the others of the turn wait for a place. A call that waits for a person or
+    for its service has none."""
     services: tuple[Service, ...] = ()
     """Limits and breakers of the services that its tools use, where the defaults do not fit."""
     graph: StateGraph[Any, Any, Any, Any] | str | None = None
@@ -55,6 +63,10 @@ class AgentSpec:
     by_name: dict[str, Tool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("max_calls", "parallel_calls"):
+            wanted = getattr(self, name)
+            if not isinstance(wanted, int) or not 1 <= wanted <= MOST_CALLS:
+                raise TypeError(f"agent {self.name}: {name} has to be a number from 1 to {MOST_CALLS}, not {wanted!r}")
         for each in self.tools:
             each.check()
             if each.name in self.by_name:
@@ -88,6 +100,7 @@ class AgentSpec:
             max_turns=self.max_turns,
             deadline_s=self.deadline.total_seconds(),
             turns_per_execution=self.turns_per_execution,
+            parallel_calls=self.parallel_calls,
         )
 
     def messages(self, value: Json) -> list[Json]:

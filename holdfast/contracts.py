@@ -104,6 +104,8 @@ class Profile(BaseModel):
     """Seconds of work allowed; the clock stands still while a human is asked."""
     turns_per_execution: int = 100
     """Continue-as-new after this many turns of one execution (the server's own suggestion counts as well)."""
+    parallel_calls: int = 0
+    """Tool calls that are at work at a time; 0: all of a turn's at once, as in runs from before there was a limit."""
 
 
 # ------------------------------------------------------------------ one turn

@@ -26,6 +26,7 @@ WAS_CUT = (
     "Your answer was cut at its limit before it was complete, so nothing of it was taken. Answer again, shorter: a few"
     " words, or fewer calls at a time."
 )
+FEWER = "Choose the calls that come first; make the others when you have read what these answered."
 
 
 class MalformedOutput(Exception):
@@ -70,6 +71,12 @@ def parse(message: Json, spec: AgentSpec, offered: set[str] | None = None) -> tu
         if text:
             return Decision(final=text), []
         return None, [{"role": "user", "content": "Your answer was empty. Call a tool, or say how the task ended."}]
+    if len(wanted) > spec.max_calls:
+        *others, last = (call["id"] for call in wanted)
+        short = "error: not run: too many calls in one answer"
+        words = f"{short}: {len(wanted):,}, and at most {spec.max_calls} are taken. {FEWER}"
+        told = [(each, short) for each in others] + [(last, words)]
+        return None, [{"role": "tool", "tool_call_id": each, "content": text} for each, text in told]
     parsed = [(call["id"], *_parse_call(call, spec, offered)) for call in wanted]
     kept = "not run, because another call of the same answer was invalid; send all the calls again"
     if all(good is not None for _, good, _ in parsed):

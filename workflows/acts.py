@@ -35,6 +35,7 @@ class Acts:
         self._calls = calls
         self.key_base = state.key_base.removeprefix(workflow.info().workflow_id)
         """Relative to the workflow's own id, which saves history its name in every request."""
+        self._registered = {record.seq for record in state.saga}
 
     async def tool(self, call: ToolCall, seq: int, since: datetime) -> Outcome:
         """Runs a tool call to its outcome, or to a `wait` when its service is down.
@@ -55,6 +56,7 @@ class Acts:
                 deadline_s=left,
                 put_off=policy.put_off,
                 queue=policy.queue,
+                begins=lambda: self._begins(policy, call, seq),
             )
         except ActivityError as error:
             # Its deadline passed, or it was cancelled before it could say how it ended.
@@ -92,6 +94,21 @@ class Acts:
         if outcome.wait:
             return UndoOutcome(status=UndoStatus.FAILED, note=f"gave up: {outcome.wait.why}")
         return outcome
+
+    def _begins(self, policy: ToolPolicy, call: ToolCall, seq: int) -> None:
+        """Registers the undo before the effect can start; once, also when the call is tried again."""
+        if policy.undo and seq not in self._registered:
+            self._registered.add(seq)
+            step = self._state.step_of(call.tool)
+            self._state.saga.append(
+                UndoRecord(
+                    seq=seq,
+                    tool=call.tool,
+                    version=call.version,
+                    arguments=call.arguments,
+                    step=step.name if step else "",
+                )
+            )
 
     def _request(self, seq: int, tool: str, version: str, arguments: dict[str, Any]) -> ToolRequest:
         return ToolRequest(

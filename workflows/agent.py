@@ -79,11 +79,11 @@ class AgentWorkflow:
         self._hooks = Hooks(given, self._state.key_base)
         self._approvals = Approvals(self._state.approvals, self._note, self._changed, self._hooks.asked)
         self._parent = Parent(self._state)
-        self._calls = Calls(self._parked, self._parent.goes_on)
+        self._calls = Calls(self._parked, self._parent.goes_on, self._state.places)
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
         self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
         self._gate = Gate(self._state, given.standing, self._approvals, self._acts, self._note)
-        self._display = progress.Display(given)
+        self._display = progress.Display(given, self._page)
         self._ending: Ending | None = None
         self._result: RunResult | None = None
         self._turns_here = 0
@@ -92,6 +92,7 @@ class AgentWorkflow:
 
     @workflow.run
     async def run(self, given: AgentInput) -> RunResult:
+        self._display.start()
         if given.state is not None:
             self._changed()
         ending = await self._live()
@@ -315,10 +316,6 @@ class AgentWorkflow:
         self._changed()
 
     async def _act(self, item: CallState) -> Outcome:
-        policy = self._state.policy(item.call.tool)
-        assert policy is not None, "the gate lets no other call pass"
-        if policy.undo:
-            self._state.register_undo(item)
         outcome = await self._acts.tool(item.call, item.seq, workflow.now())
         if outcome.wait is None:
             return outcome
@@ -381,7 +378,7 @@ class AgentWorkflow:
     def other(self, name: str, _: Sequence[RawValue]) -> None:
         """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
         self._note(messages.unknown_signal(name, ("decide", "message"), "a run"))
-        self._display.page(self._state, self._ending)
+        self._display.page()
 
     def _hear(self, *payload: Any) -> DecisionReply:
         reply = messages.take(self._state, payload, ended=self._ending is not None)
@@ -425,4 +422,7 @@ class AgentWorkflow:
             state.phase = Phase.WAITING_HUMAN if self._state.approvals.blocking else Phase.RUNNING
         if state.phase is Phase.WAITING_HUMAN:
             self._parent.stands_still()
-        self._display.show(state, self._ending)
+        self._display.show(state)
+
+    def _page(self) -> str:
+        return progress.page(self._given.agent, workflow.info().workflow_id, self._state, self._ending)

@@ -38,11 +38,13 @@ class Aside:
         self._acts = acts
         self._concluded = concluded
         self._note = note
-        self._tasks: list[asyncio.Task[None]] = []
         self._trying: set[int] = set()
         """Calls that were put off and are being tried again right now."""
         self._answered: set[int] = set()
         """Calls that were put off and that a person settles: they are not tried again."""
+        # Ordered, unlike a set: the order in which they are cancelled is the order of their commands.
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._broken: BaseException | None = None
 
     def resume(self) -> None:
         """Goes on with what was open when the run continued as new."""
@@ -79,14 +81,20 @@ class Aside:
 
     def broken(self) -> BaseException | None:
         """A bug in what goes on here. The run has to raise it, or it would wait for ever."""
-        ended = (task for task in self._tasks if task.done() and not task.cancelled())
-        return next((error for task in ended if (error := task.exception())), None)
+        return self._broken
 
     def unfinished(self) -> list[asyncio.Task[None]]:
-        return [task for task in self._tasks if not task.done()]
+        return [*self._tasks]
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work))
+        task = asyncio.create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        if not task.cancelled():
+            self._broken = self._broken or task.exception()
 
     async def _try_again(self, deferred: Deferred) -> None:
         state, call, seq = self._state, deferred.call, deferred.seq

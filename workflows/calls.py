@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,11 +31,22 @@ Parked = Callable[[Wait | None], None]
 class Calls:
     """The activities of one run. `open` counts those under way: only at 0 may the run continue as new."""
 
-    def __init__(self, parked: Parked, went_on: Callable[[], None] = lambda: None) -> None:
-        """went_on: told of every activity that has come to a result."""
+    def __init__(
+        self, parked: Parked, went_on: Callable[[], None] = lambda: None, places: Callable[[], int] = lambda: 0
+    ) -> None:
+        """went_on: told of every activity that has come to a result. places: how many tool calls may be at work at a
+        time; 0: any number."""
         self.open = 0
         self._parked = parked
         self._went_on = went_on
+        self._places = places
+        self._window: asyncio.Semaphore | None = None
+
+    def _place(self) -> AbstractAsyncContextManager[None]:
+        """A place among the tool calls that are at work."""
+        if self._window is None and (places := self._places()):
+            self._window = asyncio.Semaphore(places)
+        return self._window or nullcontext()
 
     async def run(
         self,
@@ -47,34 +60,44 @@ class Calls:
         settle: bool = True,
         put_off: bool = False,
         queue: str = "",
+        begins: Callable[[], None] | None = None,
     ) -> T:
         """Runs an activity to its result, sleeping whenever it asks to wait.
 
         timeout_s: what it needs for one attempt. deadline_s: over all attempts and the waits between them; no wait goes
         beyond it. settle: a cancelled call is waited for until it has said how it ended; without, it is left alone at
         once. put_off: a wait for a service that is down is the caller's business. queue: the stage whose workers do it.
+        begins: of a tool call, which needs a place: called each time that it has one, before the activity is scheduled.
+        It has the place only while the activity is open, so a call that sleeps holds up no other. The deadline counts
+        from the first place.
         The result still holds its `wait` when it was given up or put off.
         Raises ActivityError when the activity gave up or was cancelled.
         """
         how = workflow.ActivityCancellationType
-        end = None if deadline_s is None else workflow.now() + timedelta(seconds=deadline_s)
+        place = self._place() if begins else nullcontext()
+        end = None
         while True:
-            self.open += 1
-            try:
-                outcome = await workflow.execute_activity(
-                    name,
-                    request,
-                    result_type=result,
-                    task_queue=f"{workflow.info().task_queue}.{queue}" if queue else None,
-                    start_to_close_timeout=timedelta(seconds=timeout_s + GRACE_S),
-                    schedule_to_close_timeout=max(end - workflow.now(), timedelta(seconds=1)) if end else None,
-                    heartbeat_timeout=HEARTBEAT,
-                    retry_policy=RETRY,
-                    summary=summary,
-                    cancellation_type=how.WAIT_CANCELLATION_COMPLETED if settle else how.TRY_CANCEL,
-                )
-            finally:
-                self.open -= 1
+            async with place:
+                if begins:
+                    begins()
+                if deadline_s is not None and end is None:
+                    end = workflow.now() + timedelta(seconds=deadline_s)
+                self.open += 1
+                try:
+                    outcome = await workflow.execute_activity(
+                        name,
+                        request,
+                        result_type=result,
+                        task_queue=f"{workflow.info().task_queue}.{queue}" if queue else None,
+                        start_to_close_timeout=timedelta(seconds=timeout_s + GRACE_S),
+                        schedule_to_close_timeout=max(end - workflow.now(), timedelta(seconds=1)) if end else None,
+                        heartbeat_timeout=HEARTBEAT,
+                        retry_policy=RETRY,
+                        summary=summary,
+                        cancellation_type=how.WAIT_CANCELLATION_COMPLETED if settle else how.TRY_CANCEL,
+                    )
+                finally:
+                    self.open -= 1
             wait: Wait | None = getattr(outcome, "wait", None)
             if wait is None:
                 self._went_on()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
+from collections.abc import Callable
 from datetime import datetime
 from math import ceil
 
@@ -39,6 +41,8 @@ TICKS = {
 
 MAX_SHOWN = 10_000
 """Characters of an argument that the page shows."""
+MAX_ROWS = 10
+"""Questions, and undos, that the page shows. A page of hundreds would cost the run more than what it is about."""
 
 
 def line(agent: str, steps: list[StepState], doing: str, now: datetime) -> str:
@@ -114,12 +118,18 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
                 f"- {TICKS[s.status]} {s.title or s.name}: {s.status}{_aside(s.detail or s.origin)}" for s in steps
             )
         )
-    parts += [_question(workflow_id, approval, state) for approval in state.approvals.open.values()]
-    undone = (u for u in state.saga if u.status is not UndoStatus.REGISTERED)
+    asked = list(state.approvals.open.values())
+    parts += [_question(workflow_id, approval, state) for approval in asked[:MAX_ROWS]]
+    if (more := len(asked) - MAX_ROWS) > 0:
+        parts.append(f"### {more} more questions\n`uv run starter.py approvals {workflow_id}` shows them all.")
+    undone = [u for u in state.saga if u.status is not UndoStatus.REGISTERED]
+    undone.sort(key=lambda undo: undo.status is not UndoStatus.FAILED)
     if ending and ending.outcome.unwinds and (stands := state.stands()):
-        rows = [f"- {plain(each)}: {plain(each.why)}" for each in stands]
+        rows = [f"- {plain(each)}: {plain(each.why)}" for each in stands[:MAX_ROWS]]
+        rows += [f"- … and {more} more"] if (more := len(stands) - MAX_ROWS) > 0 else []
         parts.append("### Still stands\nWhat was done and is not undone:\n" + "\n".join(rows))
-    if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone]:
+    if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone[:MAX_ROWS]]:
+        rows += [f"- … and {more} more"] if (more := len(undone) - MAX_ROWS) > 0 else []
         parts.append("### Undo\n" + "\n".join(rows))
     if state.notes:
         parts.append("### Notes\n" + "\n".join(f"- {plain(note)}" for note in state.notes[-10:]))
@@ -223,19 +233,38 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
 
 
 class Display:
-    """Keeps the Web UI's page and the search attributes up to date, writing history only for what changed."""
+    """Keeps the Web UI's page and the search attributes up to date, writing history only for what changed.
 
-    def __init__(self, given: AgentInput) -> None:
+    A task of its own makes the page, once for all that a workflow task brings: a hundred calls that end, or a hundred
+    questions that are asked, are one page and not a hundred.
+    """
+
+    def __init__(self, given: AgentInput, page: Callable[[], str]) -> None:
         self._given = given
+        self._page = page
+        self._outdated = False
+        self._paging: asyncio.Task[None] | None = None
         known = workflow.info().typed_search_attributes
         self._shown = {key: known.get(key, "") for key in SEARCH_ATTRIBUTES}
 
-    def page(self, state: RunState, ending: Ending | None) -> None:
-        """The page alone, which is not in history."""
-        workflow.set_current_details(page(self._given.agent, workflow.info().workflow_id, state, ending))
+    def start(self) -> None:
+        self._paging = asyncio.create_task(self._keep())
 
-    def show(self, state: RunState, ending: Ending | None) -> None:
-        self.page(state, ending)
+    async def _keep(self) -> None:
+        while True:
+            # Looked at when nothing else of the workflow task is left to do.
+            await workflow.wait_condition(lambda: self._outdated)
+            self._outdated = False
+            workflow.set_current_details(self._page())
+
+    def page(self) -> None:
+        """The page alone, which is not in history."""
+        if self._paging and self._paging.done():
+            self._paging.result()  # raises the bug that ended it
+        self._outdated = True
+
+    def show(self, state: RunState) -> None:
+        self.page()
         now = {STATUS: state.phase.value, STAGE: state.stage(), AGENT: self._given.agent, TENANT: self._given.tenant}
         if changed := [key.value_set(value) for key, value in now.items() if self._shown.get(key, "") != value]:
             self._shown = now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -133,6 +135,10 @@ class RunState(BaseModel):
         """The rules of a tool, as they were when the run began; None for one that is newer than the run."""
         return self.profile.tools.get(tool) if self.profile else None
 
+    def places(self) -> int:
+        """How many tool calls may be at work at a time; 0: any number."""
+        return self.profile.parallel_calls if self.profile else 0
+
     def account(self, item: CallState) -> None:
         """Counts the outcome of a call and keeps it as its tool's end."""
         outcome = item.outcome
@@ -172,24 +178,10 @@ class RunState(BaseModel):
     def step_of(self, tool: str) -> StepSpec | None:
         return next((s for s in self._specs() if tool in s.tools), None)
 
-    def register_undo(self, item: CallState) -> None:
-        """Registers the undo before the effect starts; once, also when the coroutine starts again."""
-        if all(record.seq != item.seq for record in self.saga):
-            call = item.call
-            step = self.step_of(call.tool)
-            self.saga.append(
-                UndoRecord(
-                    seq=item.seq,
-                    tool=call.tool,
-                    version=call.version,
-                    arguments=call.arguments,
-                    step=step.name if step else "",
-                )
-            )
-
     def steps(self) -> list[StepState]:
         """Where each step of the agent stands."""
-        return [self._step(spec) for spec in self._specs()]
+        running = {call.call.tool for call in self.calls if call.outcome is None}
+        return [self._step(spec, running) for spec in self._specs()]
 
     def pending(self) -> list[Pending]:
         """What a person has to settle after the run."""
@@ -221,7 +213,7 @@ class RunState(BaseModel):
         """What the run is doing, in words."""
         match self.phase:
             case Phase.WAITING_HUMAN:
-                return "Waiting for a human: " + ", ".join(a.subject for a in self.approvals.blocking)
+                return "Waiting for a human: " + _names(a.subject for a in self.approvals.blocking)
             case Phase.PARKED if self.final is not None:
                 again = (f"{each.call.tool} at {each.until:%H:%M:%S} UTC" for each in self.deferred)
                 return f"Trying again: {', '.join(again)}"
@@ -230,8 +222,8 @@ class RunState(BaseModel):
             case Phase.COMPENSATING:
                 return "Undoing what was done"
             case _:
-                running = [c.call.tool for c in self.calls if c.outcome is None]
-                return f"Running {', '.join(running)}" if running else f"Thinking (turn {self.turn})"
+                running = _names(c.call.tool for c in self.calls if c.outcome is None)
+                return f"Running {running}" if running else f"Thinking (turn {self.turn})"
 
     def _specs(self) -> list[StepSpec]:
         return self.profile.steps if self.profile else []
@@ -239,10 +231,9 @@ class RunState(BaseModel):
     def _key(self, seq: int | None) -> str:
         return f"{self.key_base}/{seq}" if seq else ""
 
-    def _step(self, spec: StepSpec) -> StepState:
+    def _step(self, spec: StepSpec, running: set[str]) -> StepState:
         ends = [self.ends[tool] for tool in spec.tools if tool in self.ends]
         worst = next((e for bad in _BAD for e in ends if e.status is bad), None)
-        running = {c.call.tool for c in self.calls if c.outcome is None}
         questions = [a for a in self.approvals.open.values() if a.subject in spec.tools]
         waiting = {a.subject for a in questions if a.kind == "tool"}
         undone = {r.tool for r in self.saga if r.status is UndoStatus.UNDONE}
@@ -274,6 +265,11 @@ class RunState(BaseModel):
             origin="; ".join(end.origin for end in ends if end.origin),
             eta=max((a.eta for a in questions if a.eta), default=None),
         )
+
+
+def _names(tools: Iterable[str]) -> str:
+    """'book, send (12 times)'"""
+    return ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in Counter(tools).items())
 
 
 _BAD = {

@@ -116,7 +116,7 @@ async def test_calls_that_are_too_large_together_go_back_to_the_model_and_it_sen
 
     one.model.script = script
     async with one.worker():
-        result = await (await one.start(agent(says(3), steps=[]))).result()
+        result = await (await one.start(agent(says(3), steps=[], max_calls=75))).result()
     assert (result.outcome, result.calls) == (RunOutcome.COMPLETED, 3)
     assert heard(one)[0] == (
         "error: not run: the arguments of all calls together have 4,500,900 bytes, and at most 2,000,000 are taken: "
