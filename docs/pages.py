@@ -26,7 +26,7 @@ SECTIONS: dict[str, list[str]] = {
     "Guides": ["*.md"],
     "Production": ["operations.md", "deployment.md", "patching.md"],
     "Architecture": ["architecture.md"],
-    "Measured": ["kill-sweep.md", "benchmark.md", "comparison.md", "trial.md"],
+    "Measured": ["kill-sweep.md", "chaos.md", "benchmark.md", "comparison.md", "trial.md"],
 }
 """Pages by section; a pattern takes those that no section names."""
 SHORT = {"patching.md": "Patching workflows", "guarantees/README.md": "Overview", "kill-sweep.md": "Kill sweep"}
