@@ -18,11 +18,11 @@ from temporalio.client import (
     ScheduleOverlapPolicy,
     SchedulePolicy,
     ScheduleSpec,
-    WorkflowExecutionStatus,
 )
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.contracts import AgentInput, key_base
+from holdfast.executions import describe
 from holdfast.repairs import Repair, Sweep
 from holdfast.state.database import Database
 
@@ -42,7 +42,7 @@ WHERE e.kind = 'tool' AND e.effect <> 'read' AND r.ended_at IS NULL
     AND (e.state IN ('RESERVED', 'UNKNOWN', 'DONE') OR (e.state = 'FAILED' AND e.result IS NULL))
 GROUP BY e.key_base HAVING MAX(e.reserved_at) < ? ORDER BY MAX(e.reserved_at)"""
 
-_OVER = (WorkflowExecutionStatus.TERMINATED, WorkflowExecutionStatus.TIMED_OUT)
+_OVER = ("terminated", "timed_out")
 
 
 async def find_orphans(db: Database, client: Client, grace_s: float) -> list[Repair]:
@@ -75,13 +75,12 @@ async def is_over(client: Client, workflow_id: str, base: str, ours: bool = True
     ours: it was started in the client's namespace, so one that is not there is gone.
     """
     try:
-        execution = await client.get_workflow_handle(workflow_id).describe()
+        execution = await describe(client, workflow_id)
     except RPCError as error:
         if error.status is RPCStatusCode.NOT_FOUND:
             return ours
         raise
-    first = execution.raw_description.workflow_execution_info.first_run_id
-    return key_base(workflow_id, first) != base or execution.status in _OVER
+    return key_base(workflow_id, execution.first_run_id) != base or execution.status in _OVER
 
 
 async def webhook_of(client: Client, workflow_id: str) -> str:

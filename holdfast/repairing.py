@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
+from temporalio.client import Client, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
@@ -12,6 +12,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from agents.registry import UnknownAgent, startable
 from agents.registry import agent as find_agent
 from holdfast.contracts import Effect, RunOutcome
+from holdfast.executions import describe
 from holdfast.hooks import Delivered, Hook
 from holdfast.reliability.ledger import Ledger
 from holdfast.repairs import Action, Repair, RepairResult, doubtful, refusal, standing
@@ -161,12 +162,12 @@ async def _never_started(client: Client, db: Database, letter: Letter) -> bool:
     if run is None or run.started_at is None:
         return True
     try:
-        execution = await client.get_workflow_handle(letter.workflow_id).describe()
+        execution = await describe(client, letter.workflow_id)
     except RPCError as error:
         if error.status is not RPCStatusCode.NOT_FOUND:
             raise
     else:
-        if execution.status is WorkflowExecutionStatus.RUNNING:
+        if execution.open:
             raise BadRequest(
                 f"{letter.id} is being replayed as {letter.workflow_id}: "
                 f"`uv run starter.py follow {letter.workflow_id}`"

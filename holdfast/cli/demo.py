@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.cli import runs, view
+from holdfast.cli.known import Handle, find, link
 from holdfast.cli.output import err, money, out, seconds
 from holdfast.cli.settle import settle
 from holdfast.cli.tally import Line, Sent, count, doubled, received, unmatched
@@ -122,7 +123,7 @@ class Demo:
         await self._stack.start()
         client = await connect()
         handle = await self._start(client)
-        self._watching = asyncio.create_task(self._watch(handle))
+        self._watching = asyncio.create_task(self._watch(client, handle))
         try:
             await self._kill_in_flight()
             await self._kill_between_turns()
@@ -133,7 +134,7 @@ class Demo:
         finally:
             self._watching.cancel()
             self._show(None)
-        known = await runs.find(client, handle.id, with_row=True)
+        known = await find(client, handle.id, with_row=True)
         result = await known.result()
         if result is None:
             raise Stuck(f"{handle.id} ended without a result\n{self._logs()}")
@@ -143,7 +144,7 @@ class Demo:
 
     # ------------------------------------------------------------ the story
 
-    async def _start(self, client: Client) -> runs.Handle:
+    async def _start(self, client: Client) -> Handle:
         await self._order_faults()
         store = await open_database(self._stack.store_url)
         try:
@@ -154,7 +155,7 @@ class Demo:
         finally:
             await store.close()
         out.print(f"run        [bold]{started.workflow_id}[/bold]")
-        out.print(f"Web UI     {runs.link(client, started.workflow_id)}")
+        out.print(f"Web UI     {link(client, started.workflow_id)}")
         out.print(
             f"model      {Text('scripted, SIMULATED', 'yellow').markup}: it calls tools and writes text by rules\n"
         )
@@ -219,7 +220,7 @@ class Demo:
         await self._until(lambda: watching.done() or bool(asked()), "the physician to be asked")
         return [] if watching.done() else asked()
 
-    async def _decide(self, handle: runs.Handle, approvals: list[Approval]) -> None:
+    async def _decide(self, handle: Handle, approvals: list[Approval]) -> None:
         """Gets the physician's answer to all that is asked, and sends it."""
         self._show(None)
         self._told.update(approval.id for approval in approvals)
@@ -240,7 +241,7 @@ class Demo:
         else:
             await asyncio.gather(*(_run(command) for command in commands))
 
-    async def _ask_person(self, handle: runs.Handle, approvals: list[Approval]) -> None:
+    async def _ask_person(self, handle: Handle, approvals: list[Approval]) -> None:
         """Puts the question at the terminal. Returns too when it was answered elsewhere, in the Web UI say."""
         question = f"\n[bold yellow]{PHYSICIAN}, send this?[/bold yellow] (a)pprove or (r)eject: "
         verdict, comment = None, ""
@@ -269,7 +270,7 @@ class Demo:
         code = await settle(run, "pharmacy", happened=True, result="", by=PHARMACIST, comment=BY_PHONE, as_json=False)
         if code != 0:
             return None
-        return await (await runs.find(client, run, with_row=True)).result()
+        return await (await find(client, run, with_row=True)).result()
 
     async def _line(self, question: str, approvals: list[Approval]) -> str | None:
         """A line typed at the terminal; None when these approvals were answered elsewhere meanwhile.
@@ -300,10 +301,10 @@ class Demo:
 
     # ------------------------------------------------------------ watching
 
-    async def _watch(self, handle: runs.Handle) -> None:
+    async def _watch(self, client: Client, handle: Handle) -> None:
         """Keeps the picture of the run up to date until it ends."""
         self._show(Text(""))
-        async for status in runs.changes(handle, every_s=0.2):
+        async for status in runs.changes(client, handle, every_s=0.2):
             if isinstance(status, str):
                 continue  # no worker, for the moment: that is what the demo is about
             told = self._status and view.plain_line(self._status)

@@ -14,9 +14,11 @@ from rich.text import Text
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError
 
+from holdfast.cli.known import temporal_result
 from holdfast.cli.output import Refused, counted, err, out, print_json
-from holdfast.cli.runs import clock, connect, temporal_result
+from holdfast.cli.runs import clock, connect
 from holdfast.contracts import Effect, Json, RunResult
+from holdfast.executions import result_of
 from holdfast.hooks import Delivered
 from holdfast.reliability.ledger import Entry, Ledger, State
 from holdfast.repairing import repair_of, replay_run, send_again, start_repair
@@ -248,7 +250,7 @@ async def _run_again(client: Client, db: Database, letter: Letter, by: str) -> t
 async def wait_for(handle: WorkflowHandle[Any, RepairResult] | WorkflowHandle[Any, Delivered]) -> tuple[bool, str]:
     """Waits for a repair or a delivery: whether all of it went well, and what became of it."""
     try:
-        result = await handle.result()
+        result = await result_of(handle)
     except WorkflowFailureError as error:
         words = error.cause.message if isinstance(error.cause, ApplicationError) else f"it ended: {error.cause}"
         return False, words
@@ -304,13 +306,14 @@ async def _sweep(client: Client, grace_s: float, as_json: bool) -> int:
 
     id = f"orphan-sweep-{secrets.token_hex(4)}"
     err.print(f"[dim]sweeping as workflow {id}; a worker does it[/dim]")
-    swept = await client.execute_workflow(
+    sweep = await client.start_workflow(
         "OrphanSweep",
         Sweep(grace_s=grace_s),
         id=id,
         task_queue=settings().task_queue,
         result_type=Swept,
     )
+    swept = await result_of(sweep)
     ends: list[Json] = []
     for id in swept.found:
         ok, words = await wait_for(client.get_workflow_handle(id, result_type=RepairResult))

@@ -22,6 +22,7 @@ from temporalio.client import Client
 
 from agents.registry import agents, batches
 from holdfast.cli import runs
+from holdfast.cli.known import find, find_running, link
 from holdfast.cli.output import Refused
 from holdfast.contracts import Approval, DecisionReply, Json, RunResult, RunStatus, Verdict
 from holdfast.settings import settings
@@ -83,12 +84,12 @@ class Platform:
     ) -> StartedRun:
         client = await self.connected()
         started = await runs.begin(client, agent, input, request_key, self._by)
-        return StartedRun(run=started.workflow_id, new=started.new, url=runs.link(client, started.workflow_id))
+        return StartedRun(run=started.workflow_id, new=started.new, url=link(client, started.workflow_id))
 
     async def status(self, run: Run) -> RunStatus:
         """What a run is doing now: phase, steps, what it waits for. A phase of `ended` means that result has more."""
         client = await self.connected()
-        found, _, complaint = await runs.look(client, await runs.find(client, run))
+        found, _, complaint = await runs.look(client, await find(client, run))
         if found is None:
             raise Refused(f"{run} cannot be asked: {complaint or 'nothing is known of it but that it was requested'}")
         return found
@@ -131,7 +132,7 @@ class Platform:
         """
         if verdict in ("reject", "did_not") and not comment.strip():
             raise Refused(f"{verdict} needs a comment: say why, it is acted on")
-        handle = (await runs.find_running(await self.connected(), run)).handle
+        handle = (await find_running(await self.connected(), run)).handle
         more = {"digest": digest, "arguments": arguments, "answer": answer or None}
         decision = runs.checked_decision(approval_id, Verdict(verdict), self._by, comment, **more)
         reply = (await runs.send(handle, decision)).reply

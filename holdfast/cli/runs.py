@@ -6,35 +6,36 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from temporalio.client import (
-    Client,
-    WorkflowExecution,
-    WorkflowExecutionDescription,
-    WorkflowExecutionStatus,
-    WorkflowFailureError,
-    WorkflowHandle,
-    WorkflowQueryFailedError,
-    WorkflowQueryRejectedError,
-    WorkflowUpdateFailedError,
-    WorkflowUpdateRPCTimeoutOrCancelledError,
-)
-from temporalio.exceptions import ApplicationError
+from temporalio.client import Client, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast import door
 from holdfast.cli import view
+from holdfast.cli.known import (
+    ANSWER,
+    Handle,
+    Known,
+    NoAnswer,
+    ask,
+    find,
+    find_running,
+    link,
+    open_runs,
+    status_word,
+    stored,
+    temporal_result,
+)
 from holdfast.cli.output import Refused, err, out, print_json, seconds
-from holdfast.cli.stuck import failing_task, words
+from holdfast.cli.stuck import in_flight
 from holdfast.contracts import (
     Approval,
     ApprovalDecision,
@@ -46,151 +47,15 @@ from holdfast.contracts import (
     RunStatus,
     Verdict,
 )
-from holdfast.reliability.errors import ErrorType
+from holdfast.executions import OPEN, Execution, describe, listed
 from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
-from holdfast.state.runs import Run, Runs
+from holdfast.state.runs import Runs
 from holdfast.temporal import connect
 from holdfast.wording import answer_commands
 
 if TYPE_CHECKING:
     from holdfast.starting import Started
-
-ANSWER = timedelta(seconds=5)
-"""How long a worker may take to answer a query or an update before we go on without it."""
-
-
-Handle = WorkflowHandle[Any, RunResult]
-
-
-class NoAnswer(Exception):
-    """No worker answered in time."""
-
-
-@asynccontextmanager
-async def open_runs() -> AsyncIterator[Runs]:
-    """The `runs` table. Raises StoreUnavailable."""
-    db = await open_database(settings().store_url)
-    try:
-        yield Runs(db)
-    finally:
-        await db.close()
-
-
-async def stored(workflow_id: str) -> Run | None:
-    """The store's row of a run; None when there is none, or no store: Temporal may still know the run."""
-    try:
-        async with open_runs() as runs:
-            return await runs.by_workflow(workflow_id)
-    except StoreUnavailable as error:
-        err.print(f"[dim]note: {error}[/dim]")
-        return None
-
-
-def link(client: Client, workflow_id: str) -> str:
-    """The run's page in the Web UI."""
-    return f"{settings().ui_url}/namespaces/{client.namespace}/workflows/{workflow_id}"
-
-
-# ------------------------------------------------------------------ finding a run
-
-
-@dataclass
-class Known:
-    """What there is of a run: Temporal's execution, the store's row, or both."""
-
-    workflow_id: str
-    handle: Handle
-    execution: WorkflowExecutionDescription | None
-    row: Run | None
-
-    @property
-    def running(self) -> bool:
-        return self.execution is not None and self.execution.status is WorkflowExecutionStatus.RUNNING
-
-    async def result(self) -> RunResult | None:
-        """How the run ended; None when it has not, or nobody recorded it (it was terminated).
-
-        The store comes first: what is repaired after the end is only there.
-        """
-        row = self.row or await stored(self.workflow_id)
-        if row is not None and row.result:
-            return RunResult.model_validate_json(row.result)
-        if self.execution is not None and not self.running:
-            with suppress(RPCError):
-                return await temporal_result(self.handle)
-        return None
-
-
-async def find(client: Client, workflow_id: str, *, with_row: bool = False) -> Known:
-    """The run, from Temporal, else from the store. Raises Refused when neither knows it."""
-    handle = client.get_workflow_handle(workflow_id, result_type=RunResult)
-    execution, row = None, None
-    try:
-        execution = await handle.describe()
-    except RPCError as error:
-        if error.status not in (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT):
-            raise
-    if execution is None or with_row:
-        row = await stored(workflow_id)
-    if execution is None and row is None:
-        raise Refused(f"no run {workflow_id!r}: {await _meant(workflow_id)}")
-    if execution is not None and execution.workflow_type not in ("AgentWorkflow", "BatchWorkflow"):
-        raise Refused(f"{workflow_id} is a workflow of type {execution.workflow_type}, not a run of an agent")
-    return Known(workflow_id, handle, execution, row)
-
-
-async def _meant(key: str) -> str:
-    """What to do about an id that is no run's: it may be the request key of one."""
-    with suppress(StoreUnavailable):
-        async with open_runs() as runs:
-            if row := await runs.get(key):
-                return f"did you mean {row.workflow_id}?"
-    return "`uv run starter.py list` shows those there are"
-
-
-async def find_running(client: Client, workflow_id: str) -> Known:
-    """The run, if it can still be acted on. Raises Refused when it has ended or is unknown."""
-    known = await find(client, workflow_id)
-    if known.running:
-        return known
-    result = await known.result()
-    how = result.outcome.value if result else status_word(known.execution)
-    raise Refused(f"{workflow_id} has ended ({how}): see `uv run starter.py result {workflow_id}`")
-
-
-async def temporal_result(handle: Handle) -> RunResult | None:
-    """Waits for the end. None for an end that carries no result: cancelled (the store has it) or terminated."""
-    try:
-        return await handle.result()
-    except WorkflowFailureError as error:
-        cause = error.cause
-        if isinstance(cause, ApplicationError) and cause.details:
-            with suppress(ValidationError):
-                return RunResult.model_validate(cause.details[0])
-        return None
-
-
-async def ask(handle: Handle, query: str, kind: Any) -> Any:
-    """A query's answer. Raises NoAnswer."""
-    try:
-        return await handle.query(query, result_type=kind, rpc_timeout=ANSWER)
-    except RPCError as error:
-        if error.status in (
-            RPCStatusCode.DEADLINE_EXCEEDED,
-            RPCStatusCode.CANCELLED,
-            RPCStatusCode.FAILED_PRECONDITION,
-        ):
-            raise NoAnswer("no worker answers: is one running for this task queue? (`uv run worker.py`)") from None
-        raise
-    except (WorkflowQueryFailedError, WorkflowQueryRejectedError) as error:
-        raise NoAnswer(f"the run does not answer: {error}") from None
-
-
-def status_word(execution: WorkflowExecution | None) -> str:
-    """Temporal's own word for it, such as `running` or `timed_out`."""
-    return execution.status.name.lower() if execution is not None and execution.status is not None else "unknown"
-
 
 # ------------------------------------------------------------------ run
 
@@ -281,8 +146,10 @@ async def follow(
     known = await find(client, workflow_id)
     try:
         if not silent and known.running:
-            await _watch(known.handle, as_json)
+            await _watch(client, known.handle, as_json)
         elif known.running:
+            if words := known.paused_words:
+                err.print(f"[yellow]note:[/yellow] {escape(workflow_id)} is {escape(words)}")
             await temporal_result(known.handle)
     except asyncio.CancelledError:
         err.print(f"left; the run goes on: uv run starter.py follow {workflow_id}")
@@ -297,13 +164,13 @@ async def follow(
     return result.outcome.exit_code
 
 
-async def _watch(handle: Handle, as_json: bool) -> None:
+async def _watch(client: Client, handle: Handle, as_json: bool) -> None:
     """Shows every change of the status until the run ends; without a terminal, also how to answer what is asked."""
     asked: set[str] = set()
     with Live(console=out, auto_refresh=False, transient=True) as live:
-        async for status in changes(handle):
+        async for status in changes(client, handle):
             if isinstance(status, str):
-                err.print(f"[dim]{status}[/dim]")
+                err.print(Text(status, "dim"))
             elif as_json:
                 print_json({"workflow_id": handle.id, "status": status})
             elif out.is_terminal:
@@ -319,22 +186,34 @@ async def _watch(handle: Handle, as_json: bool) -> None:
                         )
 
 
-async def changes(handle: Handle, every_s: float = 0.3) -> AsyncIterator[RunStatus | str]:
-    """The status each time it differs from the last, a line of text when no worker answers; ends with the run."""
+async def changes(client: Client, handle: Handle, every_s: float = 0.3) -> AsyncIterator[RunStatus | str]:
+    """The status each time it differs from the last, a line of text while nothing goes on; ends with the run.
+
+    The server is asked all the time, the run only when something has happened in it since.
+    """
     ended = asyncio.create_task(temporal_result(handle))
-    last: RunStatus | str | None = None
+    told: RunStatus | None = None
+    said, answered = "", ("", 0)
     quiet = every_s
     try:
         while not ended.done():
-            try:
-                now: RunStatus | str = await ask(handle, "status", RunStatus)
-            except NoAnswer as error:
-                now = str(error)
-            if now == last:
-                quiet = min(quiet * 1.3, 2.0)  # a run that waits for days is asked less often
-            else:
-                yield now
-                last, quiet = now, every_s
+            execution = await describe(client, handle.id)
+            before, line = (told, said), "; ".join(await _standing_still(client, execution))
+            if execution.open and execution.version != answered and not execution.paused:
+                try:
+                    now: RunStatus = await ask(client, handle, "status", RunStatus)
+                except NoAnswer as error:
+                    line = str(error)
+                else:
+                    answered = execution.version
+                    if now != told:
+                        yield now
+                    told = now
+            if line and line != said:
+                yield line
+            said = line
+            # A run that waits for days is looked at less often.
+            quiet = every_s if (told, said) != before else min(quiet * 1.3, 2.0)
             await asyncio.wait((ended,), timeout=quiet)
         await ended
     finally:
@@ -359,10 +238,11 @@ async def status(workflow_id: str, as_json: bool) -> int:
         if row is not None:
             out.print(f"agent {row.agent}, asked for by {row.requested_by or 'unknown'} at {clock(row.created_at)}")
     for each in open_ones:
-        if found is None or each["said"]:  # what simply runs stands in the status already
+        if found is None or each["said"] or each["paused"]:  # what simply runs stands in the status already
             again = f", again at {clock(each['next_at'])}" if each["next_at"] else ""
             said = f": {each['said']}" if each["said"] else ""
-            out.print(f"in flight: {each['activity']}, attempt {each['attempt']}{again}{said}", markup=False)
+            paused = f", {each['paused']}" if each["paused"] else ""
+            out.print(f"in flight: {each['activity']}, attempt {each['attempt']}{again}{said}{paused}", markup=False)
     if complaint:
         err.print(f"[yellow]note: {complaint}[/yellow]")
     if known.execution is not None:
@@ -370,34 +250,23 @@ async def status(workflow_id: str, as_json: bool) -> int:
     return 0
 
 
+async def _standing_still(client: Client, execution: Execution) -> list[str]:
+    """Why a run does not go on that no worker can tell: it is paused, or an activity of it."""
+    stuck = [f"{each['activity']} is {each['paused']}" for each in await in_flight(client, execution) if each["paused"]]
+    return [*filter(None, (execution.paused_words,)), *stuck]
+
+
 async def look(client: Client, known: Known) -> tuple[RunStatus | None, str, str]:
     """What a run is doing, who says so (`workflow` or `store`), and what is odd about it."""
     if not known.running and (result := await known.result()):
         # What was repaired after the end is only there.
         return from_result(result), "store", ""
-    if known.execution is None:
+    if known.execution is None or not known.running:
         return None, "workflow", ""
     try:
-        return await ask(known.handle, "status", RunStatus), "workflow", ""
+        return await ask(client, known.handle, "status", RunStatus), "workflow", ""
     except NoAnswer as error:
-        failing = await failing_task(client, known.workflow_id)
-        return None, "workflow", f"its workflow task fails and is tried again: {failing}" if failing else str(error)
-
-
-async def in_flight(client: Client, execution: WorkflowExecutionDescription | None) -> list[Json]:
-    """The open activities: what the last attempt said (a failure, or "not ready"), and when the next one begins."""
-    found: list[Json] = []
-    for each in execution.raw_description.pending_activities if execution is not None else ():
-        said = await words(client, each.last_failure) if each.HasField("last_failure") else ""
-        found.append(
-            {
-                "activity": each.activity_type.name,
-                "attempt": each.attempt,
-                "said": said.removeprefix(f"{ErrorType.NOT_YET}: "),
-                "next_at": each.next_attempt_schedule_time.seconds or None,
-            }
-        )
-    return found
+        return None, "workflow", str(error)
 
 
 def from_result(result: RunResult) -> RunStatus:
@@ -425,7 +294,8 @@ async def ended(client: Client, workflow_id: str) -> RunResult:
     """How a run ended. Raises Refused when it has not, or nobody recorded it."""
     known = await find(client, workflow_id, with_row=True)
     if known.running:
-        raise Refused(f"{workflow_id} is still running: `uv run starter.py follow {workflow_id}` waits for its end")
+        how = known.paused_words or f"still running: `uv run starter.py follow {workflow_id}` waits for its end"
+        raise Refused(f"{workflow_id} is {how}")
     found = await known.result()
     if found is None:
         raise Refused(
@@ -461,21 +331,21 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
         raise Refused(f"--batch: no run has an id like {batch}")
     parent = f'ParentWorkflowId = "{batch}"' if batch else "ParentWorkflowId IS NULL"
     query = f'WorkflowType IN ("AgentWorkflow", "BatchWorkflow") AND {parent}'
-    async for execution in client.list_workflows(query, limit=limit):
+    async for execution in listed(client, query, limit):
         if execution.id in found:  # an earlier execution of the same run, before its continue-as-new
             continue
-        attributes = {pair.key.name: str(pair.value) for pair in execution.typed_search_attributes}
+        attributes = execution.attributes
         row = rows.get(execution.id)
-        running = execution.status is WorkflowExecutionStatus.RUNNING
-        word = attributes.get("HoldfastStatus", "running") if running else status_word(execution)
+        running = execution.open
+        word = attributes.get("HoldfastStatus", "running") if execution.status == "running" else execution.status
         found[execution.id] = {
             "workflow_id": execution.id,
             "agent": attributes.get("HoldfastAgent") or (row.agent if row else execution.id.partition("-")[0]),
             "status": row.outcome if row and row.outcome and not running else word,
             "stage": attributes.get("HoldfastStage", "") if running else "",
             # A row without an input was made at the run's end.
-            "started_at": row.created_at if row and row.input_digest else execution.start_time.timestamp(),
-            "ended_at": execution.close_time.timestamp() if execution.close_time else None,
+            "started_at": row.created_at if row and row.input_digest else execution.started_at,
+            "ended_at": execution.ended_at,
             "running": running,
         }
     for row in rows.values():
@@ -492,17 +362,17 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
                 "running": False,
             },
         )
-    listed = sorted(found.values(), key=lambda each: each["started_at"], reverse=True)[:limit]
+    newest = sorted(found.values(), key=lambda each: each["started_at"], reverse=True)[:limit]
     if as_json:
-        print_json(listed)
+        print_json(newest)
         return 0
-    if not listed:
+    if not newest:
         out.print("no runs yet: `uv run starter.py run AGENT --input '{…}'` starts one")
         return 0
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("run", "agent", "status", "stage", "started", "took"):
         table.add_column(column, no_wrap=column == "run")
-    for each in listed:
+    for each in newest:
         took = (each["ended_at"] or datetime.now(UTC).timestamp()) - each["started_at"]
         word = Text(each["status"], view.COLOURS.get(each["status"], "cyan"))
         when = clock(each["started_at"])
@@ -541,17 +411,17 @@ async def waiting(
     role: only what is addressed to it.
     """
     known = await find_running(client, workflow_id) if workflow_id is not None else None
-    if known and known.execution and known.execution.workflow_type == "AgentWorkflow":
+    if known and known.execution and known.execution.type == "AgentWorkflow":
         ids = [known.workflow_id]
     else:
-        query = 'WorkflowType = "AgentWorkflow" AND ExecutionStatus = "Running"'
+        query = f'WorkflowType = "AgentWorkflow" AND {OPEN}'
         query += f' AND ParentWorkflowId = "{known.workflow_id}"' if known else ""
-        ids = [execution.id async for execution in client.list_workflows(query)]
+        ids = [execution.id async for execution in listed(client, query)]
     found: list[tuple[str, Approval]] = []
     notes: list[str] = []
     for each in ids:
         try:
-            opened = await ask(client.get_workflow_handle(each), "approvals", list[Approval])
+            opened = await ask(client, client.get_workflow_handle(each), "approvals", list[Approval])
         except NoAnswer as error:
             notes.append(f"{each}: {error}")
             continue
@@ -569,9 +439,9 @@ async def decide(
         wanted = [(approval_id, "")]
     else:
         try:
-            opened: list[Approval] = await ask(handle, "approvals", list[Approval])
+            opened: list[Approval] = await ask(client, handle, "approvals", list[Approval])
         except NoAnswer as error:
-            raise Refused(f"{error} Without one, name the approval's id to have the answer kept for later.") from None
+            raise Refused(f"{error}; name the approval's id to have the answer kept for later") from None
         wanted = [(approval.id, approval.digest) for approval in opened if approval.kind in ("tool", "refusal")]
         if not wanted and opened:
             hint = answer_commands(workflow_id, opened[0])[0]
@@ -621,6 +491,7 @@ def report(sent: Sent | list[Sent], as_json: bool) -> int:
 async def send(handle: Handle, said: ApprovalDecision | Message) -> Sent:
     """Sends it as an Update, which answers; as a Signal, which waits in the history, when no worker does."""
     name, what = ("message", "it") if isinstance(said, Message) else ("decide", said.verdict)
+    why = "no worker answered", "a worker is back"
     try:
         reply = await asyncio.wait_for(
             handle.execute_update(name, said, result_type=DecisionReply, rpc_timeout=ANSWER),
@@ -632,12 +503,14 @@ async def send(handle: Handle, said: ApprovalDecision | Message) -> Sent:
     except RPCError as error:
         if error.status is RPCStatusCode.NOT_FOUND:
             raise Refused(f"{handle.id} has ended: see `uv run starter.py result {handle.id}`") from None
-        if error.status is not RPCStatusCode.DEADLINE_EXCEEDED:
+        if error.status is RPCStatusCode.FAILED_PRECONDITION:  # as of a paused run
+            why = f"the server takes no update for the run ({error.message.rstrip('.')})", "the run goes on"
+        elif error.status is not RPCStatusCode.DEADLINE_EXCEEDED:
             raise
     except WorkflowUpdateFailedError as error:
         raise Refused(f"{handle.id} ended before it answered: {error.cause or error}") from None
     await handle.signal(name, said)
-    kept = f"no worker answered, so {what} was sent as a signal: the run reads it when a worker is back"
+    kept = f"{why[0]}, so {what} was sent as a signal: the run reads it when {why[1]}"
     return Sent(said, DecisionReply(accepted=True, message=kept), "signal")
 
 
@@ -648,6 +521,8 @@ async def cancel(workflow_id: str, as_json: bool) -> int:
     await known.handle.cancel()
     if as_json:
         print_json({"workflow_id": workflow_id, "cancel_requested": True})
+    elif words := known.paused_words:
+        out.print(f"asked to cancel; the run is {words}", markup=False)
     else:
         out.print(f"asked to cancel; it undoes what it did: uv run starter.py follow {workflow_id}")
     return 0

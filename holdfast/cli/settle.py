@@ -8,9 +8,10 @@ from typing import Any
 from temporalio.client import Client
 
 from holdfast import door
+from holdfast.cli.known import Handle, Known, NoAnswer, ask, find
 from holdfast.cli.letters import store, wait_for
 from holdfast.cli.output import Refused, out, print_json
-from holdfast.cli.runs import Handle, Known, NoAnswer, ask, checked_decision, connect, find, report, send
+from holdfast.cli.runs import checked_decision, connect, report, send
 from holdfast.contracts import Approval, RunResult, Verdict
 from holdfast.reliability.ledger import Entry, Ledger
 from holdfast.repairing import start_repair
@@ -31,7 +32,7 @@ async def settle(run: str, what: str, *, happened: bool, result: str, by: str, c
     client = await connect()
     known = await find(client, run, with_row=True)
     if known.running:
-        return await _answer(known.handle, what, happened, value, by, comment, as_json)
+        return await _answer(client, known.handle, what, happened, value, by, comment, as_json)
     repair = await _repair(known, what, happened, value, by, comment)
     try:
         return await _record(client, repair, as_json)
@@ -51,11 +52,13 @@ def _parse(result: str) -> Any:
 # ------------------------------------------------------------------ while the run is open
 
 
-async def _answer(handle: Handle, what: str, happened: bool, value: Any, by: str, comment: str, as_json: bool) -> int:
+async def _answer(
+    client: Client, handle: Handle, what: str, happened: bool, value: Any, by: str, comment: str, as_json: bool
+) -> int:
     try:
-        opened: list[Approval] = await ask(handle, "approvals", list[Approval])
+        opened: list[Approval] = await ask(client, handle, "approvals", list[Approval])
     except NoAnswer as error:
-        raise Refused(f"{error} Without one nobody can tell which call is meant; start one, then try again.") from None
+        raise Refused(f"{handle.id} cannot be asked which call is meant: {error}") from None
     questions = [a for a in opened if a.kind == "outcome"]
     meant = [a for a in questions if what in (a.id, a.step, a.subject, a.key)]
     if len(meant) != 1:

@@ -1,13 +1,22 @@
-"""Why a run does not go on: what its activity or its workflow task failed with, in words."""
+"""Why a run does not go on: what is paused, and what its activities or its workflow task fail with, in words."""
 
 from __future__ import annotations
 
+import shlex
+
 from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.enums.v1 import WorkflowTaskFailedCause
 from temporalio.api.failure.v1 import Failure
 from temporalio.api.workflowservice.v1 import GetWorkflowExecutionHistoryReverseRequest
 from temporalio.client import Client
 
 from holdfast.codec import PayloadUnreadable
+from holdfast.contracts import Json
+from holdfast.executions import Execution, activity_words
+from holdfast.reliability.errors import ErrorType
+
+RECENT = 100
+"""Events among which the failure of the last workflow task is looked for: Signals may have come since."""
 
 
 async def words(client: Client, failure: Failure) -> str:
@@ -23,15 +32,46 @@ async def words(client: Client, failure: Failure) -> str:
     return ": ".join(said)
 
 
-async def failing_task(client: Client, workflow_id: str) -> str:
-    """What the run's workflow task fails with, again and again; empty when the last one did not fail."""
+async def failing_task(client: Client, execution: Execution) -> str:
+    """That the run's workflow task fails and is tried again, and what with; empty when the last one did not fail."""
+    if execution.task_attempt < 2:
+        return ""
+    where = WorkflowExecution(workflow_id=execution.id, run_id=execution.run_id)
     request = GetWorkflowExecutionHistoryReverseRequest(
-        namespace=client.namespace, execution=WorkflowExecution(workflow_id=workflow_id), maximum_page_size=10
+        namespace=client.namespace, execution=where, maximum_page_size=RECENT
     )
     response = await client.workflow_service.get_workflow_execution_history_reverse(request)
     for event in response.history.events:
         if event.HasField("workflow_task_failed_event_attributes"):
-            return await words(client, event.workflow_task_failed_event_attributes.failure)
+            failed = event.workflow_task_failed_event_attributes
+            if failed.cause == WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_RESET_WORKFLOW:
+                break
+            why = await words(client, failed.failure)
+            return f"its workflow task fails and is tried again (attempt {execution.task_attempt}): {why}"
         if event.HasField("workflow_task_completed_event_attributes"):
-            return ""
+            break
     return ""
+
+
+async def in_flight(client: Client, execution: Execution | None) -> list[Json]:
+    """The open activities: what the last attempt said (a failure, or "not ready"), and when the next one begins.
+
+    `paused`: that one is paused, and the command that lets it go on; empty otherwise.
+    """
+    found: list[Json] = []
+    for each in execution.pending_activities if execution is not None else ():
+        said = await words(client, each.last_failure) if each.HasField("last_failure") else ""
+        paused = activity_words(each)
+        if paused and execution is not None:
+            which = f"--workflow-id {shlex.quote(execution.id)} --activity-id {shlex.quote(each.activity_id)}"
+            paused += f": `temporal activity unpause {which}` lets it go on"
+        found.append(
+            {
+                "activity": each.activity_type.name,
+                "attempt": each.attempt,
+                "said": said.removeprefix(f"{ErrorType.NOT_YET}: "),
+                "next_at": each.next_attempt_schedule_time.seconds or None,
+                "paused": paused,
+            }
+        )
+    return found

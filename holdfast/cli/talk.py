@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from agents import registry
 from holdfast import door
+from holdfast.cli.known import Known, NoAnswer, ask, find_running
 from holdfast.cli.output import Refused
-from holdfast.cli.runs import Known, NoAnswer, ask, checked_decision, connect, find_running, read_input, report, send
+from holdfast.cli.runs import checked_decision, connect, read_input, report, send
 from holdfast.contracts import Approval, Json, Message, RunStatus, Verdict
 from holdfast.tools import explain
 
@@ -44,11 +45,12 @@ async def edit(
     if bool(pairs) == bool(arguments):
         raise Refused("say what to change: --set NAME=VALUE (as often as needed), or all of it with --arguments JSON")
     changes = read_input(arguments, "--arguments") if arguments else _changes(pairs)
-    known = await find_running(await connect(), run)
+    client = await connect()
+    known = await find_running(client, run)
     try:
-        status: RunStatus = await ask(known.handle, "status", RunStatus)
+        status: RunStatus = await ask(client, known.handle, "status", RunStatus)
     except NoAnswer as error:
-        raise Refused(f"{error} Without one nobody can tell what they are: start one first") from None
+        raise Refused(f"{run} cannot be asked what the call's arguments are: {error}") from None
     approval = _meant(known, status.approvals, approval_id)
     wanted = changes if arguments else approval.arguments | changes
     _check(status.agent, approval.subject, wanted)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
-from holdfast.cli.runs import in_flight
-from holdfast.contracts import Approval, Effect, OutcomeStatus, RunOutcome
+from holdfast.cli.stuck import in_flight
+from holdfast.contracts import Approval, Effect, Json, OutcomeStatus, RunOutcome
+from holdfast.executions import describe
 from holdfast.reliability.ledger import Ledger, State
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import NotReady, ToolContext, tool
@@ -149,9 +150,11 @@ async def test_a_reader_sees_where_it_is_and_when_it_is_asked_again(lite: Stage)
     async with Jobs(polls_needed=10_000).serve() as jobs, lite.worker():
         lite.model.script = sequence(call(("render", {"url": jobs.url, "after": 60.0})), say("done"))
         handle = await lite.start(agent(rendering(Effect.IDEMPOTENT)))
+        seen: list[Json] = []
         async with asyncio.timeout(PATIENCE_S):
-            while not (seen := await in_flight(lite.client, await handle.describe())) or "%" not in seen[0]["said"]:
+            while not seen or "%" not in seen[0]["said"]:
                 await asyncio.sleep(0.02)
+                seen = await in_flight(lite.client, await describe(lite.client, handle.id))
         await handle.terminate()
     assert (seen[0]["activity"], seen[0]["attempt"], seen[0]["said"]) == ("tool", 3, "job-1 is at 0 %")
     assert seen[0]["next_at"]

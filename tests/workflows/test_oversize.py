@@ -21,6 +21,7 @@ from holdfast.contracts import (
     RunOutcome,
     Verdict,
 )
+from holdfast.executions import describe
 from holdfast.starting import BadRequest, start_run
 from holdfast.state.runs import Runs
 from holdfast.temporal import sandbox
@@ -191,7 +192,7 @@ async def test_without_a_large_payload_a_run_waits_says_which_and_goes_on_when_i
         place.rename(tmp_path / "away")
         async with one.worker():
             async with asyncio.timeout(PATIENCE_S):
-                while not (said := await failing_task(client, handle.id)):
+                while not (said := await failing_task(client, await describe(client, handle.id))):
                     await asyncio.sleep(0.05)
             assert f"is not in {place}: bring it back there" in said
             (tmp_path / "away").rename(place)

@@ -1,0 +1,199 @@
+"""What Temporal has paused, a run or an activity: every command and the sweep live with it and say so.
+
+The status of a paused run is one that Temporal's Python SDK does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+from temporalio.client import WorkflowHandle
+
+from holdfast.contracts import RunOutcome, RunResult
+from holdfast.executions import PAUSED_ACTIVITY, describe
+from holdfast.stack import without_ours
+from holdfast.temporal import DATA_CONVERTER
+from tests.fixtures.clock import PATIENCE_S
+from tests.fixtures.model import call, say, sequence
+from tests.fixtures.stack import Cli
+from tests.fixtures.temporal import Stage, a_stage, cancelled, dev_server, temporal_cli, until
+from tests.fixtures.world import World, agent
+from tests.workflows.test_orphans import sweep, waiting_run
+
+
+@dataclass
+class Ground:
+    """A server on which runs can be paused, a worker, and the command line against both."""
+
+    stage: Stage
+    cli: Cli
+
+    async def run(self, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        done = await asyncio.to_thread(self.cli, *arguments)
+        assert done.returncode == status, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    async def parsed(self, *arguments: str) -> Any:
+        return json.loads((await self.run(*arguments, "--json")).stdout)
+
+    async def temporal(self, *arguments: str) -> None:
+        done = await temporal_cli(self.stage, *arguments)
+        assert done.returncode == 0, done.stderr
+
+    async def pause(self, handle: WorkflowHandle[Any, Any]) -> None:
+        await self.temporal("workflow", "pause", "-w", handle.id, "--reason", "lunch")
+
+    async def unpause(self, handle: WorkflowHandle[Any, Any]) -> None:
+        await self.temporal("workflow", "unpause", "-w", handle.id)
+
+    async def paused_run(self, world: World) -> WorkflowHandle[Any, RunResult]:
+        """A run that has booked, waits for the approval `a2`, and is paused."""
+        handle = await waiting_run(self.stage, world)
+        await self.pause(handle)
+        return handle
+
+
+@pytest_asyncio.fixture
+async def ground(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Ground]:
+    env = await dev_server(
+        data_converter=DATA_CONVERTER,
+        dev_server_extra_args=["--dynamic-config-value", "frontend.WorkflowPauseEnabled=true"],
+    )
+    async with env, a_stage(env.client, sqlite_url) as stage, stage.worker():
+        environment = {
+            **without_ours(os.environ),
+            "TEMPORAL_ADDRESS": env.client.service_client.config.target_host,
+            "HOLDFAST_DATABASE_URL": sqlite_url,
+            "HOLDFAST_TASK_QUEUE": stage.queue,
+            "HOLDFAST_HOME": str(tmp_path),
+        }
+        yield Ground(stage, Cli(environment))
+
+
+async def test_looking_at_a_paused_run_says_so_and_how_to_let_it_go_on(ground: Ground) -> None:
+    handle = await ground.paused_run(World())
+    (listed,) = [each for each in await ground.parsed("list") if each["workflow_id"] == handle.id]
+    assert (listed["status"], listed["running"]) == ("paused", True)
+    status = await ground.parsed("status", handle.id)
+    assert status["temporal"] == "paused"
+    how = "(lunch): it does nothing, and what is said to it is kept, until "
+    how += f"`temporal workflow unpause --workflow-id {handle.id}`"
+    assert how in status["note"]
+    assert how in (await ground.run("status", handle.id)).stderr
+    assert how in (await ground.run("approvals")).stderr
+    assert how in (await ground.run("approvals", handle.id)).stderr
+    assert how in (await ground.run("result", handle.id, status=2)).stderr
+    assert (await ground.run("orphans")).returncode == 0
+    assert (await ground.run("dlq", "list")).returncode == 0
+    assert "Traceback" not in (await asyncio.to_thread(ground.cli, "doctor")).stderr
+
+
+async def test_what_is_said_to_a_paused_run_is_kept_until_it_goes_on(ground: Ground) -> None:
+    world = World()
+    handle = await ground.paused_run(world)
+    refusals = (
+        ["approve", handle.id],
+        ["reject", handle.id, "--reason", "no"],
+        ["edit", handle.id, "--set", "n=2"],
+        ["settle", handle.id, "book", "--happened"],
+    )
+    for command in refusals:
+        said = (await ground.run(*command, status=2)).stderr
+        assert "temporal workflow unpause" in said, said
+    (sent,) = await ground.parsed("approve", handle.id, "a2", "--by", "dr.lee")
+    assert (sent["accepted"], sent["sent_as"]) == (True, "signal")
+    assert "paused" in sent["message"]
+    assert (await ground.parsed("message", handle.id, "hurry"))["sent_as"] == "signal"
+    assert (await ground.parsed("answer", handle.id, "q9", "yes"))["sent_as"] == "signal"
+    assert not any("send" in entry for entry in world.log)
+    following = await asyncio.to_thread(ground.cli.start, "follow", handle.id)
+    assert following.stdout is not None
+    assert "temporal workflow unpause" in await asyncio.to_thread(following.stdout.readline)
+    await ground.unpause(handle)
+    assert (await handle.result()).outcome is RunOutcome.COMPLETED
+    said, _ = await asyncio.to_thread(following.communicate, timeout=PATIENCE_S)
+    assert following.returncode == 0, said
+    assert world.log == ["begin book#1", "done book#1", "begin send#2", "done send#2"]
+
+
+async def test_a_paused_run_that_is_cancelled_undoes_what_it_did_when_it_goes_on(ground: Ground) -> None:
+    world = World()
+    handle = await ground.paused_run(world)
+    assert "temporal workflow unpause" in (await ground.run("cancel", handle.id)).stdout
+    await ground.unpause(handle)
+    await cancelled(handle)
+    assert world.log == ["begin book#1", "done book#1", "undo book#1"]
+
+
+async def test_waiting_for_a_paused_run_says_that_it_is_paused(ground: Ground) -> None:
+    start = ("run", "discharge", "--input", '{"patient_id": "pat-1"}', "--id", "k")
+    elsewhere = Cli({**ground.cli.environment, "HOLDFAST_TASK_QUEUE": "without-a-worker"})
+    run = json.loads((await asyncio.to_thread(elsewhere, *start, "--json")).stdout)["workflow_id"]
+    await ground.pause(ground.stage.client.get_workflow_handle(run))
+    waiting = await asyncio.to_thread(elsewhere.start, *start, "--wait")
+    assert waiting.stdout is not None
+    try:
+        said = [await asyncio.to_thread(waiting.stdout.readline) for _ in range(3)]
+        assert "temporal workflow unpause" in said[2], said
+    finally:
+        waiting.kill()
+        waiting.communicate()
+
+
+async def test_a_terminated_run_is_undone_while_another_is_paused(ground: Ground) -> None:
+    paused, gone = World(), World()
+    handle = await ground.paused_run(paused)
+    terminated = await waiting_run(ground.stage, gone)
+    await terminated.terminate("by hand")
+    (found,) = json.loads((await ground.run("orphans", "--older-than", "0", "--json", status=1)).stdout)
+    assert found["workflow_id"] == terminated.id
+    (ended,) = await sweep(ground.stage)
+    assert ended.ok
+    assert gone.log == ["begin book#1", "done book#1", "undo book#1"]
+    assert paused.log == ["begin book#1", "done book#1"]
+    await handle.terminate("paused, then terminated")
+    (ended,) = await sweep(ground.stage)
+    assert ended.ok
+    assert paused.log[-1] == "undo book#1"
+
+
+async def test_an_activity_that_is_paused_is_said_with_the_command_that_lets_it_go_on(ground: Ground) -> None:
+    world = World()
+    spec = agent(world.tool("book", errors=[ConnectionRefusedError("desk is down")] * 100, retries=100))
+    ground.stage.model.script = sequence(call(("book", {})), say("done"))
+    handle = await ground.stage.start(spec)
+    async with asyncio.timeout(PATIENCE_S):
+        while not (
+            open_ones := [
+                each
+                for each in (await describe(ground.stage.client, handle.id)).pending_activities
+                if each.activity_type.name == "tool"
+            ]
+        ):
+            await asyncio.sleep(0.02)
+    await ground.temporal("activity", "pause", "-w", handle.id, "-a", open_ones[0].activity_id, "--reason", "lunch")
+    async with asyncio.timeout(PATIENCE_S):
+        while (await describe(ground.stage.client, handle.id)).pending_activities[0].state not in PAUSED_ACTIVITY:
+            await asyncio.sleep(0.02)
+    how = f"`temporal activity unpause --workflow-id {handle.id} --activity-id {open_ones[0].activity_id}`"
+    assert how in (await ground.run("status", handle.id)).stdout
+    (in_flight,) = (await ground.parsed("status", handle.id))["in_flight"]
+    assert "(lunch)" in in_flight["paused"]
+    following = await asyncio.to_thread(ground.cli.start, "follow", handle.id)
+    assert following.stdout is not None
+    try:
+        while how not in (line := await asyncio.to_thread(following.stdout.readline)):
+            assert line, "follow ended"
+    finally:
+        following.kill()
+        following.communicate()
+    await until(handle, lambda s: s.phase == "running")
