@@ -64,7 +64,7 @@ class Plan:
             try:
                 return await self._turn(request.model_copy(update={"key_base": base}))
             except NotYet as wait:
-                metrics.waited("breaker" if wait.service else "rate limit")
+                metrics.waited(wait.cause)
                 return PlanResult(wait=wait.wait(await self._runtime.guards.clock.now()))
             except ModelUnavailable as gone:
                 failure = gone.failure

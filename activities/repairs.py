@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -10,6 +11,7 @@ from temporalio import activity
 
 from activities.boundary import boundary
 from activities.runs import RunRecords
+from activities.tools import settles_within
 from agents import registry
 from holdfast import hooks
 from holdfast.answers import ModelAnswer
@@ -34,8 +36,8 @@ from holdfast.contracts import (
 from holdfast.hooks import Hook
 from holdfast.keys import outside
 from holdfast.orphans import find_orphans, is_over, webhook_of
-from holdfast.reliability.chain import protected
-from holdfast.reliability.ledger import Entry, Settled, State, tool_call
+from holdfast.reliability.chain import no_bound, protected, unsettled
+from holdfast.reliability.ledger import Call, Entry, Settled, State, tool_call
 from holdfast.reliability.waiting import NotYet
 from holdfast.repairs import (
     Action,
@@ -133,13 +135,21 @@ class Repairs:
                 arguments = tool.validate(request.arguments)
             except ValidationError as error:
                 return Outcome(status=OutcomeStatus.UNKNOWN, content=f"bad arguments: {explain(error)}")
+            call, clock = self._asking(request, tool), self._runtime.guards.clock
             try:
-                found = await self._ask(request, tool, arguments)
+                asked = await clock.now()
+                found = await self._ask(call, request, tool, arguments)
+                ended = await self._ledger.ended(replace(call, key=request.key))
+                happened = found.result is not None
+                if found.state is State.DONE and not happened and ended is not None:
+                    if call.settles_s is None:
+                        return Outcome(status=OutcomeStatus.UNKNOWN, content=f"asked: {no_bound(call)}")
+                    if wait := unsettled(call, ended, asked):
+                        raise wait
             except NotYet as wait:
-                return Outcome(wait=wait.wait(await self._runtime.guards.clock.now()))
+                return Outcome(wait=wait.wait(await clock.now()))
             if found.state is not State.DONE:
                 return Outcome(status=OutcomeStatus.UNKNOWN, content=f"asked about {tool.name}: {found.error}")
-            happened = found.result is not None
             await self._ledger.settle(request.key, happened, found.result, "its service says that it did not happen")
             words = f"asked about {tool.name}: it {'happened' if happened else 'did not happen'}"
             return Outcome(status=OutcomeStatus.OK if happened else OutcomeStatus.FAILED, content=words)
@@ -158,10 +168,10 @@ class Repairs:
             hook = await self._hook(hooks.ENDED, repair, result)
             return RepairResult(ok=ok, words=words, outcome=result.outcome, hook=hook)
 
-    async def _ask(self, request: ToolRequest, tool: Tool, arguments: Json) -> Settled:
+    def _asking(self, request: ToolRequest, tool: Tool) -> Call:
         """The probe as a read of its own, so that breaker and time limit stand around it like around any call."""
         service = registry.service(tool.service)
-        call = tool_call(
+        return tool_call(
             f"{request.key}/ask",
             request.key_base,
             tool.name,
@@ -173,7 +183,10 @@ class Repairs:
             agent=request.agent,
             target=service.target(request.tenant) if tool.service else "",
             rule=service.breaker,
+            settles_s=settles_within(tool),
         )
+
+    async def _ask(self, call: Call, request: ToolRequest, tool: Tool, arguments: Json) -> Settled:
         runtime = self._runtime
         workspace = partial(runtime.workspace, request.agent)
         context = ToolContext(outside(request.key), 1, runtime.http, runtime.service_url, _no_model, workspace)
@@ -181,7 +194,7 @@ class Repairs:
         async def act(attempt: int) -> object:
             return await tool.run_probe(context, arguments)
 
-        return await protected(self._runtime.guards, call, act)
+        return await protected(runtime.guards, call, act)
 
     async def _result(self, repair: Repair) -> tuple[str, RunResult | None]:
         """The stored result of the run, as text too; None without one, or when the id is another run's by now."""

@@ -36,7 +36,7 @@ from holdfast.contracts import (
 )
 from holdfast.keys import outside
 from holdfast.reliability import faults, heartbeat
-from holdfast.reliability.chain import protected
+from holdfast.reliability.chain import no_bound, protected, unsettled
 from holdfast.reliability.errors import RETRIES, ErrorType
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, KeyConflict, Settled, State, tool_call
@@ -46,7 +46,7 @@ from holdfast.services import Limit, Service
 from holdfast.state.last_good import LastGoodResults
 from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
-from holdfast.tools import LastGood, Tool, ToolContext, Undo, explain
+from holdfast.tools import LastGood, Tool, ToolContext, ToolFailed, Undo, explain
 
 MAX_CONTENT = 100_000
 """Bytes of a result that go back to the model. The ledger keeps the whole."""
@@ -151,7 +151,7 @@ class Tools:
                 stand_in = await self._stand_in(request, tool, arguments, usage, wait.why)
                 if stand_in and not stand_in.wait:
                     return stand_in
-            metrics.waited("breaker" if wait.service else "rate limit")
+            metrics.waited(wait.cause)
             return Outcome(wait=wait.wait(await self._runtime.guards.clock.now()))
         except KeyConflict as conflict:
             return Outcome(
@@ -237,14 +237,25 @@ class Tools:
         return next((end for end in ends if end.status is not UndoStatus.NOTHING), ends[0])
 
     async def _undo_one(self, request: ToolRequest, tool: Tool, call: Call) -> UndoOutcome:
-        state, result = await self._runtime.ledger.seize(call, "the run was undone before this call began")
+        guards = self._runtime.guards
+        state, result, ended = await guards.ledger.seize(call, "the run was undone before this call began")
         if state is State.FAILED or tool.undo_function is None:
             return UndoOutcome(status=UndoStatus.NOTHING)
+        now = await guards.clock.now()
+        if state is State.UNKNOWN and (wait := unsettled(call, ended, now)):
+            # What its service still does would stand after its undo.
+            return UndoOutcome(status=UndoStatus.REGISTERED, wait=wait.wait(now))
+        blind = state is State.UNKNOWN and call.effect is Effect.PROBE and call.settles_s is None
         undo = Undo(key=outside(call.key), arguments=request.arguments, result=result)
+        keyed = call.effect is Effect.IDEMPOTENT  # its service honours the undo's key as well
         undo_call = replace(call, key=f"{call.key}/undo", kind="undo", effect=Effect.IDEMPOTENT, retries=RETRIES)
+        undo_call = replace(undo_call, settles_s=None if keyed else call.settles_s)
 
         async def act(attempt: int) -> str | None:
-            return await tool.run_undo(self._context(request, undo_call.key, tool, attempt, []), undo)
+            done = await tool.run_undo(self._context(request, undo_call.key, tool, attempt, []), undo)
+            if done is None and blind:
+                raise ToolFailed(f"nothing was there to undo; {no_bound(call)}. Find out, and undo it by hand")
+            return done
 
         try:
             settled = await protected(self._runtime.guards, undo_call, act)
@@ -331,7 +342,13 @@ def _call(request: ToolRequest, tool: Tool, key: str) -> Call:
         target=service.target(request.tenant) if external else "",
         rule=service.breaker,
         limits=tuple(limit for limit in limits if limit),
+        settles_s=settles_within(tool),
     )
+
+
+def settles_within(tool: Tool) -> float | None:
+    """The bound that the tool declares, else its service."""
+    return registry.service(tool.service).settles_within if tool.settles_s is None else tool.settles_s
 
 
 def _by(tool: Tool, result: Any, by: str, why: str, usage: Usage | None = None) -> Outcome:

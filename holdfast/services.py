@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LONGEST_BOUND_S = 86_400.0
+"""Of `settles_within`."""
+
 
 @dataclass(frozen=True)
 class BreakerRule:
@@ -45,6 +48,14 @@ class Limit:
             raise TypeError(f"limit {self.name}: at least one per minute, or None for no limit")
 
 
+def check_bound(what: str, settles_within: float | None) -> None:
+    """Raises TypeError unless it is None or a number of seconds."""
+    if settles_within is not None and not 0 <= settles_within <= LONGEST_BOUND_S:
+        raise TypeError(
+            f"{what}: settles_within={settles_within}: expected seconds, 0 to {LONGEST_BOUND_S:,.0f} (a day), or None"
+        )
+
+
 @dataclass(frozen=True)
 class Service:
     """What the platform has to know of an external service. Its limits and its breaker are kept apart per tenant."""
@@ -53,6 +64,11 @@ class Service:
     breaker: BreakerRule = field(default_factory=BreakerRule)
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    settles_within: float | None = None
+    """Seconds after which a request that had no effect never has one; a tool may declare its own. None: unknown."""
+
+    def __post_init__(self) -> None:
+        check_bound(f"service {self.name}", self.settles_within)
 
     def target(self, tenant: str) -> str:
         """The breaker's name."""

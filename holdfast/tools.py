@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create
 from pydantic_core import to_jsonable_python
 
 from holdfast.contracts import Effect, Json, ToolPolicy
+from holdfast.services import check_bound
 
 if TYPE_CHECKING:
     import httpx2
@@ -147,6 +148,7 @@ class Tool:
     queue: str = ""
     put_off: bool = True
     role: str = ""
+    settles_s: float | None = None
     fallback: tuple[Tool | LastGood, ...] = ()
     undo_function: Callable[..., Any] | None = None
     probe_function: Callable[..., Any] | None = None
@@ -164,7 +166,10 @@ class Tool:
         return function
 
     def probe(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Declares the probe: `(ctx, **arguments)` asks by `ctx.key`; the result, or None if it never happened."""
+        """Declares the probe: `(ctx, **arguments)` asks by `ctx.key`; the result, or None if it did not happen so far.
+
+        None counts once the request is older than `settles_within`; without that bound a person settles the call.
+        """
         if self.effect is not Effect.PROBE:
             raise TypeError(f"tool {self.name}: only a tool of effect class `probe` has a probe")
         self.probe_function = function
@@ -288,6 +293,7 @@ def tool(
     per_minute: int | None = None,
     queue: str = "",
     put_off: bool = True,
+    settles_within: float | None = None,
     fallback: tuple[Tool | LastGood, ...] = (),
     name: str = "",
     arguments: type[BaseModel] | None = None,
@@ -302,6 +308,9 @@ def tool(
     queue: the stage whose workers run it (`worker.py --queue`), so that stages scale apart; none: the main ones.
     put_off: False for an agent that has nothing else to do meanwhile: while its service or its model is gone the turn
     waits for the call.
+    settles_within: seconds after which a request that had no effect never has one, counted from the end of the attempt
+    that sent it; None: as its service declares. Until then a `probe`'s "no" does not count, and an unknown outcome is
+    not undone. Where neither declares it, a person settles what the probe says did not happen.
     fallback: what stands in for the tool, in this order.
     arguments: their schema, for a function that takes them as `**arguments`; by default read from its signature.
     Raises TypeError at import for a declaration that could not run safely.
@@ -313,6 +322,9 @@ def tool(
             raise TypeError(f"tool {label}: queue {queue!r} has to be a word such as 'extract', and not 'main'")
         if role and not approval:
             raise TypeError(f"tool {label}: role {role!r} is who approves its calls, so it needs approval=True")
+        check_bound(f"tool {label}", settles_within)
+        if settles_within is not None and effect is Effect.READ:
+            raise TypeError(f"tool {label}: a read has no effect, so it takes no settles_within")
         description = inspect.getdoc(function)
         if not description:
             raise TypeError(f"tool {label}: needs a docstring, it is what the model reads")
@@ -336,6 +348,7 @@ def tool(
             queue=queue,
             put_off=put_off,
             role=role,
+            settles_s=settles_within,
             fallback=tuple(fallback),
             function=function,
             arguments=arguments or _arguments(label, function, hints),

@@ -139,6 +139,9 @@ def summary_by_template(ctx: ToolContext, **facts: Any) -> dict[str, str]:
 
 # ------------------------------------------------------------------ messages: the service ignores keys
 
+SETTLES_WITHIN = 20.0
+"""Seconds: the service gives up a message that it could not send by then."""
+
 
 async def _send(ctx: ToolContext, patient_id: str, to: list[str], text: str, **more: str) -> Json:
     body = {"reference": ctx.key, "patient_id": patient_id, "to": to, "text": text, **more}
@@ -164,7 +167,14 @@ async def notify_patient(
     return await _send(ctx, patient_id, [to], text, channel=channel)
 
 
-@tool(effect=Effect.PROBE, service="messages", approval=True, role="physician", per_minute=30)
+@tool(
+    effect=Effect.PROBE,
+    service="messages",
+    approval=True,
+    role="physician",
+    per_minute=30,
+    settles_within=SETTLES_WITHIN,
+)
 async def notify_providers(
     ctx: ToolContext, patient_id: PatientId, recipients: Annotated[list[Line], Field(min_length=1)], text: Text
 ) -> Json:

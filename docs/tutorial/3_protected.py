@@ -50,7 +50,7 @@ async def release_room(ctx: ToolContext, undo: Undo) -> str | None:
     return "room released"
 
 
-@tool(effect=Effect.PROBE, service="mail", approval=True)
+@tool(effect=Effect.PROBE, service="mail", approval=True, settles_within=10)
 async def invite(ctx: ToolContext, people: list[str], text: str) -> dict[str, bool]:
     """Send the invitation. A person has to approve it."""
     body = {"reference": ctx.key, "people": people, "text": text}

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from holdfast.contracts import Effect
@@ -28,7 +29,7 @@ from holdfast.reliability.errors import ErrorType, Failure, backoff, classify
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State
 from holdfast.reliability.limits import Limiter, Ticket
-from holdfast.reliability.waiting import NotYet
+from holdfast.reliability.waiting import NotYet, Unsettled
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, StoreUnavailable
 from holdfast.telemetry import metrics
@@ -65,7 +66,7 @@ class Guards:
 
     def __init__(self, db: Database, worker: str) -> None:
         self.clock = StoreClock(db)
-        self.ledger = Ledger(db, worker)
+        self.ledger = Ledger(db, worker, self.clock)
         self.limiter = Limiter(db, self.clock)
         self.breaker = Breaker(db, self.clock)
         self._shut: set[str] = set()
@@ -195,7 +196,7 @@ async def _once(guards: Guards, call: Call, act: Act, probe: Act | None, tokens:
         return known
     tickets = await _take(guards, call)
     _still_mine(call)
-    held = await ledger.reserve(call, now=await guards.clock.now(), admitted=not call.target)
+    held = await ledger.reserve(call, admitted=not call.target)
     entry = await _let_in(guards, call, tickets, held is None, held.breaker_failures if isinstance(held, Grant) else 0)
     if held is None:
         since = time.monotonic()
@@ -228,18 +229,20 @@ async def _act(
         message = "an earlier attempt was cut off; whether it happened is not known"
         failure = Failure(ErrorType.UNKNOWN_OUTCOME, message, retry=False, maybe_done=True)
         return await _give_up(ledger, call, grant, State.UNKNOWN, grant.failures, failure)
+    if doubtful and call.effect is Effect.PROBE:
+        assert probe is not None
+        if known := await _ask(entry, grant, probe, tokens):
+            return known
+        doubtful = False  # asked by key: it did not happen, and no longer can
+    elif doubtful and call.kind == "undo" and (wait := unsettled(call, grant.ended, await entry.guards.clock.now())):
+        # It looks before it acts, and would not see what its first request still does.
+        await ledger.record(call, grant.attempt, State.UNKNOWN, grant.failures, None, None, grant.ended)
+        await entry.left()
+        raise wait
     try:
-        if doubtful and call.effect is Effect.PROBE:
-            assert probe is not None
-            async with _limit(call):
-                found = await probe(grant.attempt)
-            faults.reached(Point.PROBED, call.name)
-            if found is not None:
-                return await _done(entry, grant, found, tokens)
-            doubtful = False  # asked by key: it did not happen
         while time.monotonic() - since > _STALE_S:
             since = time.monotonic()
-            await ledger.check(call, grant.attempt)
+            await ledger.renew(call, grant.attempt)
             await entry.guards.breaker.check(entry.passed)
         async with _limit(call):
             result = await act(grant.attempt)
@@ -259,6 +262,64 @@ async def _act(
         return await _failed(entry, grant, doubtful, _classified(call, error), error)
     faults.reached(answered, call.name)
     return await _done(entry, grant, result, tokens)
+
+
+async def _ask(entry: _Entry, grant: Grant, probe: Act, tokens: Callable[[Any], int]) -> Settled | None:
+    """Asks whether an earlier attempt's request had its effect. None: it had none, and no longer can.
+
+    A service that is still at work on the request says no as well. So its no counts only when the request is older
+    than the service needs; until then it is asked again, and without a bound a person says how it ended.
+    Raises NotYet.
+    """
+    call, guards = entry.call, entry.guards
+    asked = await guards.clock.now()
+    try:
+        async with _limit(call):
+            found = await probe(grant.attempt)
+    except Fenced:
+        raise
+    except NotReady as later:
+        return await _not_ready(entry, grant, later)
+    except (RetryLater, NotYet):
+        await guards.ledger.record(call, grant.attempt, State.UNKNOWN, grant.failures, None, None, grant.ended)
+        await entry.left()
+        raise
+    except Exception as error:  # noqa: BLE001 - every failure of somebody else's code is classified, none is swallowed
+        return await _failed(entry, grant, True, _classified(call, error), error, grant.ended)
+    faults.reached(Point.PROBED, call.name)
+    if found is not None:
+        return await _done(entry, grant, found, tokens)
+    if call.settles_s is None:
+        failure = Failure(ErrorType.UNKNOWN_OUTCOME, no_bound(call), retry=False, maybe_done=True)
+        settled = await _give_up(guards.ledger, call, grant, State.UNKNOWN, grant.failures, failure, grant.ended)
+        return replace(settled, notes=await entry.succeeded(0))
+    if not (wait := unsettled(call, grant.ended, asked)):
+        return None
+    await guards.ledger.record(call, grant.attempt, State.UNKNOWN, grant.failures, None, None, grant.ended)
+    await entry.succeeded(0)  # it was answered
+    raise wait
+
+
+def no_bound(call: Call) -> str:
+    """Why the service's no settles nothing."""
+    return (
+        f"{call.service or call.name} says that {call.name} did not happen, but it may still be at work on the request:"
+        " the tool declares no settles_within"
+    )
+
+
+def unsettled(call: Call, ended: float, now: float) -> Unsettled | None:
+    """The wait until it makes sense to ask again, while a request that went out may still come to its effect.
+
+    None when it no longer can, and when nobody knows how long that takes.
+    """
+    if call.settles_s is None or now >= (until := ended + call.settles_s):
+        return None
+    # Seldom while an attempt may still send; then first after as long as that is ago, as a slow service is soon done.
+    pause = max(now - ended, call.timeout_s / 5, 1.0)
+    at = datetime.fromtimestamp(until, UTC)
+    why = f"{call.name}: {call.service or 'its service'} may still be at work on the request, until {at:%H:%M:%S} UTC"
+    return Unsettled(min(until - now, pause), why)
 
 
 def _classified(call: Call, error: Exception) -> Failure:
@@ -296,8 +357,10 @@ def _told_position(call: Call, later: NotReady) -> Any:
     return heartbeat.position(call.key)
 
 
-async def _failed(entry: _Entry, grant: Grant, doubtful: bool, failure: Failure, error: Exception) -> Settled:
-    """Counts the failure; raises RetryLater or settles."""
+async def _failed(
+    entry: _Entry, grant: Grant, doubtful: bool, failure: Failure, error: Exception, ended: float | None = None
+) -> Settled:
+    """Counts the failure; raises RetryLater or settles. ended: as of `Ledger.record`."""
     call, ledger = entry.call, entry.guards.ledger
     # With a position the effect is done, and only the tool itself can say that it came to nothing.
     begun = grant.position is not None
@@ -308,16 +371,24 @@ async def _failed(entry: _Entry, grant: Grant, doubtful: bool, failure: Failure,
     # After an ambiguous failure a `probe` tool may always be asked about again, even where the error itself says stop.
     again = (failure.retry or (doubtful and call.effect is Effect.PROBE)) and not blind
     if again and failures <= call.retries:
-        await ledger.record(call, grant.attempt, state, failures, None, failure)
+        await ledger.record(call, grant.attempt, state, failures, None, failure, ended)
         await entry.failed(failure)
         raise RetryLater(failure, _delay(call, failures, failure)) from error
-    settled = await _give_up(ledger, call, grant, state, failures, failure)
+    settled = await _give_up(ledger, call, grant, state, failures, failure, ended)
     return replace(settled, notes=await entry.failed(failure))
 
 
-async def _give_up(ledger: Ledger, call: Call, grant: Grant, state: State, failures: int, failure: Failure) -> Settled:
+async def _give_up(
+    ledger: Ledger,
+    call: Call,
+    grant: Grant,
+    state: State,
+    failures: int,
+    failure: Failure,
+    ended: float | None = None,
+) -> Settled:
     settled = Settled(state, None, failure.message, failure.type, failures)
-    await ledger.record(call, grant.attempt, state, failures, settled, failure)
+    await ledger.record(call, grant.attempt, state, failures, settled, failure, ended)
     return settled
 
 

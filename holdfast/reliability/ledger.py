@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 from holdfast.contracts import Effect, Json, digest
 from holdfast.reliability.errors import LONGEST_DELAY, RETRIES, ErrorType, Failure
 from holdfast.services import BreakerRule, Limit
+from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, Row, StoreUnavailable
 
 Kind = Literal["tool", "undo", "model", "hook"]
@@ -75,6 +76,8 @@ class Call:
     limits: tuple[Limit, ...] = ()
     tokens: int = 0
     """What a token limit has to allow for: an estimate, settled with the real usage."""
+    settles_s: float | None = None
+    """A request that had no effect this many seconds after it went out never has one. None: nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Grant:
     """An earlier attempt may have acted."""
     breaker_failures: int = 0
     """What the breaker has counted, which a success has to take back."""
+    ended: float = field(default=0.0, compare=False)
+    """When doubtful: the latest time, by the store's clock, at which a request of an earlier attempt went out."""
     position: Any = None
     """Set when an earlier attempt has done the effect and said that its result is not ready: what is left is asking."""
 
@@ -154,14 +159,23 @@ _NEW = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'NEW'"
 _SHUT = "SELECT 1 FROM breakers WHERE target = ? AND (state <> 'closed' OR paused_until > ?)"
 """The look at the breaker rides along with the reservation, so it costs a call no statement of its own."""
 
+_SLACK_S = 1.0
+"""An attempt looks at its reservation again before it acts, unless that is younger than this."""
+_ENDED = """CASE WHEN effects.state = 'RESERVED' OR effects.settled_at IS NULL THEN
+    effects.reserved_at + ? * CASE WHEN effects.prior IN ('RESERVED', 'UNKNOWN') THEN 2.0 ELSE 1.0 END
+    ELSE effects.settled_at END"""
+"""When the last attempt that may have acted had ended. One that was cut off may have acted until its time was up; it
+had twice its time when it asked first. Parameter: that time."""
+
 _RESERVE = f"""{_INSERT}) SELECT {_NEW}, 'RESERVED', 1, 0 WHERE NOT EXISTS ({_SHUT})
 ON CONFLICT (key) DO UPDATE SET prior = effects.state, state = 'RESERVED', attempt = effects.attempt + 1,
-    worker = excluded.worker, reserved_at = excluded.reserved_at
+    worker = excluded.worker, reserved_at = excluded.reserved_at, settled_at = {_ENDED}
 WHERE effects.result IS NULL AND effects.digest = excluded.digest
-RETURNING attempt, failures, prior, position, (SELECT b.failures FROM breakers b WHERE b.target = ?)"""
+RETURNING attempt, failures, prior, position, settled_at, (SELECT b.failures FROM breakers b WHERE b.target = ?)"""
 
 _RESERVED = """
-SELECT attempt, failures, prior, position, (SELECT b.failures FROM breakers b WHERE b.target = ?)
+SELECT attempt, failures, prior, position, settled_at,
+    (SELECT b.failures FROM breakers b WHERE b.target = ?)
 FROM effects WHERE key = ? AND state = 'RESERVED' AND worker = ? AND reserved_at = ?"""
 """The reservation that this process made at this very time."""
 
@@ -181,7 +195,7 @@ UPDATE effects SET state = ?, result = ?, error = ?, failures = ?, settled_at = 
 WHERE key = ? AND attempt = ? AND state = 'RESERVED'"""
 
 _NOT_READY = """
-UPDATE effects SET state = 'UNKNOWN', failures = 0, error = ?, position = ?
+UPDATE effects SET state = 'UNKNOWN', failures = 0, error = ?, position = ?, settled_at = ?
 WHERE key = ? AND attempt = ? AND state = 'RESERVED'"""
 
 _COUNT_FAILURE = f"""{_INSERT}, settled_at, error, log) VALUES ({_NEW}, 'FAILED', 1, 1, ?, ?, ?)
@@ -199,8 +213,8 @@ RETURNING state, result, failures"""
 _SEIZE = f"""{_INSERT}, settled_at, result) VALUES ({_NEW}, 'FAILED', 1, 0, ?, ?)
 ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + CASE WHEN effects.result IS NULL THEN 1 ELSE 0 END,
     state = CASE effects.state WHEN 'RESERVED' THEN 'UNKNOWN' ELSE effects.state END,
-    result = COALESCE(effects.result, excluded.result)
-RETURNING state, result"""
+    result = COALESCE(effects.result, excluded.result), settled_at = {_ENDED}
+RETURNING state, result, settled_at"""
 
 _GIVE_WAY = f"""{_INSERT}, settled_at, result) VALUES ({_NEW}, 'FAILED', 1, 0, ?, ?)
 ON CONFLICT (key) DO UPDATE SET attempt = effects.attempt + 1, result = COALESCE(effects.result, excluded.result)
@@ -224,30 +238,35 @@ _ENTRY = f"SELECT {_COLUMNS} FROM effects"
 
 
 class Ledger:
-    """The ledger over one store. `worker` names this process in the rows it reserves."""
+    """The ledger over one store. `worker` names this process in the rows it reserves.
 
-    def __init__(self, db: Database, worker: str) -> None:
+    Times that decide something (`reserved_at`, and `settled_at` of a call in doubt) are by the store's clock.
+    """
+
+    def __init__(self, db: Database, worker: str, clock: StoreClock | None = None) -> None:
         self._db = db
         self._worker = worker
+        self._clock = clock or StoreClock(db)
 
-    async def reserve(self, call: Call, *, now: float = 0.0, admitted: bool = True) -> Grant | Settled | None:
+    async def reserve(self, call: Call, *, admitted: bool = True) -> Grant | Settled | None:
         """Takes the right to act on the key, or returns what is already settled.
 
-        None: nothing is settled, and the call's breaker has to be asked first. admitted: it was. now: the store's time.
+        None: nothing is settled, and the call's breaker has to be asked first. admitted: it was.
         Raises KeyConflict when the key was used with other arguments.
         """
-        guard = "" if admitted else call.target
-        at = time.time()
+        guard, now, longest = "" if admitted else call.target, await self._clock.now(), call.timeout_s + _SLACK_S
         row = await _surely(
-            lambda: self._db.one(_RESERVE, *self._columns(call), at, guard, now, call.target),
-            lambda: self._db.one(_RESERVED, call.target, call.key, self._worker, at),
+            lambda: self._db.one(_RESERVE, *self._columns(call), now, guard, now, longest, call.target),
+            lambda: self._db.one(_RESERVED, call.target, call.key, self._worker, now),
         )
         if row is not None:
-            attempt, failures, prior, position, breaker_failures = row
+            attempt, failures, prior, position, ended, breaker_failures = row
             # One that was cut off while it asked has done no more than the one before it.
             doubtful = prior in (State.RESERVED, State.UNKNOWN) and position is None
             at = None if position is None else json.loads(position)
-            return Grant(attempt, failures, doubtful, breaker_failures or 0, at)
+            # A row of an older build has the time of its worker, whose clock may be wrong.
+            ended = min(ended or 0.0, now + 2 * longest)
+            return Grant(attempt, failures, doubtful, breaker_failures or 0, ended, at)
         found = await self._db.one("SELECT state, digest, result, failures FROM effects WHERE key = ?", call.key)
         if found is None or (found[1] == call.digest and found[2] is None):
             if not admitted:
@@ -282,22 +301,33 @@ class Ledger:
             return _settled(state, result, failures)
         return Settled(State.UNKNOWN, error="an earlier attempt was cut off", failures=failures)
 
-    async def check(self, call: Call, attempt: int) -> None:
-        """Raises Fenced unless this attempt still holds the key."""
-        row = await self._db.one("SELECT attempt, state FROM effects WHERE key = ?", call.key)
-        if row is None or row[0] != attempt or row[1] != State.RESERVED:
+    async def renew(self, call: Call, attempt: int) -> None:
+        """Reserves again for an attempt that still holds the key and acts only now. Raises Fenced."""
+        sql = "UPDATE effects SET reserved_at = ? WHERE key = ? AND attempt = ? AND state = 'RESERVED'"
+        if await self._db.run(sql, await self._clock.now(), call.key, attempt) != 1:
             raise Fenced(f"another attempt has taken over {call.key}")
 
     async def record(
-        self, call: Call, attempt: int, state: State, failures: int, settled: Settled | None, failure: Failure | None
+        self,
+        call: Call,
+        attempt: int,
+        state: State,
+        failures: int,
+        settled: Settled | None,
+        failure: Failure | None,
+        ended: float | None = None,
     ) -> None:
-        """Records how the attempt ended; `settled` only when for good. Raises Fenced when it no longer holds."""
+        """Records how the attempt ended; `settled` only when for good. Raises Fenced when it no longer holds.
+
+        ended: of an attempt that sent nothing while an earlier one is in doubt: when that one had ended.
+        """
         error, log = self._log(failure)
         dump = settled.dump() if settled else None
-        now = time.time()
+        now = await self._clock.now() if state is State.UNKNOWN else time.time()
+        at = now if ended is None else ended
         done = await _surely(
-            lambda: self._db.run(_RECORD, state, dump, error, failures, now, log, call.key, attempt),
-            lambda: self._db.one(f"{_MINE} AND settled_at = ?", call.key, attempt, now),
+            lambda: self._db.run(_RECORD, state, dump, error, failures, at, log, call.key, attempt),
+            lambda: self._db.one(f"{_MINE} AND settled_at = ?", call.key, attempt, at),
         )
         if not done:
             raise Fenced(f"another attempt has taken over {call.key}")
@@ -305,8 +335,9 @@ class Ledger:
     async def not_ready(self, call: Call, attempt: int, why: str, position: Any) -> None:
         """Records that the effect is done and its result is not there yet: no failure. Raises Fenced."""
         at = None if position is None else json.dumps(position)
+        now = await self._clock.now()
         done = await _surely(
-            lambda: self._db.run(_NOT_READY, why, at, call.key, attempt),
+            lambda: self._db.run(_NOT_READY, why, at, now, call.key, attempt),
             lambda: self._db.one(f"{_MINE} AND error = ?", call.key, attempt, why),
         )
         if not done:
@@ -335,19 +366,25 @@ class Ledger:
         """Marks a read that failed before as done."""
         await self._db.run("UPDATE effects SET state = 'DONE', settled_at = ? WHERE key = ?", time.time(), call.key)
 
-    async def seize(self, call: Call, why: str) -> tuple[State, Any]:
+    async def ended(self, call: Call) -> float | None:
+        """When the last attempt that may have acted had ended, at the latest. None: the call is not in doubt."""
+        sql = f"SELECT {_ENDED} FROM effects WHERE key = ? AND state IN ('RESERVED', 'UNKNOWN')"
+        row = await self._db.one(sql, call.timeout_s + _SLACK_S, call.key)
+        return row[0] if row else None
+
+    async def seize(self, call: Call, why: str) -> tuple[State, Any, float]:
         """Closes a key before its undo: from here on no attempt of the call can act or record.
 
-        Returns the state and the recorded result. Whatever was not settled is settled now, also a key that was never
-        reserved, so that a frozen worker that wakes after the undo, or a retry that comes late, does not act. A second
-        time it changes nothing.
+        Returns the state, the recorded result, and when the last attempt had ended, at the latest. Whatever was not
+        settled is settled now, also a key that was never reserved, so that a frozen worker that wakes after the undo,
+        or a retry that comes late, does not act. A second time it changes nothing.
         """
-        now = time.time()
+        now, longest = await self._clock.now(), call.timeout_s + _SLACK_S
         never = Settled(State.FAILED, error=why, error_type="undone").dump()
-        row = await self._db.one(_SEIZE, *self._columns(call), now, now, never)
+        row = await self._db.one(_SEIZE, *self._columns(call), now, now, never, longest)
         assert row is not None
-        state, result = row
-        return State(state), json.loads(result)["result"]
+        state, result, ended = row
+        return State(state), json.loads(result)["result"], min(ended, now + 2 * longest)
 
     async def give_way(self, call: Call, why: str) -> bool:
         """Closes a key that certainly did nothing, so that another call may stand in for it. False when it may have."""

@@ -17,6 +17,19 @@ class NotYet(Exception):
         self.why = why
         self.service = service
 
+    @property
+    def cause(self) -> str:
+        """What the wait is for, as metrics count it."""
+        return "breaker" if self.service else "rate limit"
+
     def wait(self, now: float) -> Wait:
         """As a result of an activity. now: epoch seconds by the store's clock, for this process's own may be wrong."""
         return Wait(until=datetime.fromtimestamp(now + max(self.delay, 0.0), UTC), why=self.why, service=self.service)
+
+
+class Unsettled(NotYet):
+    """A request went out, and its service may still be at work on it."""
+
+    @property
+    def cause(self) -> str:
+        return "outcome"

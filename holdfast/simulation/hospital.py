@@ -9,7 +9,8 @@ can be counted from the hospital's side and never has to be taken from the platf
     insurance      POST or GET /insurance/verify                       read-only
     pharmacy       POST, GET ?key=, DELETE ?key=  /pharmacy/orders     honours keys
     appointments   POST, GET ?key=, DELETE ?key=  /appointments        honours keys
-    messages       POST, GET ?reference=          /messages            ignores keys: two POSTs send twice
+    messages       POST, GET ?reference=          /messages            ignores keys: two POSTs send twice; one that
+                                                                       could not be sent within 20 s never is
 
 All patients are fictitious.
 """
@@ -36,6 +37,8 @@ from holdfast.simulation.serve import Database, arguments, read_rows, serve
 
 SERVICES = ("records", "insurance", "pharmacy", "appointments", "messages")
 PATIENTS = Path(__file__).parent / "patients"
+MESSAGES_SETTLE_S = 20.0
+"""A message that is older is given up, however slow the service is: what its clients may count on."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -175,6 +178,7 @@ class Hospital:
             key = (
                 request.headers.get("Idempotency-Key") or (body or {}).get("reference") or query.get("reference") or ""
             )
+            came = time.monotonic()
             row = self._db.write(
                 "INSERT INTO requests (at, service, method, path, key) VALUES (?, ?, ?, ?, ?)",
                 (time.time(), service, request.method, request.url.path, str(key)),
@@ -183,6 +187,8 @@ class Hospital:
             async def work() -> Response:
                 if body is None:
                     return refusal(400, "the body is not a JSON object")
+                if service == "messages" and request.method == "POST" and time.monotonic() - came > MESSAGES_SETTLE_S:
+                    return refusal(503, f"given up: it could not be sent within {MESSAGES_SETTLE_S:.0f} s")
                 try:
                     with self._db:
                         status, answer = handle(Call(request.method, request.path_params, query, body, str(key)))

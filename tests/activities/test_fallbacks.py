@@ -47,7 +47,8 @@ class Outside:
             self.log.append(f"{name} {n}")
             return f"booked {n} by {name}"
 
-        made = tool(effect=effect, service=name, name=name, **{"retries": 0, **declared})(act)
+        bound = {} if effect is Effect.READ else {"settles_within": 0}
+        made = tool(effect=effect, service=name, name=name, **{"retries": 0, **bound, **declared})(act)
 
         async def found(ctx: ToolContext, n: int) -> None:
             return None

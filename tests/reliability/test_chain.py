@@ -14,16 +14,33 @@ from holdfast.contracts import Effect
 from holdfast.reliability import chain
 from holdfast.reliability.chain import Guards, RetryLater, protected
 from holdfast.reliability.errors import ErrorType
-from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Settled, State, tool_call
+from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Ledger, Settled, State, tool_call
+from holdfast.reliability.waiting import Unsettled
+from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
 from tests.reliability.wire import Step, Then, answer, free_port, wire
 
 NEW = Effect.IDEMPOTENT
 
 
+class Clock(StoreClock):
+    """The store's clock, and how much later it is by now."""
+
+    later = 0.0
+
+    async def now(self) -> float:
+        return await super().now() + self.later
+
+
 @pytest.fixture
-async def guards(db: Database) -> AsyncIterator[Guards]:
+def clock(db: Database) -> Clock:
+    return Clock(db)
+
+
+@pytest.fixture
+async def guards(db: Database, clock: Clock) -> AsyncIterator[Guards]:
     made = Guards(db, worker="w1")
+    made.clock, made.ledger = clock, Ledger(db, "w1", clock)
     yield made
     await made.close()
 
@@ -118,11 +135,13 @@ FAILURES: dict[str, tuple[list[Step] | None, dict[Effect, Expected]]] = {
 
 @pytest.mark.parametrize("effect", Effect)
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_what_a_failure_means(guards: Guards, http: httpx2.AsyncClient, effect: Effect, failure: str) -> None:
+async def test_what_a_failure_means(
+    guards: Guards, clock: Clock, http: httpx2.AsyncClient, effect: Effect, failure: str
+) -> None:
     """The first attempt fails over the wire, the second meets a healthy tool whose probe finds nothing."""
     steps, expected = FAILURES[failure]
     ends, failed_as, acts, probes = expected[effect]
-    call = order(effect, timeout_s=0.3 if failure == "timeout" else 60)
+    call = order(effect, timeout_s=0.3 if failure == "timeout" else 60, settles_s=30.0)
 
     async def over_the_wire(attempt: int) -> str:
         (await http.post(url)).raise_for_status()
@@ -140,6 +159,7 @@ async def test_what_a_failure_means(guards: Guards, http: httpx2.AsyncClient, ef
     assert await state(guards) == (failed_as, 1)
     if effect is Effect.READ and ends == "given up":
         return  # nothing is settled for a read: asking again is free
+    clock.later = 30
     tool = Tool()
     again = await tool.run(guards, call)
     assert (tool.acts, tool.probes) == (acts, probes)
@@ -158,16 +178,18 @@ async def test_what_a_failure_means(guards: Guards, http: httpx2.AsyncClient, ef
     ],
 )
 async def test_after_a_crash_between_the_effect_and_its_record(
-    guards: Guards, effect: Effect, finds: Any, ends: tuple[State, Any, int, int]
+    guards: Guards, clock: Clock, effect: Effect, finds: Any, ends: tuple[State, Any, int, int]
 ) -> None:
+    call = order(effect, timeout_s=10, settles_s=30.0)
     crashed = Tool(error=asyncio.CancelledError())
     with pytest.raises(asyncio.CancelledError):
-        await crashed.run(guards, order(effect))
+        await crashed.run(guards, call)
+    clock.later = 42
     tool = Tool(finds=finds)
-    settled = await tool.run(guards, order(effect))
+    settled = await tool.run(guards, call)
     assert (settled.state, settled.result, tool.acts, tool.probes) == ends
     assert settled.failures == 0, "a crash is no failure"
-    assert await tool.run(guards, order(effect)) == settled
+    assert await tool.run(guards, call) == settled
 
 
 async def test_ten_crashes_use_up_no_retry(guards: Guards) -> None:
@@ -201,12 +223,94 @@ async def test_one_doubt_among_certain_failures_stays_a_doubt(guards: Guards) ->
     assert settled.state is State.UNKNOWN, "the first try may have done it"
 
 
-async def test_a_probe_that_finds_nothing_ends_the_doubt(guards: Guards) -> None:
-    call = order(Effect.PROBE, retries=1)
+async def test_a_probe_that_finds_nothing_ends_the_doubt(guards: Guards, clock: Clock) -> None:
+    call = order(Effect.PROBE, retries=1, settles_s=30.0)
     with pytest.raises(RetryLater):
         await Tool(error=ConnectionResetError("in the middle")).run(guards, call)
+    clock.later = 30
     settled = await Tool(error=ConnectionRefusedError("down")).run(guards, call)
     assert settled.state is State.FAILED
+
+
+# ------------------------------------------------------------ a service that may still be at work
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["timed out", "killed"])
+async def test_a_no_does_not_count_while_the_service_may_be_at_work(guards: Guards, clock: Clock, killed: bool) -> None:
+    """It is asked again until then, which is no failure; an attempt that only asked does not put that off."""
+    call = order(Effect.PROBE, timeout_s=10, settles_s=30.0, retries=1)
+    with pytest.raises(asyncio.CancelledError if killed else RetryLater):
+        await Tool(error=asyncio.CancelledError() if killed else TimeoutError("no answer")).run(guards, call)
+    counted = 0 if killed else 1
+    tool, asked = Tool(), 0
+    for clock.later in (1, 5, 15, 29, 40) if killed else (1, 5, 15, 29):
+        with pytest.raises(Unsettled) as wait:
+            await tool.run(guards, call)
+        asked += 1
+        assert 0 < wait.value.delay <= 30
+        assert "may still be at work" in wait.value.why
+        assert await state(guards) == (State.UNKNOWN, counted)
+    clock.later = 42 if killed else 31
+    settled = await tool.run(guards, call)
+    assert (settled.state, settled.failures, tool.acts, tool.probes) == (State.DONE, counted, 1, asked + 1)
+
+
+async def test_a_yes_counts_at_once(guards: Guards) -> None:
+    call = order(Effect.PROBE, settles_s=30.0)
+    with pytest.raises(RetryLater):
+        await Tool(error=TimeoutError("no answer")).run(guards, call)
+    with pytest.raises(Unsettled):
+        await Tool().run(guards, call)
+    tool = Tool(finds="found")
+    assert (await tool.run(guards, call)).result == "found"
+    assert tool.acts == 0
+
+
+async def test_a_probe_that_fails_does_not_put_off_when_a_no_counts(guards: Guards, clock: Clock) -> None:
+    call = order(Effect.PROBE, settles_s=30.0)
+    with pytest.raises(RetryLater):
+        await Tool(error=TimeoutError("no answer")).run(guards, call)
+
+    async def fails(attempt: int) -> Any:
+        raise ConnectionResetError("asked in vain")
+
+    clock.later = 29
+    with pytest.raises(RetryLater):
+        await protected(guards, call, Tool().act, fails)
+    clock.later = 31
+    assert (await Tool().run(guards, call)).state is State.DONE
+
+
+async def test_an_attempt_that_was_frozen_counts_from_when_it_acts(
+    guards: Guards, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody took over while it stood still, so it acts long after its reservation, and is killed then."""
+    call, reserve = order(Effect.PROBE, timeout_s=10, settles_s=30.0), guards.ledger.reserve
+    monkeypatch.setattr(chain, "_STALE_S", 0.05)
+
+    async def then_sleep_long(of: Call, **asked: Any) -> Grant | Settled | None:
+        held = await reserve(of, **asked)
+        await asyncio.sleep(0.1)
+        clock.later = 100
+        return held
+
+    monkeypatch.setattr(guards.ledger, "reserve", then_sleep_long)
+    with pytest.raises(asyncio.CancelledError):
+        await Tool(error=asyncio.CancelledError()).run(guards, call)
+    monkeypatch.setattr(guards.ledger, "reserve", reserve)
+    clock.later = 130
+    with pytest.raises(Unsettled):
+        await Tool().run(guards, call)
+
+
+async def test_without_a_bound_a_no_is_left_to_a_person(guards: Guards, clock: Clock) -> None:
+    with pytest.raises(RetryLater):
+        await Tool(error=TimeoutError("no answer")).run(guards, order(Effect.PROBE))
+    clock.later = 1e6
+    tool = Tool()
+    settled = await tool.run(guards, order(Effect.PROBE))
+    assert (settled.state, tool.acts, tool.probes) == (State.UNKNOWN, 0, 1)
+    assert "settles_within" in settled.error
 
 
 # ------------------------------------------------------------ an attempt that was frozen

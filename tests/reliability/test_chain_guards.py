@@ -355,7 +355,7 @@ async def test_an_attempt_that_was_overtaken_tells_the_breaker_nothing(ground: G
     ground.probe_is_due()
 
     async def overtaken(attempt: int) -> Any:
-        assert (await run(ground.other, call(kind=kind))).state is State.DONE
+        assert (await protected(ground.other, call(kind=kind), works, works)).state is State.DONE
         return await fails(attempt)
 
     with pytest.raises(Fenced):

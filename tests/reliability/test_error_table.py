@@ -174,7 +174,9 @@ async def running(store_url: str, model_url: str) -> AsyncIterator[Runtime]:
 def posting(effect: Effect) -> Tool:
     """A tool that posts, and asks with a GET whether it happened."""
 
-    @tool(effect=effect, service="wire", timeout=0.15, name=f"post_{effect}")
+    bound = None if effect is Effect.READ else 0.0
+
+    @tool(effect=effect, service="wire", timeout=0.15, name=f"post_{effect}", settles_within=bound)
     async def post(ctx: ToolContext, url: str) -> Any:
         """Post."""
         return (await ctx.http.post(url)).raise_for_status().json()

@@ -2,7 +2,8 @@
 
 Each attempt runs the real chain. It can be stopped, for as long as you like, where a process may freeze: between its
 reservation and its call, between a probe's answer and the call, and between the effect and its record. While it stands
-there others go on; it may die there. The outside counts real effects. What a person says of a call is the truth.
+there others go on; it may die there. The outside counts real effects. A service may be at work on a request for a while
+after its client is gone, but no longer than `SETTLES_S`. What a person says of a call is the truth.
 """
 
 from __future__ import annotations
@@ -29,18 +30,22 @@ from holdfast.contracts import Effect
 from holdfast.reliability import chain
 from holdfast.reliability.chain import Guards, RetryLater, protected
 from holdfast.reliability.ledger import Call, Entry, Fenced, Grant, Ledger, Settled, State, tool_call
+from holdfast.reliability.waiting import Unsettled
+from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, open_database
 from holdfast.tools import ToolRefused
 
 T = TypeVar("T")
 KINDS = [Effect.IDEMPOTENT, Effect.PROBE, Effect.MANUAL, "model"]
 """What changes something outside, and model calls: there nothing is reserved, but the answer is kept."""
+SETTLES_S = 5.0
 N = st.integers(0, 7)
 """Which of the attempts that fit."""
 
 ENDS: dict[str, tuple[bool, Exception | None]] = {
     "done": (True, None),
     "done, answer lost": (True, ConnectionResetError("reset")),
+    "still at work": (False, ConnectionResetError("reset")),
     "bug after it": (True, KeyError("patient")),
     "lost on the way": (False, ConnectionResetError("reset")),
     "nobody there": (False, ConnectionRefusedError("refused")),
@@ -52,17 +57,28 @@ ENDS: dict[str, tuple[bool, Exception | None]] = {
 class Stopwatch:
     """The chain's monotonic clock, in place of its module `time`: whoever stood still finds that time has passed."""
 
-    now = 0.0
+    seconds = 0.0
 
     def monotonic(self) -> float:
-        return self.now
+        return self.seconds
+
+
+class Clock(StoreClock):
+    """The store's clock, which goes by the stopwatch."""
+
+    def __init__(self, db: Database, watch: Stopwatch) -> None:
+        super().__init__(db)
+        self._watch = watch
+
+    async def now(self) -> float:
+        return 1000.0 + self._watch.seconds
 
 
 def call_of(kind: Effect | str, n: int) -> Call:
     key = f"run/{n}"
     if kind == "model":
         return Call(key, "run", "model", "turn-1", Effect.READ, None, "asked", retries=2)
-    return tool_call(key, "run", "order", Effect(kind), {"n": n}, retries=2)
+    return tool_call(key, "run", "order", Effect(kind), {"n": n}, retries=2, timeout_s=3, settles_s=SETTLES_S)
 
 
 @dataclass(eq=False)
@@ -86,8 +102,8 @@ current: ContextVar[Attempt] = ContextVar("current")
 
 
 class StopsWhenReserved(Ledger):
-    async def reserve(self, call: Call, *, now: float = 0.0, admitted: bool = True) -> Grant | Settled | None:
-        held = await super().reserve(call, now=now, admitted=admitted)
+    async def reserve(self, call: Call, *, admitted: bool = True) -> Grant | Settled | None:
+        held = await super().reserve(call, admitted=admitted)
         if isinstance(held, Grant):
             await current.get().stops()
         return held
@@ -103,8 +119,11 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.run(self.db.run("DELETE FROM effects"))
         self.guards = Guards(self.db, "w")
-        self.guards.ledger = StopsWhenReserved(self.db, "w")
-        self.ledger = Ledger(self.db, "the other side")
+        self.guards.clock = Clock(self.db, self.watch)
+        self.guards.ledger = StopsWhenReserved(self.db, "w", self.guards.clock)
+        self.ledger = Ledger(self.db, "the other side", self.guards.clock)
+        self.at_work: list[tuple[str, float]] = []
+        """Requests that the service has not come to yet, and until when it may."""
         self.attempts: list[Attempt] = []
         self.effects: Counter[str] = Counter()
         """How often each call really happened. The service of an idempotent one honours the key."""
@@ -113,6 +132,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """The call that attempts are made of now."""
         self.undone: set[str] = set()
         """Calls whose undo has begun."""
+        self.made_good: set[str] = set()
+        """Calls whose undo has run, when nothing could come to an effect any more."""
         self.stood_in: set[str] = set()
         """Calls that another one stands in for."""
         self.settled: dict[str, Settled] = {}
@@ -147,13 +168,32 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(n=N)
     def goes_on(self, n: int) -> None:
         """A stopped attempt wakes: long after, as far as it knows."""
-        self.watch.now += 2
+        self.pass_time(2)
         self.run(self.awake(self.attempts[n % len(self.attempts)]))
 
     @precondition(lambda self: self.attempts)
     @rule(n=N)
     def crash(self, n: int) -> None:
         self.run(self.killed(self.attempts[n % len(self.attempts)]))
+
+    @rule(seconds=st.sampled_from([1, 4, 15]))
+    def pass_time(self, seconds: int) -> None:
+        """What the service has not come to by then it has given up."""
+        self.watch.seconds += seconds
+        self.at_work = [(key, until) for key, until in self.at_work if self.watch.seconds < until]
+
+    @precondition(lambda self: self.at_work)
+    @rule(n=N)
+    def lands(self, n: int) -> None:
+        """The service comes to a request whose client is long gone."""
+        key, _ = self.at_work.pop(n % len(self.at_work))
+        self.happens(key)
+
+    def happens(self, key: str) -> None:
+        if self.kind == Effect.IDEMPOTENT and self.effects[key]:
+            return  # its service honours the key
+        assert key not in self.made_good, "it comes to its effect after its undo"
+        self.effects[key] += 1
 
     async def started(self, attempt: Attempt) -> None:
         current.set(attempt)
@@ -175,7 +215,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if attempt.task.done():
             self.attempts.remove(attempt)
             error = attempt.task.exception()
-            if error is not None and not isinstance(error, RetryLater | Fenced):
+            if error is not None and not isinstance(error, RetryLater | Fenced | Unsettled):
                 raise error
 
     async def killed(self, attempt: Attempt) -> None:
@@ -191,7 +231,9 @@ class LedgerMachine(RuleBasedStateMachine):
             happens, error = ENDS[attempt.ends]
             assert key not in self.undone, "it acts after its undo has begun"
             if happens and attempt.call.kind != "model":
-                self.effects[key] = 1 if attempt.call.effect is Effect.IDEMPOTENT else self.effects[key] + 1
+                self.happens(key)
+            if attempt.ends == "still at work" and attempt.call.kind != "model":
+                self.at_work.append((key, self.watch.seconds + SETTLES_S))
             await attempt.stops()
             if error:
                 raise error
@@ -217,13 +259,17 @@ class LedgerMachine(RuleBasedStateMachine):
         match do:
             case "unwind":
                 self.undone.add(key)
-                state, _ = self.run(self.ledger.seize(call, "the run was undone"))
-                if state is not State.FAILED and self.effects[key]:
+                state, _, ended = self.run(self.ledger.seize(call, "the run was undone"))
+                waits = state is State.UNKNOWN and self.watch.seconds + 1000 < ended + SETTLES_S
+                if state is not State.FAILED and self.effects[key] and not waits:
                     self.run(self.ledger.compensated(key))
+                    self.made_good.add(key)
             case "stand in":
                 if self.run(self.ledger.give_way(call, "its service is down")):
                     self.stood_in.add(key)
             case "settle":
+                # Ada waits until the service has done what it will do.
+                self.pass_time(20)
                 if self.run(self.ledger.settle(key, self.effects[key] > 0, "by hand", "says ada")):
                     self.settled.pop(key, None)
             case "replay":  # the platform refuses where it was undone, or another one stood in

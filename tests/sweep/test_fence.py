@@ -24,8 +24,8 @@ class FrozenInReserve(Ledger):
         super().__init__(db, "frozen")
         self._other, self._seconds = other, seconds
 
-    async def reserve(self, call: Call, *, now: float = 0.0, admitted: bool = True) -> Grant | Settled | None:
-        held = await super().reserve(call, now=now, admitted=admitted)
+    async def reserve(self, call: Call, *, admitted: bool = True) -> Grant | Settled | None:
+        held = await super().reserve(call, admitted=admitted)
         await self._other.reserve(call)
         time.sleep(self._seconds)  # noqa: ASYNC251 - the whole process stands still
         return held

@@ -186,8 +186,8 @@ async def test_another_run_of_the_same_id_is_not_taken_for_it(lite: Stage) -> No
 async def test_a_doubtful_call_that_cannot_be_undone_is_asked_about_or_left_to_a_person(stage: Stage) -> None:
     world = World()
     never = asyncio.Event()
-    mail = world.tool("mail", Effect.MANUAL, gate=never, undo=None)
-    ping = world.tool("ping", Effect.PROBE, gate=never, undo=None)
+    mail = world.tool("mail", Effect.MANUAL, gate=never, undo=None, timeout=60)
+    ping = world.tool("ping", Effect.PROBE, gate=never, undo=None, timeout=1, settles_within=1)
 
     @ping.probe
     async def asked(ctx: Any, n: int) -> str | None:
@@ -204,12 +204,12 @@ async def test_a_doubtful_call_that_cannot_be_undone_is_asked_about_or_left_to_a
         (ended,) = await sweep(stage)
         (letter,) = await Letters(stage.runtime.db).find()
         assert (ended.ok, letter.kind, letter.subject) == (False, LetterKind.CALL, "mail")
-        assert world.log.count("asked ping") == 1
+        assert world.log.count("asked ping") > 1, "its no counts only when the service cannot be at work any more"
         base = (await stage.stored(handle)).key_base
         rows = {row.key: row.state for row in await stage.runtime.ledger.entries(base) if row.effect != "read"}
         assert rows == {f"{base}/1": State.RESERVED, f"{base}/2": State.FAILED}
         never.set()
-        await world.saw("done ping#2")
+        await world.saw("done mail#1")
 
 
 async def test_a_compensation_of_a_terminated_run_that_fails_is_a_letter(lite: Stage) -> None:

@@ -1,0 +1,184 @@
+"""A service slower than the time-out: it says "no" because it is still at work, and then does what it was asked.
+
+The messages of the real simulated hospital ignore keys, so a request that is sent twice is a message sent twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from holdfast.contracts import Effect, RunOutcome, UndoStatus
+from holdfast.reliability.ledger import State
+from holdfast.simulation.hospital import HospitalRecord
+from holdfast.state.letters import LetterKind, Letters
+from holdfast.tools import Tool, ToolContext, Undo, tool
+from tests.fixtures.clock import PATIENCE_S
+from tests.fixtures.model import call, say, sequence
+from tests.fixtures.temporal import Stage, cancelled, until
+from tests.fixtures.world import World, agent
+from tests.simulation.processes import Running, service
+
+SEND = ("send", {"text": "hello"})
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with service("hospital", tmp_path_factory.mktemp("hospital") / "hospital.db") as running:
+        yield running
+
+
+@pytest.fixture
+async def http(hospital: Running) -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(base_url=hospital.url, timeout=30) as client:
+        yield client
+        await client.delete("/faults")
+
+
+def sends(url: str, **declared: Any) -> Tool:
+    """The tool that sends a message, asks what was sent, and retracts it."""
+
+    @tool(effect=Effect.PROBE, service="mail", name="send", timeout=1, **declared)
+    async def send(ctx: ToolContext, text: str) -> str:
+        """Send."""
+        body = {"reference": ctx.key, "to": ["ada"], "text": text}
+        return (await ctx.http.post(f"{url}/messages", json=body)).raise_for_status().json()["status"]
+
+    async def sent(ctx: ToolContext, key: str) -> list[Any]:
+        answer = await ctx.http.get(f"{url}/messages", params={"reference": key})
+        return answer.raise_for_status().json()["messages"]
+
+    @send.probe
+    async def was_sent(ctx: ToolContext, text: str) -> str | None:
+        return "sent" if await sent(ctx, ctx.key) else None
+
+    @send.undo
+    async def retract(ctx: ToolContext, undo: Undo) -> str | None:
+        if not await sent(ctx, undo.key):
+            return None
+        if not await sent(ctx, ctx.key):
+            body = {"reference": ctx.key, "to": ["ada"], "text": "never mind", "retracts": undo.key}
+            (await ctx.http.post(f"{url}/messages", json=body)).raise_for_status()
+        return "retracted"
+
+    return send
+
+
+async def slow(http: httpx2.AsyncClient, seconds: float, times: int = 1) -> None:
+    fault = {"mode": "slow", "seconds": seconds, "times": times, "method": "POST"}
+    (await http.put("/faults/messages", json=fault)).raise_for_status()
+
+
+def kinds(hospital: Running, base: str) -> list[str]:
+    """What the hospital did for this run."""
+    return [effect.kind for effect in HospitalRecord(hospital.db).effects(f"{base}/")]
+
+
+async def landed(hospital: Running, base: str) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not kinds(hospital, base):
+            await asyncio.sleep(0.02)
+
+
+async def test_it_is_asked_until_it_cannot_be_at_work_and_gets_no_second_request(
+    stage: Stage, hospital: Running, http: httpx2.AsyncClient
+) -> None:
+    await slow(http, 3)
+    stage.model.script = sequence(call(SEND), say("done"))
+    async with stage.worker():
+        handle = await stage.start(agent(sends(hospital.url, settles_within=15)))
+        now = await until(handle, lambda s: any("may still be at work" in note for note in s.notes))
+        assert kinds(hospital, now.key_base) == []
+        result = await handle.result()
+    assert (result.outcome, result.failures) == (RunOutcome.COMPLETED, 1)
+    assert kinds(hospital, result.key_base) == ["message"]
+
+
+async def test_what_never_came_to_an_effect_is_sent_again_after_that(
+    lite: Stage, hospital: Running, http: httpx2.AsyncClient
+) -> None:
+    (await http.put("/faults/messages", json={"mode": "hang", "times": 1, "method": "POST"})).raise_for_status()
+    lite.model.script = sequence(call(SEND), say("done"))
+    async with lite.worker():
+        result = await (await lite.start(agent(sends(hospital.url, settles_within=3)))).result()
+    assert result.outcome is RunOutcome.COMPLETED
+    sent = [r for r in HospitalRecord(hospital.db).requests(f"{result.key_base}/") if r.method == "POST"]
+    assert kinds(hospital, result.key_base) == ["message"]
+    assert len(sent) == 2
+    assert sent[1].at - sent[0].at >= 3
+
+
+async def test_without_a_bound_a_person_is_asked(lite: Stage, hospital: Running, http: httpx2.AsyncClient) -> None:
+    await slow(http, 3)
+    lite.model.script = sequence(call(SEND), say("done"))
+    async with lite.worker():
+        handle = await lite.start(agent(sends(hospital.url)))
+        now = await until(handle, lambda s: bool(s.approvals))
+        (asked,) = now.approvals
+        assert (asked.kind, "settles_within" in asked.why) == ("outcome", True)
+        await landed(hospital, now.key_base)
+        await handle.signal("decide", {"approval_id": asked.id, "verdict": "happened", "approver": "ada"})
+        result = await handle.result()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert kinds(hospital, result.key_base) == ["message"]
+
+
+async def test_cancelled_while_it_is_at_work_the_undo_waits_for_what_it_has_to_undo(
+    stage: Stage, hospital: Running, http: httpx2.AsyncClient
+) -> None:
+    await slow(http, 4)
+    stage.model.script = sequence(call(SEND), say("done"))
+    async with stage.worker():
+        handle = await stage.start(agent(sends(hospital.url, settles_within=5)))
+        now = await until(handle, lambda s: any("may still be at work" in note for note in s.notes))
+        assert kinds(hospital, now.key_base) == []
+        await handle.cancel()
+        await cancelled(handle)
+    stored = await stage.stored(handle)
+    assert [undo.status for undo in stored.undone] == [UndoStatus.UNDONE]
+    assert kinds(hospital, stored.key_base) == ["message", "retraction"]
+
+
+async def test_an_undo_that_finds_nothing_settles_nothing_without_a_bound(
+    lite: Stage, hospital: Running, http: httpx2.AsyncClient
+) -> None:
+    await slow(http, 4)
+    lite.model.script = sequence(call(SEND), say("done"))
+    async with lite.worker():
+        handle = await lite.start(agent(sends(hospital.url)))
+        await until(handle, lambda s: bool(s.approvals))
+        await handle.cancel()
+        await cancelled(handle)
+        stored = await lite.stored(handle)
+        (letter,) = [each for each in await Letters(lite.runtime.db).find() if each.kind == LetterKind.UNDO]
+        assert [u.status for u in stored.undone] == [UndoStatus.FAILED]
+        assert "settles_within" in letter.cause
+        await landed(hospital, stored.key_base)
+
+
+async def test_a_slow_retraction_is_not_sent_twice(lite: Stage, hospital: Running, http: httpx2.AsyncClient) -> None:
+    """The undo looks before it acts, and does not see what its first request still does."""
+    lite.model.script = sequence(call(SEND), call(("wait", {})))
+    async with lite.worker():
+        spec = agent(sends(hospital.url, settles_within=8), World().tool("wait", approval=True))
+        handle = await lite.start(spec)
+        await until(handle, lambda s: bool(s.approvals))
+        await slow(http, 3)
+        await handle.cancel()
+        await cancelled(handle)
+    stored = await lite.stored(handle)
+    assert kinds(hospital, stored.key_base) == ["message", "retraction"]
+    (row,) = [e for e in await lite.runtime.ledger.entries(stored.key_base) if e.key.endswith("/1")]
+    assert row.state is State.COMPENSATED
+
+
+def test_a_bound_that_is_none_is_refused_where_it_is_declared() -> None:
+    for bad in (-1, float("nan"), 1e9):
+        with pytest.raises(TypeError, match="settles_within"):
+            sends("", settles_within=bad)
+    with pytest.raises(TypeError, match="a read has no effect"):
+        World().tool("look", Effect.READ, settles_within=3)
