@@ -86,13 +86,14 @@ class Plan:
                 raise ApplicationError(words, type=ErrorType.BAD_GRAPH, non_retryable=True) from None
 
     async def _turn(self, request: PlanRequest) -> PlanResult:
-        spec, gone = await self._bound(request)
+        spec, gone, lost = await self._bound(request)
         # The base is part of the tag: after a Reset the same turn may be taken again from another past.
         tag = f"{request.turn}.{digest([request.base, request.input, request.answers, request.notices])[:8]}"
         where = f"turn-{request.turn}"
         faults.reached(Point.TURN_STARTED, where)
 
-        down = await self._down(spec, request.tenant) | gone
+        shut = await self._down(spec, request)
+        down = shut | gone
         thread = Thread(self._runtime.db, request.key_base, tag, request.base, lean=spec.graph is None)
         resumed = await thread.open()
         notes: list[str] = []
@@ -121,34 +122,43 @@ class Plan:
             model=model,
             profile=profile,
             notes=notes,
+            withdrawn=[*shut, *lost],
         )
 
-    async def _bound(self, request: PlanRequest) -> tuple[AgentSpec, dict[str, str]]:
-        """The agent with the tools of its MCP servers; what is missing of those, and why. Raises NotYet in turn 1."""
-        spec, down = await self._runtime.mcp.bind(_spec(request.agent))
-        if down and request.turn == 1:  # the profile, which the run goes by from here on, needs them all
-            server, why = next(iter(down.items()))
-            raise NotYet(self._runtime.settings.park_s, why, service=server)
-        return spec, {f"every tool of server {server}": why for server, why in down.items()}
+    async def _bound(self, request: PlanRequest) -> tuple[AgentSpec, dict[str, str], list[str]]:
+        """The agent with the tools of its MCP servers; what is missing of those, and why; tools of steps among that.
 
-    async def _down(self, spec: AgentSpec, tenant: str) -> dict[str, str]:
+        Raises NotYet when the turn needs a server that is gone.
+        """
+        spec, down = await self._runtime.mcp.bind(_spec(request.agent))
+        for server in spec.mcp:
+            # In turn 1 all of them: the profile, which the run goes by from here on, has their tools.
+            needed = request.turn == 1 or any(map(server.may_have, request.offered))
+            if server.name in down and needed:
+                raise NotYet(self._runtime.settings.park_s, down[server.name], service=server.name)
+        in_steps = {name for step in spec.steps for name in step.tools}
+        lost = [name for name in in_steps for server in spec.mcp if server.name in down and server.may_have(name)]
+        return spec, {f"every tool of server {server}": why for server, why in down.items()}, sorted(lost)
+
+    async def _down(self, spec: AgentSpec, request: PlanRequest) -> dict[str, str]:
         """Tools that cannot be had because their service's breaker is open, and why. Advice: each call is checked."""
         rows = await self._runtime.guards.shut()
         if not rows:
             return {}
-        services = {tool.name: registry.service(tool.service).target(tenant) for tool in spec.tools if tool.service}
-        # A tool with a fallback stays: it has an answer.
+        targets = {tool.name: registry.service(tool.service).target(request.tenant) for tool in spec.tools}
+        # A tool with a fallback stays: it has an answer. So does one that is not put off: the run waits for its call.
         return {
-            tool.name: f"{services[tool.name]} does not answer"
+            tool.name: f"{targets[tool.name]} does not answer"
             for tool in spec.tools
-            if services.get(tool.name) in rows and not tool.has_fallback
+            if tool.service and targets[tool.name] in rows and tool.put_off
+            if not tool.has_fallback and tool.name not in request.offered
         }
 
 
-def _availability(down: dict[str, str], told: list[str]) -> str:
-    """What the model hears of tools that went or came back."""
+def _availability(down: dict[str, str], told: list[str], offered: list[str]) -> str:
+    """What the model hears of tools that went or came back. What is offered all the same, the run tells it of."""
     lines = [f"Not available for now: {tool} ({why}). Go on with what does not need it." for tool, why in down.items()]
-    lines += [f"Available again: {tool}." for tool in told if tool not in down]
+    lines += [f"Available again: {tool}." for tool in told if tool not in down and tool not in offered]
     return "\n".join(lines)
 
 
@@ -173,8 +183,8 @@ def _begin(spec: AgentSpec, request: PlanRequest, thread: Thread, down: dict[str
             ) from None
     notices = list(request.notices)
     told: list[str] = thread.carried.get("withdrawn", [])
-    if sorted(down) != told:
-        notices.append(_availability(down, told))
+    if sorted(down) != told and (news := _availability(down, told, request.offered)):
+        notices.append(news)
         notes += [f"{tool} is withdrawn: {why}" for tool, why in down.items() if tool not in told]
     before: str = thread.carried.get("model") or thread.carried.get("before", "")
     thread.carried = {"before": before, "withdrawn": sorted(down)}

@@ -87,7 +87,10 @@ class ToolPolicy(BaseModel):
     queue: str = ""
     """The stage that its calls and undos run in: the task queue `<the run's own>.<queue>`; empty: the run's own."""
     put_off: bool = True
-    """While its service is down a call is put off beside the turns; False: the turn waits for it, parked."""
+    """While its service is down a call is put off beside the turns; False: the turn waits for it, parked.
+
+    False also keeps the tool offered while its service is down: nothing else can be done without it.
+    """
     role: str = ""
     """Who is asked for the approval of its calls; empty: the role of its step."""
 
@@ -211,6 +214,8 @@ class PlanRequest(BaseModel):
     """All answers that this turn's questions have got so far, oldest first. Not part of what names the turn."""
     statuses: list[OutcomeStatus] = []
     """How the calls of the turn before ended, in their order; empty when all are ok."""
+    offered: list[str] = []
+    """Tools that the model is offered although their service does not answer: the run cannot end well without them."""
 
 
 class PlanResult(BaseModel):
@@ -230,6 +235,8 @@ class PlanResult(BaseModel):
     """The model refuses the turn by its policy: nobody but a person can help."""
     questions: list[Question] = []
     """The turn cannot go on without these answers: ask, then plan the same turn again with `replies`."""
+    withdrawn: list[str] = []
+    """Tools that the turn did without because their service does not answer."""
 
 
 # ------------------------------------------------------------------ one tool call

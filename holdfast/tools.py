@@ -306,8 +306,8 @@ def tool(
     approval: a human has to say yes before each call. role: who is asked; without it the role of the tool's step.
     per_minute: calls that all workers together may make in a minute, per tenant.
     queue: the stage whose workers run it (`worker.py --queue`), so that stages scale apart; none: the main ones.
-    put_off: False for an agent that has nothing else to do meanwhile: while its service or its model is gone the turn
-    waits for the call.
+    put_off: False for a tool that the rest of the work needs: while its service or its model is gone the turn waits for
+    the call, and the tool is not withdrawn from what the model is offered.
     settles_within: seconds after which a request that had no effect never has one, counted from the end of the attempt
     that sent it; None: as its service declares. Until then a `probe`'s "no" does not count, and an unknown outcome is
     not undone. Where neither declares it, a person settles what the probe says did not happen.

@@ -47,7 +47,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.calls import Calls, why
     from workflows.gate import Gate
     from workflows.hooks import Hooks
-    from workflows.judgement import judge_final, judge_turn, out_of_turns
+    from workflows.judgement import gone, judge_final, judge_turn, offer_again, out_of_patience, out_of_turns
     from workflows.parent import Parent
     from workflows.saga import unwind
     from workflows.state import CallState, Ending, RunState
@@ -80,6 +80,7 @@ class AgentWorkflow:
         self._approvals = Approvals(self._state.approvals, self._note, self._changed, self._hooks.asked)
         self._parent = Parent(self._state)
         self._calls = Calls(self._parked, self._parent.goes_on, self._state.places)
+        self._state.waits = self._calls.waits
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
         self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
         self._gate = Gate(self._state, given.standing, self._approvals, self._acts, self._note)
@@ -204,6 +205,7 @@ class AgentWorkflow:
             input=self._given.input if state.turn == 1 else None,
             tenant=self._given.tenant,
             replies=state.replies,
+            offered=state.owed(),
         )
         self._phase(Phase.RUNNING)
         try:
@@ -218,9 +220,13 @@ class AgentWorkflow:
                 if state.profile
                 else (state.started + NO_PROFILE_DEADLINE - workflow.now()).total_seconds(),
                 settle=False,
+                patience=state.patience(),
             )
         except ActivityError as error:
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: {why(error)}")
+        if planned.wait and state.lost():
+            out_of_patience(state, planned.wait, workflow.now())
+            return gone(state.steps())
         if planned.wait:
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: gave up: {planned.wait.why}")
         if planned.refusal:
@@ -236,6 +242,7 @@ class AgentWorkflow:
         del state.notices[: len(request.notices)]
         state.planning, state.answers, state.statuses = False, [], []
         state.heard, state.asked, state.replies = None, [], []
+        state.withdrawn = planned.withdrawn
         state.base, state.model = planned.checkpoint, planned.model or state.model
         if state.model:  # a graph may decide without one
             state.models[state.model] = state.models.get(state.model, 0) + 1
@@ -270,9 +277,15 @@ class AgentWorkflow:
     async def _finish(self, final: str) -> Ending | None:
         """The model has said its final words: the end, unless something is open that the run cannot end without."""
         state = self._state
-        state.final = final
         # No turn is left to hear what comes in, and that is no reason to undo what is done.
         last = out_of_turns(state) is not None and workflow.patched("last-turn-ends")
+        may_offer = bool(state.withdrawn) and not last and workflow.patched("offer-again")
+        if may_offer and (again := offer_again(state, workflow.now())):
+            state.final = None
+            state.notices.append(again)
+            self._note(again)
+            return None
+        state.final = final
         if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
             self._approvals.hold_for(questions.held(state))
             if state.deferred and not state.approvals.held:
@@ -410,6 +423,8 @@ class AgentWorkflow:
             self._note(wait.why)
             if wait.service:  # a rate limit is over soon, and shared: another run would only wait as well
                 self._parent.stands_still()
+        if not wait and self._calls.waits and workflow.patched("parked-until-all-go-on"):
+            return
         self._phase(Phase.PARKED if wait else Phase.RUNNING)
 
     def _phase(self, phase: Phase) -> None:

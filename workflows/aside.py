@@ -69,6 +69,8 @@ class Aside:
         if before and not workflow.patched("questions-apart"):
             before = 0
         approval = questions.how_it_ended(self._state, item, workflow.now(), before)
+        if approval and approval.about == OutcomeStatus.DEFERRED and not workflow.patched("answers-bound"):
+            approval.about = ""
         if approval and not self._approvals.asked(approval.id):
             self._approvals.open(approval)
             self._start(self._settle(approval))
@@ -124,7 +126,7 @@ class Aside:
         decision = await self._approvals.answer(approval.id)
         if decision is None:
             return
-        if approval.about == OutcomeStatus.DEFERRED and workflow.patched("answers-bound"):
+        if approval.about == OutcomeStatus.DEFERRED:
             self._answered.add(approval.seq)
             # A try under way may act: what the person was shown may hold no longer when it has ended.
             await workflow.wait_condition(lambda: approval.seq not in self._trying)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from temporalio import workflow
@@ -37,6 +37,8 @@ class Calls:
         """went_on: told of every activity that has come to a result. places: how many tool calls may be at work at a
         time; 0: any number."""
         self.open = 0
+        self.waits: list[Wait] = []
+        """What calls are asleep for."""
         self._parked = parked
         self._went_on = went_on
         self._places = places
@@ -59,6 +61,7 @@ class Calls:
         deadline_s: float | None = None,
         settle: bool = True,
         put_off: bool = False,
+        patience: datetime | None = None,
         queue: str = "",
         begins: Callable[[], None] | None = None,
     ) -> T:
@@ -66,10 +69,10 @@ class Calls:
 
         timeout_s: what it needs for one attempt. deadline_s: over all attempts and the waits between them; no wait goes
         beyond it. settle: a cancelled call is waited for until it has said how it ended; without, it is left alone at
-        once. put_off: a wait for a service that is down is the caller's business. queue: the stage whose workers do it.
-        begins: of a tool call, which needs a place: called each time that it has one, before the activity is scheduled.
-        It has the place only while the activity is open, so a call that sleeps holds up no other. The deadline counts
-        from the first place.
+        once. put_off: a wait for a service that is down is the caller's business. patience: no wait goes beyond it
+        either. queue: the stage whose workers do it. begins: of a tool call, which needs a place: called each time that
+        it has one, before the activity is scheduled. It has the place only while the activity is open, so a call that
+        sleeps holds up no other. The deadline counts from the first place.
         The result still holds its `wait` when it was given up or put off.
         Raises ActivityError when the activity gave up or was cancelled.
         """
@@ -101,11 +104,16 @@ class Calls:
             wait: Wait | None = getattr(outcome, "wait", None)
             if wait is None:
                 self._went_on()
-            if wait is None or (put_off and wait.service) or (end and wait.until > end):
+            latest = min((each for each in (end, patience) if each), default=None)
+            if wait is None or (put_off and wait.service) or (latest and wait.until > latest):
                 return outcome
+            self.waits.append(wait)
             self._parked(wait)
-            # Waiting is a durable timer, not a worker's time, and uses up no retry.
-            await workflow.sleep(max(wait.until - workflow.now(), timedelta(milliseconds=100)))
+            try:
+                # Waiting is a durable timer, not a worker's time, and uses up no retry.
+                await workflow.sleep(max(wait.until - workflow.now(), timedelta(milliseconds=100)))
+            finally:
+                self.waits.remove(wait)
             self._parked(None)
 
 

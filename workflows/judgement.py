@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from holdfast.contracts import OutcomeStatus, RunOutcome, StepState, StepStatus, awaiting, digest
-from workflows.state import Ending, RunState
+from datetime import datetime
+
+from holdfast.contracts import OutcomeStatus, RunOutcome, StepState, StepStatus, Wait, awaiting, digest
+from workflows.state import Ending, RunState, ToolEnd
 
 MAX_REPEATS = 3
 """A turn that repeats the one before, calls and outcomes alike, this often is a loop."""
@@ -17,6 +19,35 @@ def out_of_turns(state: RunState) -> Ending | None:
     return None
 
 
+def offer_again(state: RunState, now: datetime) -> str:
+    """What the model hears when it ends without a step whose tools were withdrawn: they are offered again, once.
+
+    A call of theirs is put off until the service answers, within the tool's deadline, as if the run had opened the
+    breaker itself. Empty when there is no such step, or the run has to end all the same.
+    """
+    missing = state.missing()
+    if not missing or _rejected(state) or gone(state.steps()):
+        return ""
+    tools = [tool for names in missing.values() for tool in names]
+    state.offered |= dict.fromkeys(tools, now)
+    return (
+        f"These steps have no outcome yet: {', '.join(missing)}. You can call their tools again: {', '.join(tools)}."
+        " Their service may still not answer: then the platform holds the call, makes it as soon as the service is"
+        " back, and tells you how it ended. Call them if the work needs them, then finish."
+    )
+
+
+def out_of_patience(state: RunState, wait: Wait, now: datetime) -> None:
+    """The turn has waited long enough for a server whose tools it needs: it goes on without them."""
+    for tool in state.lost():
+        policy = state.policy(tool)
+        if policy and policy.service == wait.service:
+            detail = f"{wait.why}; gave up after {policy.deadline_s:.0f} s, and it was never called"
+            state.ends[tool] = ToolEnd(status=OutcomeStatus.FAILED, seq=0, detail=detail)
+        else:
+            state.offered[tool] = now  # what the turn waited for was something else
+
+
 def judge_final(state: RunState, final: str) -> Ending | str:
     """Final words end the run only when every critical step has an outcome; else a notice says which has not."""
     steps = state.steps()
@@ -25,8 +56,8 @@ def judge_final(state: RunState, final: str) -> Ending | str:
         return Ending(
             RunOutcome.REJECTED, f"rejected by the human: {', '.join(rejected)}: {'; '.join(comments)}", final
         )
-    if gone := _gone(steps):
-        return gone
+    if ended := gone(steps):
+        return ended
     todo = [s for s in steps if s.critical and s.status is StepStatus.TODO]
     if missing := ", ".join(s.name for s in todo):
         state.refusals += 1
@@ -44,18 +75,18 @@ def judge_turn(state: RunState) -> Ending | None:
     same = digest([[c.call.tool, c.call.arguments, c.outcome and c.outcome.content] for c in state.calls])
     state.repeats = state.repeats + 1 if same == state.last_turn else 0
     state.last_turn = same
-    if gone := _gone(state.steps()):
-        return gone
+    if ended := gone(state.steps()):
+        return ended
     if state.repeats >= MAX_REPEATS:
         times = MAX_REPEATS + 1
         return Ending(RunOutcome.FAILED, f"loop without progress: the same calls with the same outcomes {times} times")
     return None
 
 
-def _gone(steps: list[StepState]) -> Ending | None:
+def gone(steps: list[StepState]) -> Ending | None:
     """A critical step that failed for good ends the run."""
-    gone = next((s for s in steps if s.critical and s.status is StepStatus.FAILED), None)
-    return Ending(RunOutcome.FAILED, f"critical step gone: {gone.name}: {gone.detail}") if gone else None
+    first = next((s for s in steps if s.critical and s.status is StepStatus.FAILED), None)
+    return Ending(RunOutcome.FAILED, f"critical step gone: {first.name}: {first.detail}") if first else None
 
 
 def _rejected(state: RunState) -> list[str]:

@@ -126,6 +126,7 @@ def closed(state: RunState, seq: int) -> int:
 def held(state: RunState) -> list[str]:
     """Open questions about critical steps: the run cannot end without their answers."""
     asked = (a for a in state.approvals.open.values() if a.kind == "outcome")
+    asked = (a for a in asked if a.about != OutcomeStatus.DEFERRED)  # it waits for the service
     return [a.id for a in asked if (step := state.step_of(a.subject)) and step.critical]
 
 

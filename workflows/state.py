@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from holdfast.contracts import (
     NO_UNDO,
@@ -28,6 +28,7 @@ from holdfast.contracts import (
     UndoRecord,
     UndoStatus,
     Usage,
+    Wait,
     not_undone,
 )
 from workflows.approvals import ApprovalsState
@@ -65,6 +66,10 @@ class ToolEnd(BaseModel):
     origin: str = ""
 
 
+def tried_again(wait: Wait | Deferred) -> str:
+    return f"{wait.why}; tried again at {wait.until:%H:%M:%S} UTC"
+
+
 class Deferred(BaseModel):
     """A call that is put off because its service is down. It is tried again at `until`, and given up in the end."""
 
@@ -76,7 +81,7 @@ class Deferred(BaseModel):
 
     @property
     def words(self) -> str:
-        return f"{self.why}; tried again at {self.until:%H:%M:%S} UTC"
+        return tried_again(self)
 
 
 class RunState(BaseModel):
@@ -125,6 +130,12 @@ class RunState(BaseModel):
     """Requests of kind `outcome` whose answers the ledger has taken."""
     stood: list[str] = []
     """Keys of the standing effects that have answered a call."""
+    withdrawn: list[str] = []
+    """Tools that the last turn did without because their service does not answer."""
+    offered: dict[str, datetime] = {}
+    """Tools that were withdrawn and are offered again, because the model wanted to end without them; since when."""
+    waits: list[Wait] = Field(default=[], exclude=True)
+    """What activities wait for right now. Not carried: who waits asks again."""
     told: int = 0
     """What the batch that started this run was told: odd that it stands still, even that it goes on."""
 
@@ -198,6 +209,26 @@ class RunState(BaseModel):
             if end.status is OutcomeStatus.UNKNOWN
         ]
 
+    def missing(self) -> dict[str, list[str]]:
+        """By step without an outcome: its tools that were withdrawn, and were not offered again since."""
+        todo = {step.name for step in self.steps() if step.status is StepStatus.TODO}
+        gone = {*self.withdrawn} - {*self.offered, *self.ends}
+        specs = [spec for spec in self._specs() if spec.name in todo and gone.intersection(spec.tools)]
+        return {spec.name: [tool for tool in spec.tools if tool in gone] for spec in specs}
+
+    def owed(self) -> list[str]:
+        """Tools that were offered again and have not come to an end since."""
+        return [tool for tool in self.offered if tool not in self.ends]
+
+    def lost(self) -> list[str]:
+        """Those of them that the last turn could not have."""
+        return [tool for tool in self.owed() if tool in self.withdrawn]
+
+    def patience(self) -> datetime | None:
+        """How long the next turn may wait for the tools that it was promised."""
+        ends = (self.offered[t] + timedelta(seconds=p.deadline_s) for t in self.lost() if (p := self.policy(t)))
+        return max(ends, default=None)
+
     def stray_tools(self) -> list[str]:
         """Tools with an end that belong to no step."""
         in_steps = {tool for spec in self._specs() for tool in spec.tools}
@@ -215,8 +246,10 @@ class RunState(BaseModel):
             case Phase.WAITING_HUMAN:
                 return "Waiting for a human: " + _names(a.subject for a in self.approvals.blocking)
             case Phase.PARKED if self.final is not None:
-                again = (f"{each.call.tool} at {each.until:%H:%M:%S} UTC" for each in self.deferred)
+                again = (f"{each.call.tool} at {each.until:%H:%M:%S} UTC ({each.why})" for each in self.deferred)
                 return f"Trying again: {', '.join(again)}"
+            case Phase.PARKED if self.waits:
+                return f"On hold: {'; '.join(dict.fromkeys(map(tried_again, self.waits)))}"
             case Phase.PARKED:
                 return f"On hold: {self.notes[-1][NOTE_TIME:]}" if self.notes else "On hold"
             case Phase.COMPENSATING:

@@ -296,9 +296,10 @@ async def test_a_pharmacy_that_hangs_blocks_nothing_and_the_pharmacist_settles_i
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """This process's discharge agent knows the appointments as a service that is tried again soon."""
+    """This process's discharge agent knows these as services that are tried again soon."""
     spec = registry.agent("discharge")
-    services = (*spec.services, Service("appointments", breaker=SOON))
+    soon = (Service(name, breaker=SOON) for name in ("appointments", "records", "messages"))
+    services = (*spec.services, *soon)
     monkeypatch.setitem(registry._added, "discharge", replace(spec, services=services))
     registry._services.cache_clear()
     yield
@@ -343,6 +344,45 @@ async def test_appointments_that_are_down_are_escalated_and_booked_once_when_the
     gaps = [later - earlier for earlier, later in pairwise(at[2:])]
     assert gaps
     assert all(gap >= SOON.probe_after_s - 0.1 for gap in gaps), "then none leaves but the probes"
+
+
+# ------------------------------------------------------------------ a service that is down before the run begins
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_with_the_records_down_the_run_waits_and_the_physician_is_asked_about_whole_messages(ward: Ward) -> None:
+    tenant = f"t-{uuid4().hex[:8]}"
+    target = f"records@{tenant}"
+    await ward.told("breakers", "trip", target, "--why", "moving house")
+    async with ward.worker() as (queue, _):
+        run = await ward.admit(queue, tenant)
+        status = await run.until(lambda now: now.phase is Phase.PARKED)
+        assert f"On hold: {target} may not be called" in status.line
+        assert (status.approvals, status.turn) == ([], 1)
+        await ward.told("breakers", "reset", target)
+        status = await run.until_messages_wait()
+        texts = [str(each.arguments["text"]) for each in status.approvals if each.kind == "tool"]
+        assert all("Ada Example" in text for text in texts)
+        await run.approve()
+        result = await run.ended()
+    assert (result.outcome, result.percent) == (RunOutcome.COMPLETED, 100)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_with_the_messages_down_the_run_waits_and_sends_them_when_they_are_back(ward: Ward) -> None:
+    tenant = f"t-{uuid4().hex[:8]}"
+    target = f"messages@{tenant}"
+    await ward.told("breakers", "trip", target, "--why", "moving house")
+    async with ward.worker() as (queue, _):
+        run = await ward.admit(queue, tenant)
+        await run.approve()
+        status = await run.until(lambda now: now.phase is Phase.PARKED)
+        assert "Trying again: notify_patient at " in status.line
+        assert (status.outcome, status.percent) == (None, 83)
+        await ward.told("breakers", "reset", target)
+        result = await run.ended()
+    assert (result.outcome, result.percent) == (RunOutcome.COMPLETED, 100)
+    assert len(run.effects("messages")) == 2
 
 
 # ------------------------------------------------------------------ the model: gone, or refusing

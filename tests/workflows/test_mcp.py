@@ -239,3 +239,34 @@ async def test_a_server_that_a_new_worker_cannot_reach_is_withdrawn_and_the_rest
     told = [m["content"] for m in lite.model.requests[-1][1] if m["role"] == "user"]
     assert f"Not available for now: every tool of server {server.name}" in told[1]
     assert any(f"every tool of server {server.name} is withdrawn" in note for note in result.notes)
+
+
+async def test_a_run_does_not_end_without_a_step_whose_server_is_gone(lite: Stage, tmp_path: Path) -> None:
+    switch = tmp_path / "up"
+    switch.touch()
+    command = ("sh", "-c", f'test -e {switch} && exec "$0" "$@"')
+    server = stdio(tmp_path / "journal", effects={"look": Effect.READ})
+    server = McpServer(name(), command=(*command, *server.command), env=server.env, effects=server.effects)
+    look = server.tool_name("look")
+
+    def script(messages: list[dict[str, Any]]) -> dict[str, Any]:
+        if turn(messages) == 1:
+            switch.unlink()
+            lite.runtime.mcp._connections.clear()  # pyright: ignore[reportPrivateUsage]  # a new worker knows no server
+            return call(("note", {}))
+        if look in lite.model.offered[-1] and not any("looked" in str(m["content"]) for m in messages[2:]):
+            return call((look, {"word": "a"})) if turn(messages) == 3 else say("looked")
+        return say("there is nothing to look with")
+
+    lite.model.script = script
+    steps = [StepSpec(name="look", tools=[look]), StepSpec(name="note", tools=["note"])]
+    async with lite.worker():
+        old = lite.runtime.mcp.connection(server)
+        handle = await lite.start(agent(World().tool("note"), mcp=(server,), steps=steps))
+        parked = await until(handle, lambda s: s.phase is Phase.PARKED)
+        assert f"MCP server {server.name} cannot be reached" in parked.line
+        assert len(lite.model.requests) == 2, "waiting asks no model"
+        switch.touch()
+        result = await handle.result()
+        await old.close()
+    assert (result.outcome, result.turns) == (RunOutcome.COMPLETED, 4)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from typing import Any
+
+import pytest
 
 from holdfast.agent import AgentSpec
 from holdfast.contracts import DecisionReply, Effect, OutcomeStatus, Phase, RunOutcome, RunStatus, StepSpec
 from holdfast.reliability.ledger import State
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import Tool, ToolContext, tool
-from tests.fixtures.model import call, say, sequence
-from tests.fixtures.temporal import Stage, status, until
-from tests.fixtures.world import agent
+from tests.fixtures.clock import PATIENCE_S
+from tests.fixtures.model import Message, call, say, sequence, turn
+from tests.fixtures.temporal import Stage, cancelled, failure, status, until
+from tests.fixtures.world import World, agent
 
 
 class Desk:
@@ -122,7 +126,7 @@ async def test_what_a_person_has_done_while_the_call_was_put_off_counts_though_i
     lite.model.script = lambda m: say("done") if any(each["role"] == "tool" for each in m) else call(("send", {}))
     async with lite.worker():
         handle = await lite.start(desk.agent(desk.tool(put_off=True), steps=[letter]))
-        await until(handle, lambda now: now.phase is Phase.WAITING_HUMAN)
+        await until(handle, lambda now: now.phase is Phase.PARKED and bool(now.approvals))
         yes = {"approval_id": "o1", "verdict": "happened", "approver": "n.smith", "comment": "by hand"}
         await handle.signal("decide", yes)
         result = await handle.result()
@@ -131,3 +135,131 @@ async def test_what_a_person_has_done_while_the_call_was_put_off_counts_though_i
     assert desk.tries == 0
     (row,) = [e for e in await lite.runtime.ledger.entries(result.key_base) if e.kind == "tool"]
     assert row.state is State.DONE
+
+
+# ------------------------------------------------------------ a breaker that is open before the call
+
+
+def willing(stage: Stage, *wanted: str) -> Any:
+    """A model that calls each of these tools once when it is offered, and else ends."""
+
+    def script(messages: list[Message]) -> Message:
+        made = {c["function"]["name"] for m in messages for c in m.get("tool_calls") or ()}
+        now = [(name, {}) for name in wanted if name in stage.model.offered[-1] - made]
+        return call(*now) if now else say("that is all I can do")
+
+    return script
+
+
+@pytest.mark.parametrize("critical", [True, False], ids=["critical", "optional"])
+async def test_a_run_does_not_end_without_a_step_whose_tool_was_withdrawn_before_it_could_be_called(
+    lite: Stage, critical: bool
+) -> None:
+    desk = Desk()
+    await lite.runtime.guards.breaker.trip(desk.name, "moving house", "lee")
+    world = World()
+    steps = [
+        StepSpec(name="letter", tools=["send"], critical=critical, role="desk"),
+        StepSpec(name="book", tools=["book"]),
+    ]
+    spec = desk.agent(desk.tool(), world.tool("book"), steps=steps)
+    lite.model.script = willing(lite, "send", "book")
+    async with lite.worker():
+        handle = await lite.start(spec)
+        parked = await until(handle, lambda now: now.phase is Phase.PARKED)
+        assert "Trying again: send at " in parked.line
+        assert f"{desk.name} may not be called: tripped by lee: moving house" in parked.line
+        assert world.log == ["begin book#1", "done book#1"], "what does not need it went on, and nothing is undone"
+        asked = len(lite.model.requests)
+        again = desk_until(parked)
+        await until(handle, lambda now: desk_until(now) not in (again, ""))
+        assert len(lite.model.requests) == asked, "waiting asks no model"
+        await lite.runtime.guards.breaker.reset(desk.name, "lee")
+        result = await handle.result()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert (len(desk.sent), desk.tries) == (1, 1)
+    assert lite.model.offered[0] == {"book"}, "at first the tool is withdrawn"
+
+
+def desk_until(now: RunStatus) -> str:
+    """When the call of `send` is tried again, as the status says."""
+    found = re.search(r"send at (\S+) UTC", now.line)
+    return found[1] if found else ""
+
+
+@pytest.mark.parametrize("critical", [True, False], ids=["critical", "optional"])
+async def test_the_wait_ends_with_the_patience_of_the_tool(lite: Stage, critical: bool) -> None:
+    desk = Desk()
+    await lite.runtime.guards.breaker.trip(desk.name, "moving house", "lee")
+    step = StepSpec(name="letter", tools=["send"], critical=critical, role="desk")
+    lite.model.script = willing(lite, "send")
+    async with lite.worker():
+        handle = await lite.start(desk.agent(desk.tool(deadline=4), steps=[step]))
+        if critical:
+            result = await failure(handle)
+            assert result.reason.startswith("critical step gone: letter: ")
+            assert "moving house" in result.reason
+        else:
+            result = await handle.result()
+            assert result.outcome is RunOutcome.PARTIAL
+            assert [(each.step, each.role) for each in result.pending] == [("letter", "desk")]
+    assert desk.tries == 0
+
+
+async def test_a_model_that_will_not_call_what_it_is_offered_again_is_offered_it_once(lite: Stage) -> None:
+    desk = Desk()
+    await lite.runtime.guards.breaker.trip(desk.name, "moving house", "lee")
+    step = StepSpec(name="letter", tools=["send"], critical=False, role="desk")
+    lite.model.script = lambda messages: say("I do not write letters")
+    async with lite.worker():
+        result = await (await lite.start(desk.agent(desk.tool(), steps=[step]))).result()
+    assert (result.outcome, result.turns) == (RunOutcome.PARTIAL, 2)
+
+
+async def test_a_wait_for_a_withdrawn_tool_is_cancelled_at_once_and_undoes_what_was_done(lite: Stage) -> None:
+    desk, world = Desk(), World()
+    await lite.runtime.guards.breaker.trip(desk.name, "moving house", "lee")
+    lite.model.script = willing(lite, "send", "book")
+    async with lite.worker():
+        handle = await lite.start(desk.agent(desk.tool(), world.tool("book")))
+        await until(handle, lambda now: now.phase is Phase.PARKED)
+        await handle.cancel()
+        await cancelled(handle)
+    assert world.log[-1] == "undo book#1"
+    assert desk.tries == 0
+
+
+async def test_a_wait_for_a_withdrawn_tool_goes_on_after_continue_as_new(lite: Stage) -> None:
+    desk = Desk()
+    await lite.runtime.guards.breaker.trip(desk.name, "moving house", "lee")
+    lite.model.script = willing(lite, "send")
+    async with lite.worker():
+        handle = await lite.start(desk.agent(desk.tool(), turns_per_execution=1))
+        await until(handle, lambda now: now.phase is Phase.PARKED)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await handle.describe()).run_id == handle.first_execution_run_id:
+                await asyncio.sleep(0.05)
+        await until(handle, lambda now: now.phase is Phase.PARKED and "Trying again: send" in now.line)
+        await lite.runtime.guards.breaker.reset(desk.name, "lee")
+        result = await handle.result()
+    assert (result.outcome, len(desk.sent)) == (RunOutcome.COMPLETED, 1)
+
+
+async def test_a_tool_that_the_rest_of_the_work_needs_is_not_withdrawn_and_nobody_is_asked_before_it(
+    lite: Stage,
+) -> None:
+    desk, world = Desk(), World()
+    await lite.runtime.guards.breaker.trip(desk.name, "moving house", "lee")
+    lite.model.script = lambda m: (
+        call(("send", {})) if turn(m) == 1 else call(("tell", {})) if turn(m) == 2 else say("told")
+    )
+    async with lite.worker():
+        handle = await lite.start(desk.agent(desk.tool(Effect.READ, put_off=False), world.tool("tell", approval=True)))
+        parked = await until(handle, lambda now: now.phase is Phase.PARKED)
+        assert re.search(rf"On hold: {desk.name} may not be called: .*; tried again at [\d:]+ UTC", parked.line)
+        assert (parked.turn, parked.approvals) == (1, [])
+        await lite.runtime.guards.breaker.reset(desk.name, "lee")
+        await until(handle, lambda now: open_ones(now) == ["a2"])
+        await handle.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
+        assert (await handle.result()).outcome is RunOutcome.COMPLETED
+    assert "send" in lite.model.offered[0]
