@@ -75,6 +75,8 @@ class Tools:
                 arguments = tool.validate(request.arguments)
             except ValidationError as error:
                 return await self._cannot(request, f"bad arguments for {tool.name}: {explain(error)}")
+            if tool.policy.pure:  # dropped when its run ends
+                return await self._run(request, tool, arguments)
             return await to_the_end(self._run(request, tool, arguments))
 
     @activity.defn(name="undo")
@@ -343,6 +345,7 @@ def _call(request: ToolRequest, tool: Tool, key: str) -> Call:
         rule=service.breaker,
         limits=tuple(limit for limit in limits if limit),
         settles_s=settles_within(tool),
+        pure=tool.pure,
     )
 
 

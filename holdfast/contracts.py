@@ -91,6 +91,8 @@ class ToolPolicy(BaseModel):
 
     False also keeps the tool offered while its service is down: nothing else can be done without it.
     """
+    pure: bool = False
+    """It only reads, or only asks a model: its call is dropped at once when the run ends, and is never in doubt."""
     role: str = ""
     """Who is asked for the approval of its calls; empty: the role of its step."""
 

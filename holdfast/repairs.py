@@ -167,7 +167,9 @@ def standing(entries: list[Entry]) -> list[Standing]:
 def doubtful(entries: list[Entry]) -> list[Entry]:
     """Calls that may have happened and that nobody has settled or undone."""
     gone = undone(entries)
-    return [e for e in effects(entries) if e.state in (State.UNKNOWN, State.RESERVED) and e.key not in gone]
+    open_ones = [e for e in effects(entries) if e.state in (State.UNKNOWN, State.RESERVED) and e.key not in gone]
+    # One that only asks a model (`Tool.pure`) has done nothing outside, however its attempt was cut off.
+    return [e for e in open_ones if e.service != "model" or e.effect != Effect.IDEMPOTENT]
 
 
 def left_behind(key_base: str, entries: list[Entry]) -> list[Entry]:

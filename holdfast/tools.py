@@ -217,7 +217,14 @@ class Tool:
             queue=self.queue,
             put_off=self.put_off,
             role=self.role,
+            pure=all(each.pure for each in self.chain),
         )
+
+    @property
+    def pure(self) -> bool:
+        """It changes nothing outside: it reads, or is declared as asking nothing but a model."""
+        asks = self.effect is Effect.IDEMPOTENT and self.service == "model" and self.undo_function is None
+        return self.effect is Effect.READ or asks
 
     @property
     def chain(self) -> list[Tool]:
@@ -301,7 +308,8 @@ def tool(
     """Declares a tool.
 
     effect: what a crash in the middle means; required.
-    service: the external service it talks to, as breakers and limits count it.
+    service: the external service it talks to, as breakers and limits count it. "model" for a tool that does nothing
+    outside but ask a model (and keep what it said): cut off at any moment, its call is a failure and never in doubt.
     timeout: seconds for one attempt. deadline: seconds over all attempts. retries: real failures after the first try.
     approval: a human has to say yes before each call. role: who is asked; without it the role of the tool's step.
     per_minute: calls that all workers together may make in a minute, per tenant.

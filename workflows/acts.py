@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime
 from typing import Any
 
@@ -21,7 +22,7 @@ from holdfast.contracts import (
     UndoRecord,
     UndoStatus,
 )
-from workflows.calls import UNDO_DEADLINE_S, Calls, why
+from workflows.calls import UNDO_DEADLINE_S, Calls, leaving, why
 from workflows.state import CallState, RunState
 
 
@@ -57,15 +58,21 @@ class Acts:
                 put_off=policy.put_off,
                 queue=policy.queue,
                 begins=lambda: self._begins(policy, call, seq),
+                settle=not policy.pure,
             )
         except ActivityError as error:
             # Its deadline passed, or it was cancelled before it could say how it ended.
-            if policy.effect is Effect.READ:
+            if policy.pure and leaving():
+                raise asyncio.CancelledError from None
+            if policy.pure or policy.effect is Effect.READ:
                 return Outcome(status=OutcomeStatus.FAILED, content=f"gave up: {why(error)}")
             return Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown, gave up: {why(error)}")
         if outcome.wait and (not policy.put_off or not outcome.wait.service or left <= 0):
             # It waited too long. Whether an earlier attempt of it has acted stands in the ledger.
-            return await self.give_up(call, seq, f"gave up after {policy.deadline_s:.0f} s: {outcome.wait.why}")
+            outcome = await self.give_up(call, seq, f"gave up after {policy.deadline_s:.0f} s: {outcome.wait.why}")
+        if policy.pure and outcome.status is OutcomeStatus.UNKNOWN:
+            # However its attempt was cut off, there is nothing outside that anybody could look for.
+            return outcome.model_copy(update={"status": OutcomeStatus.FAILED, "content": f"failed: {outcome.reason}"})
         return outcome
 
     async def give_up(self, call: ToolCall, seq: int, why: str) -> Outcome:

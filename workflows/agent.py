@@ -425,6 +425,9 @@ class AgentWorkflow:
                 self._parent.stands_still()
         if not wait and self._calls.waits and workflow.patched("parked-until-all-go-on"):
             return
+        if self._state.phase is Phase.COMPENSATING and workflow.patched("says-what-it-undoes"):
+            self._changed()
+            return
         self._phase(Phase.PARKED if wait else Phase.RUNNING)
 
     def _phase(self, phase: Phase) -> None:

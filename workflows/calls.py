@@ -74,12 +74,15 @@ class Calls:
         it has one, before the activity is scheduled. It has the place only while the activity is open, so a call that
         sleeps holds up no other. The deadline counts from the first place.
         The result still holds its `wait` when it was given up or put off.
-        Raises ActivityError when the activity gave up or was cancelled.
+        Raises ActivityError when the activity gave up or was cancelled, and CancelledError instead of waiting, or of
+        beginning anything, in a task that was cancelled: an activity that was let end has swallowed the cancellation.
         """
         how = workflow.ActivityCancellationType
         place = self._place() if begins else nullcontext()
         end = None
         while True:
+            if leaving() and workflow.patched("cancel-ends"):
+                raise asyncio.CancelledError
             async with place:
                 if begins:
                     begins()
@@ -104,6 +107,8 @@ class Calls:
             wait: Wait | None = getattr(outcome, "wait", None)
             if wait is None:
                 self._went_on()
+            if wait and leaving() and workflow.patched("cancel-ends"):
+                raise asyncio.CancelledError
             latest = min((each for each in (end, patience) if each), default=None)
             if wait is None or (put_off and wait.service) or (latest and wait.until > latest):
                 return outcome
@@ -115,6 +120,12 @@ class Calls:
             finally:
                 self.waits.remove(wait)
             self._parked(None)
+
+
+def leaving() -> bool:
+    """Whether this task was cancelled: the run ends, and what is under way is only settled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def why(error: ActivityError) -> str:

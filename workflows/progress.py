@@ -15,11 +15,13 @@ from temporalio import workflow
 from holdfast.contracts import (
     AgentInput,
     Approval,
+    Phase,
     RunOutcome,
     RunResult,
     RunStatus,
     StepState,
     StepStatus,
+    UndoRecord,
     UndoStatus,
     Usage,
     percent,
@@ -58,6 +60,8 @@ def headline(agent: str, state: RunState, ending: Ending | None, now: datetime) 
     ended = f"{agent.capitalize()} {ending.outcome}" + (f": {_tally(steps)}" if steps else "")
     # What a partial run waits for has been said by then.
     reason = "" if ending.outcome is RunOutcome.PARTIAL else ending.reason
+    if state.phase is Phase.COMPENSATING:
+        return ". ".join([ended, *filter(None, [reason, state.doing()])])
     left = standing(state.stands()) if ending.outcome.unwinds else ""
     return ". ".join([ended, *_troubles(steps, None), *filter(None, [reason, left])])
 
@@ -122,7 +126,7 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
     parts += [_question(workflow_id, approval, state) for approval in asked[:MAX_ROWS]]
     if (more := len(asked) - MAX_ROWS) > 0:
         parts.append(f"### {more} more questions\n`uv run starter.py approvals {workflow_id}` shows them all.")
-    undone = [u for u in state.saga if u.status is not UndoStatus.REGISTERED]
+    undone = _undos(state)
     undone.sort(key=lambda undo: undo.status is not UndoStatus.FAILED)
     if ending and ending.outcome.unwinds and (stands := state.stands()):
         rows = [f"- {plain(each)}: {plain(each.why)}" for each in stands[:MAX_ROWS]]
@@ -136,6 +140,12 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
     if state.usage.calls:
         parts.append(f"Model {state.model}: {cost(state.usage)}")
     return "\n\n".join(parts)
+
+
+def _undos(state: RunState) -> list[UndoRecord]:
+    """What was undone, or failed to be; while the run unwinds also what is still to be undone."""
+    unwinds = state.phase is Phase.COMPENSATING
+    return [u for u in state.saga if unwinds or u.status is not UndoStatus.REGISTERED]
 
 
 def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
@@ -199,7 +209,7 @@ def status(given: AgentInput, state: RunState, ending: Ending | None) -> RunStat
         model=state.model,
         key_base=state.key_base,
         trace_id=given.trace_id,
-        undone=[u for u in state.saga if u.status is not UndoStatus.REGISTERED],
+        undone=_undos(state),
         outcome=ending.outcome if ending else None,
         stands=state.stands() if ending and ending.outcome.unwinds else [],
     )

@@ -253,7 +253,9 @@ class RunState(BaseModel):
             case Phase.PARKED:
                 return f"On hold: {self.notes[-1][NOTE_TIME:]}" if self.notes else "On hold"
             case Phase.COMPENSATING:
-                return "Undoing what was done"
+                left = _names(f"{u.tool} (#{u.seq})" for u in reversed(self.saga) if u.status is UndoStatus.REGISTERED)
+                held = f". On hold: {'; '.join(dict.fromkeys(map(tried_again, self.waits)))}" if self.waits else ""
+                return f"Still to be undone: {left}{held}" if left else "Undoing what was done"
             case _:
                 running = _names(c.call.tool for c in self.calls if c.outcome is None)
                 return f"Running {running}" if running else f"Thinking (turn {self.turn})"

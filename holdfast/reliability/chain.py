@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from holdfast.aio import to_the_end
 from holdfast.contracts import Effect
 from holdfast.reliability import faults, heartbeat, lease
 from holdfast.reliability.breaker import Breaker, Change, Pass
@@ -155,6 +156,9 @@ async def _repeatable(guards: Guards, call: Call, act: Act, tokens: Callable[[An
         raise
     except (RetryLater, NotYet, Fenced, StoreUnavailable):
         await entry.left()  # a call inside this one failed and was counted there, or went to another attempt
+        raise
+    except asyncio.CancelledError:
+        await to_the_end(entry.left())  # its run has ended, or this worker ends: that says nothing about the service
         raise
     except Exception as error:
         _still_mine(call)  # frozen meanwhile: its time-out says nothing about the service
@@ -365,6 +369,7 @@ async def _failed(
     # With a position the effect is done, and only the tool itself can say that it came to nothing.
     begun = grant.position is not None
     doubtful = doubtful or failure.maybe_done or (begun and failure.type is not ErrorType.TOOL_FAILED)
+    doubtful = doubtful and not call.pure
     state = State.UNKNOWN if doubtful else State.FAILED
     failures = grant.failures + 1
     blind = doubtful and call.effect is Effect.MANUAL and not begun

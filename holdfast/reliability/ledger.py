@@ -76,6 +76,8 @@ class Call:
     limits: tuple[Limit, ...] = ()
     tokens: int = 0
     """What a token limit has to allow for: an estimate, settled with the real usage."""
+    pure: bool = False
+    """It changes nothing outside, so it is never in doubt."""
     settles_s: float | None = None
     """A request that had no effect this many seconds after it went out never has one. None: nobody knows."""
 
