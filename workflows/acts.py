@@ -93,7 +93,7 @@ class Acts:
             "undo",
             self._request(record.seq, record.tool, record.version, record.arguments),
             UndoOutcome,
-            summary=f"undo #{record.seq} {record.tool}",
+            summary=f"#{record.seq} {record.tool} ({policy.service})",
             timeout_s=policy.timeout_s,
             deadline_s=UNDO_DEADLINE_S,
             queue=policy.queue,

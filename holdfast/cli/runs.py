@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 from temporalio.client import Client, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast import door
-from holdfast.cli import view
+from holdfast.cli import columns, view
+from holdfast.cli.columns import clock
+from holdfast.cli.following import Follower
 from holdfast.cli.known import (
     ANSWER,
     Handle,
@@ -34,7 +35,7 @@ from holdfast.cli.known import (
     stored,
     temporal_result,
 )
-from holdfast.cli.output import Refused, err, out, print_json, seconds
+from holdfast.cli.output import Refused, err, out, print_json
 from holdfast.cli.stuck import in_flight
 from holdfast.contracts import (
     Approval,
@@ -146,7 +147,7 @@ async def follow(
     known = await find(client, workflow_id)
     try:
         if not silent and known.running:
-            await _watch(client, known.handle, as_json)
+            await watch(client, known.handle, as_json)
         elif known.running:
             if words := known.paused_words:
                 err.print(f"[yellow]note:[/yellow] {escape(workflow_id)} is {escape(words)}")
@@ -164,26 +165,18 @@ async def follow(
     return result.outcome.exit_code
 
 
-async def _watch(client: Client, handle: Handle, as_json: bool) -> None:
+async def watch(client: Client, handle: Handle, as_json: bool) -> None:
     """Shows every change of the status until the run ends; without a terminal, also how to answer what is asked."""
-    asked: set[str] = set()
     with Live(console=out, auto_refresh=False, transient=True) as live:
-        async for status in changes(client, handle):
-            if isinstance(status, str):
-                err.print(Text(status, "dim"))
-            elif as_json:
-                print_json({"workflow_id": handle.id, "status": status})
-            elif out.is_terminal:
-                live.update(view.status_view(handle.id, status), refresh=True)
-            else:
-                out.print(view.plain_line(status), markup=False)
-                for approval in status.approvals:
-                    if approval.id not in asked:
-                        asked.add(approval.id)
-                        see = f"uv run starter.py approvals {handle.id}"
-                        err.print(
-                            f"asks: {approval.subject} ({approval.id}); to read and answer it: {see}", markup=False
-                        )
+        follower = Follower(client, handle.id, as_json, live)
+        looking = asyncio.create_task(follower.look_for_questions())
+        try:
+            async for status in changes(client, handle):
+                follower.show(status)
+                if looking.done():
+                    looking.result()
+        finally:
+            looking.cancel()
 
 
 async def changes(client: Client, handle: Handle, every_s: float = 0.3) -> AsyncIterator[RunStatus | str]:
@@ -369,20 +362,10 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
     if not newest:
         out.print("no runs yet: `uv run starter.py run AGENT --input '{…}'` starts one")
         return 0
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("run", "agent", "status", "stage", "started", "took"):
-        table.add_column(column, no_wrap=column == "run")
-    for each in newest:
-        took = (each["ended_at"] or datetime.now(UTC).timestamp()) - each["started_at"]
-        word = Text(each["status"], view.COLOURS.get(each["status"], "cyan"))
-        when = clock(each["started_at"])
-        table.add_row(each["workflow_id"], each["agent"], word, each["stage"], when, seconds(max(0.0, took)))
-    out.print(table)
+    now = datetime.now(UTC).timestamp()
+    for line in columns.lines([columns.row(each, now, short=out.is_terminal) for each in newest], columns.room(out)):
+        out.print(line, soft_wrap=True)
     return 0
-
-
-def clock(epoch: float) -> str:
-    return datetime.fromtimestamp(epoch).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 # ------------------------------------------------------------------ acting

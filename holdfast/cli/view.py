@@ -70,6 +70,14 @@ def status_view(workflow_id: str, status: RunStatus, ask: bool = True) -> Render
     return Group(*parts)
 
 
+def asking_view(asking: list[str], see: str) -> list[RenderableType]:
+    """Which runs of a batch wait for a person, and where to answer them."""
+    if not asking:
+        return []
+    more = f" and {len(asking) - 3} more" if len(asking) > 3 else ""
+    return [Text(f"waits for a person: {', '.join(asking[:3])}{more}", "bold yellow"), Text(f"answer {see}", "yellow")]
+
+
 def steps_view(steps: list[StepState]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(width=3, justify="right")

@@ -15,7 +15,8 @@ from temporalio.client import WorkflowExecutionStatus
 
 from agents import registry
 from holdfast.agent import AgentSpec, BreakerRule, Service
-from holdfast.contracts import Effect, Items, Phase, RunOutcome
+from holdfast.cli import runs
+from holdfast.contracts import Effect, Items, Json, Phase, RunOutcome
 from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from holdfast.tools import ToolContext, ToolFailed, tool
@@ -54,11 +55,12 @@ class Desk:
         return agent(work, input=Work, prompt=lambda given: given.name, **more)
 
 
-def by_name(tool_name: str) -> Any:
+def by_name(tool_name: str, arguments: Json | None = None) -> Any:
     """The model calls the tool with the name it is given, then says that it is done."""
 
     def script(messages: list[dict[str, Any]]) -> Any:
-        return say("done") if turn(messages) > 1 else call((tool_name, {"name": messages[1]["content"]}))
+        given = {"name": messages[1]["content"]} if arguments is None else arguments
+        return say("done") if turn(messages) > 1 else call((tool_name, given))
 
     return script
 
@@ -74,6 +76,31 @@ async def test_a_signal_to_the_batch_is_noted_and_says_where_to_send_it(lite: St
         assert "send it to one of its runs" in noted.notes[0]
         desk.gate.set()
         await handle.result()
+
+
+async def test_follow_says_which_of_its_runs_ask_a_person(lite: Stage, capsys: pytest.CaptureFixture[str]):
+    world = World()
+    send = world.tool("send", approval=True)
+    lite.model.script = by_name("send", {})
+    batch = Batch.of(agent(send, input=Work, prompt=lambda given: given.name))
+    async with lite.worker():
+        handle = await batch.start(lite, names(2))
+        following = asyncio.create_task(runs.watch(lite.client, handle, False))
+        said = ""
+        async with asyncio.timeout(PATIENCE_S):
+            while said.count("asks a person") < 2:
+                await asyncio.sleep(0.05)
+                said += capsys.readouterr().err
+        found, _ = await runs.waiting(lite.client, handle.id)
+        for child, approval in found:
+            assert (
+                f"asks: {child} asks a person; to read and answer it: uv run starter.py approvals {handle.id}" in said
+            )
+            yes = {"approval_id": approval.id, "verdict": "approve", "approver": "dr.lee"}
+            await lite.client.get_workflow_handle(child).signal("decide", yes)
+        assert (await handle.result()).outcome is RunOutcome.COMPLETED
+        await following
+    assert said.count("asks a person") == 2
 
 
 async def test_every_item_is_done_once_within_the_window_and_reported_on_the_way(lite: Stage):
