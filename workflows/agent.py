@@ -47,6 +47,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.calls import Calls, why
     from workflows.gate import Gate
     from workflows.hooks import Hooks
+    from workflows.inbox import Inbox
     from workflows.judgement import gone, judge_final, judge_turn, offer_again, out_of_patience, out_of_turns
     from workflows.parent import Parent
     from workflows.saga import unwind
@@ -76,6 +77,7 @@ class AgentWorkflow:
             # Carried as data: stable over retries, continue-as-new and Reset, and new when the id is used again.
             else RunState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
+        self._inbox = Inbox()
         self._hooks = Hooks(given, self._state.key_base)
         self._approvals = Approvals(self._state.approvals, self._note, self._changed, self._hooks.asked)
         self._parent = Parent(self._state)
@@ -372,24 +374,27 @@ class AgentWorkflow:
     # ------------------------------------------------------------ what the world says and sees
 
     @workflow.signal(name="decide", description="Answers an approval: approval_id, verdict, approver")
-    def decide(self, *payload: Any) -> None:
-        self._approvals.decide(*payload)
+    async def decide(self, *payload: Any) -> None:
+        await self._inbox.take(lambda: self._approvals.decide(*payload))
 
     @workflow.update(name="decide", description="The same as the Signal, answered with what became of it")
-    def decide_now(self, *payload: Any) -> DecisionReply:
-        return self._approvals.decide(*payload)
+    async def decide_now(self, *payload: Any) -> DecisionReply:
+        return await self._inbox.take(lambda: self._approvals.decide(*payload))
 
     @workflow.signal(name="message", description="Says something to the run: text, by")
-    def message(self, *payload: Any) -> None:
-        self._hear(*payload)
+    async def message(self, *payload: Any) -> None:
+        await self._inbox.take(lambda: self._hear(*payload))
 
     @workflow.update(name="message", description="The same as the Signal, answered with what becomes of it")
-    def message_now(self, *payload: Any) -> DecisionReply:
-        return self._hear(*payload)
+    async def message_now(self, *payload: Any) -> DecisionReply:
+        return await self._inbox.take(lambda: self._hear(*payload))
 
     @workflow.signal(dynamic=True)
-    def other(self, name: str, _: Sequence[RawValue]) -> None:
+    async def other(self, name: str, _: Sequence[RawValue]) -> None:
         """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
+        await self._inbox.take(lambda: self._unknown(name))
+
+    def _unknown(self, name: str) -> None:
         self._note(messages.unknown_signal(name, ("decide", "message"), "a run"))
         self._display.page()
 

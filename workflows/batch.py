@@ -33,6 +33,7 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.temporal import AGENT, STATUS, TENANT
     from workflows import batching, messages
     from workflows.calls import Calls, why
+    from workflows.inbox import Inbox
     from workflows.state import Ending
 
 LIST_S = 300.0
@@ -53,6 +54,7 @@ class BatchWorkflow:
             if given.state is not None
             else BatchState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
+        self._inbox = Inbox()
         self._calls = Calls(self._waits)
         self._ahead: list[Item] = []
         self._open: dict[str, asyncio.Task[None]] = {}
@@ -86,6 +88,7 @@ class BatchWorkflow:
                 initial_versioning_behavior=ContinueAsNewVersioningBehavior.AUTO_UPGRADE,
             )
         result = await to_the_end(self._close(ending))
+        await workflow.wait_condition(workflow.all_handlers_finished)
         if ending.outcome is RunOutcome.CANCELLED:
             raise asyncio.CancelledError(ending.reason)
         if ending.outcome is RunOutcome.FAILED:
@@ -301,7 +304,10 @@ class BatchWorkflow:
     # ------------------------------------------------------------ what the world says and sees
 
     @workflow.signal(name="child", description="Sent by the batch's own runs: one stands still, or goes on")
-    def child(self, *payload: Any) -> None:
+    async def child(self, *payload: Any) -> None:
+        await self._inbox.take(lambda: self._hear(*payload))
+
+    def _hear(self, *payload: Any) -> None:
         try:
             news = ChildNews.model_validate(payload[0] if payload else None)
         except ValidationError:
@@ -311,8 +317,11 @@ class BatchWorkflow:
             self._changed()
 
     @workflow.signal(dynamic=True)
-    def other(self, name: str, _: Sequence[RawValue]) -> None:
+    async def other(self, name: str, _: Sequence[RawValue]) -> None:
         """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
+        await self._inbox.take(lambda: self._unknown(name))
+
+    def _unknown(self, name: str) -> None:
         self._note(messages.unknown_signal(name, (), "a batch"))
         self._page()
 

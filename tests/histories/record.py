@@ -233,6 +233,21 @@ async def batch_cancelled(stage: Stage, world: World) -> Handle:
     return handle
 
 
+async def together(stage: Stage, world: World) -> Handle:
+    """Two decisions and a message that one workflow task brings."""
+    spec = agent(world.tool("send", approval=True))
+    stage.model.script = sequence(call(SEND, SEND), say("done"))
+    handle = await stage.start(spec)
+    await until(handle, lambda s: len(s.approvals) == 2)
+    hello = handle.signal("message", {"text": "the family arrives at noon", "by": "nurse.kim"})
+    await asyncio.gather(decide(handle, "a1"), hello, decide(handle, "a2"))
+    events = (await handle.fetch_history()).events
+    signals = [e.event_id for e in events if e.HasField("workflow_execution_signaled_event_attributes")]
+    # The first brings the task's scheduling, which stands between it and the rest.
+    assert signals[-1] - signals[0] <= len(signals), "not in one task this time: record it again"
+    return handle
+
+
 SCENARIOS: list[Scenario] = [
     completed,
     partial,
@@ -253,6 +268,7 @@ SCENARIOS: list[Scenario] = [
     batch,
     batch_item,
     batch_cancelled,
+    together,
 ]
 
 

@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import uuid
-from typing import Any
 
 import pytest
-import temporalio.bridge.worker
 from google.protobuf.timestamp_pb2 import Timestamp
 from temporalio import activity
 from temporalio.bridge.proto.workflow_activation import WorkflowActivation
-from temporalio.client import WorkflowHandle
 from temporalio.worker import Replayer
 
 from holdfast.ahead import Ahead
 from holdfast.temporal import sandbox
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import Stage
+from tests.workflows.evictions import ONE_POLL, Evictions, has
 from tests.workflows.plain import Plain, book
-
-
-class Evictions:
-    """Knows when a worker asks to drop a run, which is when the query has moved it, and holds the query up there."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked = asyncio.Event()
-        self.go_on = threading.Event()
-        loop, evict = asyncio.get_running_loop(), temporalio.bridge.worker.Worker.request_workflow_eviction
-
-        def noted(worker: temporalio.bridge.worker.Worker, run_id: str) -> None:
-            evict(worker, run_id)
-            loop.call_soon_threadsafe(self.asked.set)
-            self.go_on.wait(1.5)  # in the thread of the workflow, which may take 2 s
-
-        monkeypatch.setattr(temporalio.bridge.worker.Worker, "request_workflow_eviction", noted)
-
-
-async def has(handle: WorkflowHandle[Any, Any], event: str) -> None:
-    """Waits until the history has an event with these attributes."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not any(e.HasField(event) for e in (await handle.fetch_history()).events):  # pyright: ignore
-            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("first", ["signal", "completion"])
@@ -57,12 +31,10 @@ async def test_a_query_meets_a_pending_task(
     async def hold() -> None:
         await end.wait()
 
-    # Its only free poll is with the query until that is answered: the task comes after the second event.
-    options: dict[str, Any] = {"workflows_only": True, "workflows": [Plain], "max_concurrent_workflow_tasks": 2}
     async with lite.worker(activities_only=True, activities=[book, hold]), asyncio.timeout(2 * PATIENCE_S):
         while not evictions.asked.is_set():
             end.clear()
-            async with lite.worker(**options):
+            async with lite.worker(**ONE_POLL, workflows=[Plain]):
                 name = f"plain-{uuid.uuid4().hex[:8]}"
                 handle = await lite.client.start_workflow(Plain.run, id=name, task_queue=lite.queue)
                 await has(handle, "activity_task_scheduled_event_attributes")
@@ -73,7 +45,7 @@ async def test_a_query_meets_a_pending_task(
             else:
                 end.set()
                 await has(handle, "activity_task_completed_event_attributes")
-            async with lite.worker(**options):
+            async with lite.worker(**ONE_POLL, workflows=[Plain]):
                 asked = asyncio.create_task(evictions.asked.wait())
                 await asyncio.wait([query, asked], return_when=asyncio.FIRST_COMPLETED)
                 if second == "signal":

@@ -83,7 +83,10 @@ def test_every_way_a_run_can_stand_is_among_them(name: str, end: str) -> None:
     assert (last if last.startswith("WORKFLOW_EXECUTION") else "") == end
 
 
-@pytest.mark.parametrize(("name", "patched"), [("partial", False), ("put_off", True), ("settled", True)])
+@pytest.mark.parametrize(
+    ("name", "patched"),
+    [("partial", False), ("put_off", True), ("settled", True), ("completed", False), ("together", True)],
+)
 def test_both_sides_of_a_patch_are_among_them(name: str, patched: bool) -> None:
     events = json.loads(HISTORIES[name].read_text())["events"]
     assert any(event["eventType"] == "EVENT_TYPE_MARKER_RECORDED" for event in events) is patched
