@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from activities.model import ask_model
+from temporalio import activity
+
+from activities.model import Wanted, ask_model, spent
 from holdfast.answers import ModelAnswer
 from holdfast.contracts import Json, PlanRequest, Usage
+from holdfast.options import AS_SET, ModelOptions
+from holdfast.reliability.ledger import State
 from holdfast.runtime import Runtime
 from holdfast.state.thread import Thread
 
@@ -12,25 +16,35 @@ from holdfast.state.thread import Thread
 class Asking:
     """The questions of one turn. Which model answered last goes with the turn's checkpoints."""
 
-    def __init__(self, runtime: Runtime, request: PlanRequest, tag: str, thread: Thread, notes: list[str]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        request: PlanRequest,
+        tag: str,
+        thread: Thread,
+        notes: list[str],
+        options: ModelOptions = AS_SET,
+    ) -> None:
         self._runtime = runtime
         self._request = request
         self._tag = tag
         self._thread = thread
         self._notes = notes
+        self._options = options
         self._usage = Usage()
+        self._cut = False
 
-    async def __call__(self, key: str, messages: list[Json], tools: list[Json]) -> ModelAnswer:
+    async def __call__(self, key: str, messages: list[Json], tools: list[Json], must_call: bool) -> ModelAnswer:
         request = self._request
         answer = await ask_model(
             self._runtime,
-            messages,
-            tools,
-            key=f"{request.key_base}/turn-{self._tag}/{key}",
+            Wanted(messages, tools, self._options, must_call),
+            key=f"{self._prefix}{key}",
             key_base=request.key_base,
             name=f"turn-{request.turn}",
             digest=self._tag,
             timeout_s=self._runtime.settings.model_total_s + 10,
+            cut=self._was_cut,
         )
         self._usage += answer.usage
         self._thread.carried = {**self._thread.carried, "model": _label(answer)}
@@ -45,12 +59,25 @@ class Asking:
         """
         carried, usage = self._thread.carried, self._usage
         model = carried.get("model", "")
-        if resumed:
-            found = await self._runtime.ledger.results(self._request.key_base, "model", self._tag)
-            answers = [ModelAnswer.from_json(each) for each in found]
-            usage = sum((each.usage for each in answers), Usage())
-            model = model or (_label(answers[-1]) if answers else "")
+        if resumed or self._cut or self._request.tried or activity.info().attempt > 1:
+            usage = await spent(self._runtime, self._request.key_base, self._prefix)
+            if not model:
+                calls = await self._runtime.ledger.models(self._request.key_base, self._prefix)
+                answers = [ModelAnswer.from_json(each.result) for each in calls if each.state is State.DONE]
+                model = _label(answers[-1]) if answers else ""
         return usage, model if model != carried.get("before", "") else ""
+
+    @property
+    def _prefix(self) -> str:
+        return prefix_of(self._request.key_base, self._tag)
+
+    def _was_cut(self) -> None:
+        self._cut = True
+
+
+def prefix_of(key_base: str, tag: str) -> str:
+    """What the keys of all questions of a turn begin with."""
+    return f"{key_base}/turn-{tag}/"
 
 
 def _label(answer: ModelAnswer) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from holdfast.answers import ModelAnswer, ModelUnavailable
-from holdfast.contracts import Effect, Json
+from holdfast.contracts import Effect, Json, Usage
+from holdfast.conversation import CUT
 from holdfast.models import ModelClient, compacted, estimate
+from holdfast.options import AS_SET, ModelOptions
 from holdfast.reliability.chain import protected
 from holdfast.reliability.errors import ErrorType, Failure
 from holdfast.reliability.ledger import Call, State
@@ -14,24 +17,40 @@ from holdfast.reliability.waiting import NotYet
 from holdfast.runtime import Runtime
 from holdfast.telemetry import metrics
 
+MOST_CUT = 3
+"""Answers of a model to one question that are cut because it rambles; then it is not asked again."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model is asked, and how."""
+
+    messages: list[Json]
+    tools: list[Json]
+    options: ModelOptions = AS_SET
+    must_call: bool = False
+    whole: bool = False
+    """An answer that was cut at its limit is none: nobody would tell the model, and it counts as rambling."""
+
 
 async def ask_model(
     runtime: Runtime,
-    messages: list[Json],
-    tools: list[Json],
+    wanted: Wanted,
     *,
     key: str,
     key_base: str,
     name: str,
     digest: str,
     timeout_s: float,
+    cut: Callable[[], None] = lambda: None,
 ) -> ModelAnswer:
     """The answer that is recorded under `key`, else that of the first model that gives one, recorded there.
 
-    What happens when a model does not answer goes by the kind of failure. Gone, or its breaker open: the next model.
-    The conversation is too long for it: the next one with a larger window, in the end a compacted conversation. It
-    refuses by its policy: nobody else is asked.
-    name: what crash points and readers of the ledger call it. digest: of what is asked.
+    What happens when a model does not answer goes by the kind of failure. Gone, or its breaker open, or it rambles: the
+    next model. The conversation is too long for it: the next one with a larger window, in the end a compacted
+    conversation. It refuses by its policy: nobody else is asked.
+    name: what crash points and readers of the ledger call it. digest: of what is asked. cut: told of each call that
+    was cut; what it cost is in the ledger.
     Raises RetryLater; NotYet; ModelUnavailable when the retries are used up or would not help.
     """
     call = Call(
@@ -51,7 +70,7 @@ async def ask_model(
         if any(t.type is ErrorType.CONTEXT_OVERFLOW for t in troubles) and not _larger(model, runtime.models[:n]):
             continue
         try:
-            answer = await _ask(runtime, model, call, messages, tools, f"{key}/fb-{n}" if n else key)
+            answer = await _ask(runtime, model, call, wanted, f"{key}/fb-{n}" if n else key, cut)
         except NotYet as wait:
             if not wait.service:
                 raise  # a rate limit says when, and the model is well
@@ -63,34 +82,59 @@ async def ask_model(
             troubles.append(gone.failure)
         else:
             return _named(answer, runtime.models[0], n, troubles)
-    if any(t.type is ErrorType.CONTEXT_OVERFLOW for t in troubles) and (shorter := compacted(messages)):
+    if any(t.type is ErrorType.CONTEXT_OVERFLOW for t in troubles) and (shorter := compacted(wanted.messages)):
         model = max(runtime.models, key=lambda each: each.window or 0)
-        answer = await _ask(runtime, model, replace(call, key=f"{key}/compact"), shorter, tools, f"{key}/compact")
+        less = replace(wanted, messages=shorter)
+        answer = await _ask(runtime, model, replace(call, key=f"{key}/compact"), less, f"{key}/compact", cut)
         return replace(answer, origin="from a compacted conversation: it was too long")
     if waits:
         raise min(waits, key=lambda wait: wait.delay)
     raise ModelUnavailable(troubles[0])
 
 
+async def spent(runtime: Runtime, key_base: str, prefix: str) -> Usage:
+    """What the model calls whose keys begin so have used, those that were cut too."""
+    calls = await runtime.ledger.models(key_base, prefix)
+    return sum((Usage.model_validate(each.result["usage"]) for each in calls if each.result), Usage())
+
+
 async def _ask(
-    runtime: Runtime, model: ModelClient, call: Call, messages: list[Json], tools: list[Json], sent_as: str
+    runtime: Runtime, model: ModelClient, call: Call, wanted: Wanted, sent_as: str, cut: Callable[[], None]
 ) -> ModelAnswer:
     """Asks one model. The answer is kept under the call's key whoever gives it, so that a retry finds it first."""
-    size = estimate(messages, tools) if model.window or model.service.tokens_per_minute else 0
+    counts = model.window or model.service.tokens_per_minute
+    size = estimate(wanted.messages, wanted.tools) if counts else 0
     if model.window and size > model.window:
         words = f"the conversation has some {size} tokens and {model.model} takes {model.window}"
         raise ModelUnavailable(Failure(ErrorType.CONTEXT_OVERFLOW, words))
     limit = model.service.limit("default")
+    most = model.most(wanted.options, size)
     call = replace(
         call,
         target=model.service.name,
         rule=model.service.breaker,
         limits=(limit,) if limit else (),
-        tokens=size + model.usual_output,
+        tokens=size + min(model.usual_output, most),
     )
 
     async def act(attempt: int) -> Json:
-        return (await model.complete(messages, tools, key=sent_as)).to_json()
+        try:
+            answer = await model.complete(
+                wanted.messages, wanted.tools, key=sent_as, options=wanted.options, must_call=wanted.must_call
+            )
+            if wanted.whole and answer.message.get(CUT):
+                words = f"model {answer.model}: its answer was cut at its limit of {most} tokens"
+                raise ModelUnavailable(Failure(ErrorType.RAMBLING, words, retry=True), answer.usage)
+        except ModelUnavailable as gone:
+            if gone.usage is None:
+                raise
+            cut()
+            times = await runtime.ledger.cut(call, sent_as, gone.failure, gone.usage.model_dump(mode="json"))
+            if gone.failure.type is ErrorType.RAMBLING and times >= MOST_CUT:
+                words = f"{gone.failure.message}; so it was {times} times, and it is not asked again"
+                raise ModelUnavailable(replace(gone.failure, message=words, retry=False)) from None
+            raise
+        return answer.to_json()
 
     settled = await protected(runtime.guards, call, act, tokens=_tokens)
     if settled.state is not State.DONE:

@@ -18,16 +18,17 @@ from pydantic import ValidationError
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from activities.asking import Asking
+from activities.asking import Asking, prefix_of
 from activities.boundary import boundary, not_known_yet, this_workflow
+from activities.model import spent
 from agents import registry
 from holdfast import graph, turns
 from holdfast.agent import AgentSpec
 from holdfast.answers import ModelUnavailable
-from holdfast.contracts import Json, OutcomeStatus, PlanRequest, PlanResult, Question, absolute, digest
+from holdfast.contracts import Json, OutcomeStatus, PlanRequest, PlanResult, Question, Usage, absolute, digest
 from holdfast.conversation import MalformedOutput
 from holdfast.reliability import faults
-from holdfast.reliability.errors import ErrorType
+from holdfast.reliability.errors import ErrorType, Failure
 from holdfast.reliability.faults import Point
 from holdfast.reliability.waiting import NotYet
 from holdfast.runtime import Runtime
@@ -47,6 +48,8 @@ PARKS = {
     ErrorType.UNAUTHORIZED,
 }
 """A model that is gone comes back, and a key that expired gets mended: the run waits and nothing is undone."""
+LONGEST_PARK_S = 600.0
+"""What the pause grows to before a model is asked again that is too slow."""
 
 
 class Plan:
@@ -61,34 +64,52 @@ class Plan:
         turn = {"gen_ai.agent.name": request.agent, "holdfast.turn": request.turn}
         with boundary(), span(f"plan turn {request.turn}", **turn):
             base = absolute(request.key_base, this_workflow())
+            request = request.model_copy(update={"key_base": base})
             try:
-                return await self._turn(request.model_copy(update={"key_base": base}))
+                return await self._turn(request)
             except NotYet as wait:
                 metrics.waited(wait.cause)
-                return PlanResult(wait=wait.wait(await self._runtime.guards.clock.now()))
+                return PlanResult(
+                    wait=wait.wait(await self._runtime.guards.clock.now()), usage=await self._spent(request)
+                )
             except ModelUnavailable as gone:
-                failure = gone.failure
-                if failure.type is ErrorType.CONTENT_POLICY:
-                    return PlanResult(refusal=failure.message)
-                if failure.type not in PARKS:
-                    raise ApplicationError(
-                        f"the model refuses: {failure.message}", type=failure.type, non_retryable=True
-                    ) from None
-                park = NotYet(self._runtime.settings.park_s, f"the model is gone: {failure.message}", service="model")
-                return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()))
+                return await self._unavailable(request, gone.failure)
             except MalformedOutput as error:
-                raise ApplicationError(str(error), type=ErrorType.MALFORMED_OUTPUT, non_retryable=True) from None
+                raise await self._failed(request, str(error), ErrorType.MALFORMED_OUTPUT) from None
             except Forgotten as error:
                 later = timedelta(seconds=self._runtime.settings.park_s)
                 raise ApplicationError(str(error), type=ErrorType.FORGOTTEN, next_retry_delay=later) from None
             except (graph.BadGraph, Unstorable, GraphRecursionError) as error:
-                words = f"agent {request.agent}: {error}"
-                raise ApplicationError(words, type=ErrorType.BAD_GRAPH, non_retryable=True) from None
+                raise await self._failed(request, f"agent {request.agent}: {error}", ErrorType.BAD_GRAPH) from None
+
+    async def _unavailable(self, request: PlanRequest, failure: Failure) -> PlanResult:
+        """What becomes of a turn whose models do not answer: a wait, a question to a person, or the end of the run."""
+        used = await self._spent(request)
+        if failure.type is ErrorType.CONTENT_POLICY:
+            return PlanResult(refusal=failure.message, usage=used)
+        if failure.type not in PARKS:
+            what = "rambles" if failure.type is ErrorType.RAMBLING else "refuses"
+            raise await self._failed(request, f"the model {what}: {failure.message}", failure.type)
+        pause, words = self._runtime.settings.park_s, f"the model is gone: {failure.message}"
+        if used.calls and failure.type is ErrorType.TIMEOUT:
+            # It answers, but never in time, and each try costs: asked less and less.
+            pause = min(pause * 2 ** min(used.calls, 10), max(LONGEST_PARK_S, pause))
+            tokens = used.input_tokens + used.output_tokens
+            words = f"the model is too slow: {failure.message}; cut answers and all, this turn has used {tokens} tokens"
+        park = NotYet(pause, words, service="model")
+        return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()), usage=used)
+
+    async def _failed(self, request: PlanRequest, words: str, type: ErrorType) -> ApplicationError:
+        """The error that ends the run, with what the turn has used: it has no result to say so."""
+        used = await self._spent(request)
+        return ApplicationError(words, used, type=type, non_retryable=True)
+
+    async def _spent(self, request: PlanRequest) -> Usage:
+        return await spent(self._runtime, request.key_base, prefix_of(request.key_base, _tag(request)))
 
     async def _turn(self, request: PlanRequest) -> PlanResult:
         spec, gone, lost = await self._bound(request)
-        # The base is part of the tag: after a Reset the same turn may be taken again from another past.
-        tag = f"{request.turn}.{digest([request.base, request.input, request.answers, request.notices])[:8]}"
+        tag = _tag(request)
         where = f"turn-{request.turn}"
         faults.reached(Point.TURN_STARTED, where)
 
@@ -97,7 +118,7 @@ class Plan:
         thread = Thread(self._runtime.db, request.key_base, tag, request.base, lean=spec.graph is None)
         resumed = await thread.open()
         notes: list[str] = []
-        asking = Asking(self._runtime, request, tag, thread, notes)
+        asking = Asking(self._runtime, request, tag, thread, notes, spec.model)
         app = turns.compiled(spec.graph, spec.name).copy({"checkpointer": thread})
         snapshot = await app.aget_state(thread.config) if resumed else None
         if snapshot and not snapshot.tasks:
@@ -106,11 +127,12 @@ class Plan:
             value: Any = (
                 _resume(snapshot.interrupts, request) if snapshot else _begin(spec, request, thread, down, notes)
             )
-            context = graph.Turn(spec, request.turn, where, frozenset(down), asking)
+            context = graph.Turn(spec, request.turn, where, frozenset(down), asking, _open(spec, request))
             state = await app.ainvoke(value, thread.config, context=context, durability="sync")
         profile = spec.profile if request.turn == 1 else None
         if asked := state.get("__interrupt__"):
-            return PlanResult(questions=[_question(each) for each in asked], profile=profile, notes=notes)
+            used = await self._spent(request)
+            return PlanResult(questions=[_question(each) for each in asked], profile=profile, notes=notes, usage=used)
         faults.reached(Point.DECIDED, where)
         decision = turns.decision_of(state, spec)
         usage, model = await asking.account(resumed=resumed)
@@ -153,6 +175,17 @@ class Plan:
             if tool.service and targets[tool.name] in rows and tool.put_off
             if not tool.has_fallback and tool.name not in request.offered
         }
+
+
+def _tag(request: PlanRequest) -> str:
+    """Names the turn's work: with its past, for after a Reset the same turn may be taken again from another one."""
+    return f"{request.turn}.{digest([request.base, request.input, request.answers, request.notices])[:8]}"
+
+
+def _open(spec: AgentSpec, request: PlanRequest) -> frozenset[str]:
+    if request.turn > 1:
+        return frozenset(request.open)
+    return frozenset(tool for step in spec.steps if step.critical for tool in step.tools)
 
 
 def _availability(down: dict[str, str], told: list[str], offered: list[str]) -> str:

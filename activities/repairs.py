@@ -35,6 +35,7 @@ from holdfast.contracts import (
 )
 from holdfast.hooks import Hook
 from holdfast.keys import outside
+from holdfast.options import ModelOptions
 from holdfast.orphans import find_orphans, is_over, webhook_of
 from holdfast.reliability.chain import no_bound, protected, unsettled
 from holdfast.reliability.ledger import Call, Entry, Settled, State, tool_call
@@ -222,7 +223,7 @@ class Repairs:
         return hooks.run_is(type, result, repair.workflow_id, request_key, repair.tenant, datetime.now(UTC))
 
 
-async def _no_model(label: str, messages: list[Json]) -> ModelAnswer:
+async def _no_model(label: str, messages: list[Json], options: ModelOptions | None = None, /) -> ModelAnswer:
     raise ToolFailed("a probe asks its service, not a model")
 
 

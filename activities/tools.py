@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from temporalio import activity
 
 from activities.boundary import boundary, this_workflow
-from activities.model import ask_model
+from activities.model import Wanted, ask_model, spent
 from activities.plan import PARKS
 from agents import registry
 from holdfast.aio import to_the_end
@@ -29,12 +29,12 @@ from holdfast.contracts import (
     ToolRequest,
     UndoOutcome,
     UndoStatus,
-    Usage,
     absolute,
     clip,
     digest,
 )
 from holdfast.keys import outside
+from holdfast.options import ModelOptions
 from holdfast.reliability import faults, heartbeat
 from holdfast.reliability.chain import no_bound, protected, unsettled
 from holdfast.reliability.errors import RETRIES, ErrorType
@@ -76,8 +76,8 @@ class Tools:
             except ValidationError as error:
                 return await self._cannot(request, f"bad arguments for {tool.name}: {explain(error)}")
             if tool.policy.pure:  # dropped when its run ends
-                return await self._run(request, tool, arguments)
-            return await to_the_end(self._run(request, tool, arguments))
+                return await self._accounted(request, tool, arguments)
+            return await to_the_end(self._accounted(request, tool, arguments))
 
     @activity.defn(name="undo")
     async def undo(self, request: ToolRequest) -> UndoOutcome:
@@ -119,7 +119,9 @@ class Tools:
             ends = [(key, await self._runtime.ledger.known(key)) for key, _ in keys]
             key, settled = next(((key, end) for key, end in ends if end and end.state is not State.FAILED), ends[-1])
             assert settled is not None, "closed just now"
-            return await self._unknown(key, settled, Usage())
+            outcome = await self._unknown(key, settled)
+            outcome.usage = await spent(self._runtime, request.key_base, f"{request.key}/")
+            return outcome
 
     @activity.defn(name="settle")
     async def settle(self, finding: Finding) -> Outcome:
@@ -131,26 +133,33 @@ class Tools:
             settled = await self._runtime.ledger.known(finding.key)
             if settled is None:
                 return Outcome(status=OutcomeStatus.FAILED, content=note)
-            return _outcome(settled, Usage())
+            return _outcome(settled)
 
     async def _cannot(self, request: ToolRequest, problem: str) -> Outcome:
         """The model's mistake, unless an earlier version of the code took the call: then what is known of it counts."""
         known = await self._runtime.ledger.known(request.key)
-        return _outcome(known, Usage()) if known else Outcome(status=OutcomeStatus.ERROR, content=problem)
+        return _outcome(known) if known else Outcome(status=OutcomeStatus.ERROR, content=problem)
 
-    async def _run(self, request: ToolRequest, tool: Tool, arguments: Json) -> Outcome:
-        usage: list[Usage] = []
+    async def _accounted(self, request: ToolRequest, tool: Tool, arguments: Json) -> Outcome:
+        """The outcome, or the wait, with what all model calls of this tool call have used so far."""
+        asked: list[str] = []
+        outcome = await self._run(request, tool, arguments, asked)
+        if asked or activity.info().attempt > 1:
+            outcome.usage = await spent(self._runtime, request.key_base, f"{request.key}/")
+        return outcome
+
+    async def _run(self, request: ToolRequest, tool: Tool, arguments: Json, asked: list[str]) -> Outcome:
         call = _call(request, tool, request.key)
         try:
-            settled = await self._protected(request, tool, call, arguments, usage)
+            settled = await self._protected(request, tool, call, arguments, asked)
             if settled.state is State.FAILED and settled.error_type not in CALLERS_FAULT and tool.has_fallback:
-                stand_in = await self._stand_in(request, tool, arguments, usage, settled.error)
+                stand_in = await self._stand_in(request, tool, arguments, asked, settled.error)
                 if stand_in:
                     return stand_in
         except NotYet as wait:
             # While its service is down a tool may be stood in for, once it is certain that it did nothing itself.
             if wait.service and tool.has_fallback and await self._gives_way(request, tool, call, wait.why):
-                stand_in = await self._stand_in(request, tool, arguments, usage, wait.why)
+                stand_in = await self._stand_in(request, tool, arguments, asked, wait.why)
                 if stand_in and not stand_in.wait:
                     return stand_in
             metrics.waited(wait.cause)
@@ -162,17 +171,17 @@ class Tools:
                 reason=str(conflict),
             )
         if settled.state is State.UNKNOWN:
-            return await self._unknown(request.key, settled, sum(usage, Usage()))
-        return _outcome(settled, sum(usage, Usage()))
+            return await self._unknown(request.key, settled)
+        return _outcome(settled)
 
     async def _protected(
-        self, request: ToolRequest, tool: Tool, call: Call, arguments: Json, usage: list[Usage]
+        self, request: ToolRequest, tool: Tool, call: Call, arguments: Json, asked: list[str]
     ) -> Settled:
         async def act(attempt: int) -> Any:
-            return await tool.call(self._context(request, call.key, tool, attempt, usage), arguments)
+            return await tool.call(self._context(request, call.key, tool, attempt, asked), arguments)
 
         async def probe(attempt: int) -> Any:
-            return await tool.run_probe(self._context(request, call.key, tool, attempt, usage), arguments)
+            return await tool.run_probe(self._context(request, call.key, tool, attempt, asked), arguments)
 
         settled = await protected(self._runtime.guards, call, act, probe)
         if settled.state is State.DONE and any(isinstance(each, LastGood) for each in tool.fallback):
@@ -188,7 +197,7 @@ class Tools:
         return any(other not in shut for other in others) and await self._runtime.ledger.give_way(call, why)
 
     async def _stand_in(
-        self, request: ToolRequest, tool: Tool, arguments: Json, usage: list[Usage], why: str
+        self, request: ToolRequest, tool: Tool, arguments: Json, asked: list[str], why: str
     ) -> Outcome | None:
         """The outcome by the first fallback that has one; a wait when none has and one may have it later.
 
@@ -204,30 +213,30 @@ class Tools:
                 continue
             try:
                 call = _call(request, other, f"{request.key}/fb-{n}")
-                settled = await self._protected(request, other, call, arguments, usage)
+                settled = await self._protected(request, other, call, arguments, asked)
             except NotYet as wait:
                 waits.append(wait)
                 continue
             if settled.state is State.DONE:
-                return _by(tool, settled.result, other.name, why, sum(usage, Usage()))
+                return _by(tool, settled.result, other.name, why)
             if settled.state is State.UNKNOWN:
-                return await self._unknown(call.key, settled, sum(usage, Usage()))
+                return await self._unknown(call.key, settled)
         if tool.template_function:
-            made = await tool.run_template(self._context(request, request.key, tool, 1, usage), arguments)
+            made = await tool.run_template(self._context(request, request.key, tool, 1, asked), arguments)
             return _by(tool, made, "template", why)
         if waits:
             soonest = min(waits, key=lambda wait: wait.delay)
             return Outcome(wait=soonest.wait(await self._runtime.guards.clock.now()))
         return None
 
-    async def _unknown(self, key: str, settled: Settled, usage: Usage) -> Outcome:
+    async def _unknown(self, key: str, settled: Settled) -> Outcome:
         """An unknown outcome with what is known of it, for the person who settles it."""
         entry = await self._runtime.ledger.entry(key)
         known = f"key {key}"
         if entry:
             begun = datetime.fromtimestamp(entry.reserved_at, UTC)
             known = f"key {key}, attempt {entry.attempt}, begun {begun:%Y-%m-%d %H:%M:%S} UTC by {entry.worker}"
-        return _outcome(settled, usage).model_copy(update={"known": known})
+        return _outcome(settled).model_copy(update={"known": known})
 
     async def _undo(self, request: ToolRequest, tool: Tool) -> UndoOutcome:
         """Undoes the call, and the one that stood in for it: only one of them can have happened."""
@@ -271,13 +280,13 @@ class Tools:
         note = clip(settled.result, MAX_NOTE)
         return UndoOutcome(status=UndoStatus.UNDONE, note=note, failures=settled.failures)
 
-    def _context(self, request: ToolRequest, key: str, tool: Tool, attempt: int, usage: list[Usage]) -> ToolContext:
-        async def ask(label: str, messages: list[Json]) -> ModelAnswer:
+    def _context(self, request: ToolRequest, key: str, tool: Tool, attempt: int, asked: list[str]) -> ToolContext:
+        async def ask(label: str, messages: list[Json], options: ModelOptions | None = None, /) -> ModelAnswer:
+            asked.append(label)
             try:
                 answer = await ask_model(
                     self._runtime,
-                    messages,
-                    [],
+                    Wanted(messages, [], options or registry.agent(request.agent).model, whole=True),
                     key=f"{key}/{label}",
                     key_base=request.key_base,
                     name=f"{tool.name}/{label}",
@@ -291,7 +300,6 @@ class Tools:
                 # It waits for a model as a turn does, however long that takes.
                 why = f"the model is gone: {gone.failure.message}"
                 raise NotYet(self._runtime.settings.park_s, why, service="model") from None
-            usage.append(answer.usage)
             return answer
 
         return ToolContext(
@@ -354,14 +362,14 @@ def settles_within(tool: Tool) -> float | None:
     return registry.service(tool.service).settles_within if tool.settles_s is None else tool.settles_s
 
 
-def _by(tool: Tool, result: Any, by: str, why: str, usage: Usage | None = None) -> Outcome:
+def _by(tool: Tool, result: Any, by: str, why: str) -> Outcome:
     """The outcome by a fallback. The model and the reader are told that it is one."""
     metrics.fallback(tool.name, by)
     content = f"[{by}, in place of {tool.name}: {why}]\n{_text(result)}"
-    return Outcome(content=content, origin=by, usage=usage or Usage(), notes=[f"{tool.name}: {by} ({why})"])
+    return Outcome(content=content, origin=by, notes=[f"{tool.name}: {by} ({why})"])
 
 
-def _outcome(settled: Settled, usage: Usage) -> Outcome:
+def _outcome(settled: Settled) -> Outcome:
     """What the model reads of a call's end."""
     reason = settled.error
     if settled.state is State.DONE:
@@ -386,7 +394,6 @@ def _outcome(settled: Settled, usage: Usage) -> Outcome:
         content=content,
         reason=reason,
         failures=settled.failures,
-        usage=usage,
         notes=list(settled.notes),
     )
 

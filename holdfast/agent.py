@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from holdfast.contracts import Effect, Json, Profile, StepSpec
 from holdfast.mcp.spec import McpServer, McpTool, check_servers
 from holdfast.mcp.tool import RemoteTool, remote_tool
+from holdfast.options import AS_SET, ModelOptions
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import Tool
 
@@ -43,6 +44,8 @@ class AgentSpec:
     version: str = "1"
     prompt: Callable[[Any], str] = _as_json
     """Turns the validated input into the first user message."""
+    model: ModelOptions = AS_SET
+    """How its model is asked: the limit of an answer, temperature, further parameters."""
     max_turns: int = 40
     deadline: timedelta = timedelta(days=1)
     turns_per_execution: int = 100
@@ -109,4 +112,4 @@ class AgentSpec:
         return [{"role": "system", "content": self.instructions}, {"role": "user", "content": prompt}]
 
 
-__all__ = ["AgentSpec", "BreakerRule", "Effect", "McpServer", "McpTool", "Service", "StepSpec"]
+__all__ = ["AgentSpec", "BreakerRule", "Effect", "McpServer", "McpTool", "ModelOptions", "Service", "StepSpec"]

@@ -218,10 +218,17 @@ class PlanRequest(BaseModel):
     """How the calls of the turn before ended, in their order; empty when all are ok."""
     offered: list[str] = []
     """Tools that the model is offered although their service does not answer: the run cannot end well without them."""
+    open: list[str] = []
+    """Tools of critical steps without an outcome, which the run cannot end without. In turn 1 the spec says which."""
+    tried: bool = False
+    """The turn has asked a model before and had to wait: what that cost is in the ledger."""
 
 
 class PlanResult(BaseModel):
-    """A decision with the checkpoint it is stored in, or a wait. `profile` comes with turn 1 only."""
+    """A decision with the checkpoint it is stored in, or a wait. `profile` comes with turn 1 only.
+
+    `usage` is that of the whole turn so far, calls that were cut included, however it goes on.
+    """
 
     calls: list[ToolCall] = []
     final: str | None = None

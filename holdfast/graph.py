@@ -205,7 +205,9 @@ def tools(then: str, *, messages: str = "messages", offered: Sequence[Tool | str
 class Ask(Protocol):
     """Asks the model under this part of a key. What it has answered before, it answers again."""
 
-    def __call__(self, key: str, messages: list[Json], tools: list[Json]) -> Awaitable[ModelAnswer]: ...
+    def __call__(
+        self, key: str, messages: list[Json], tools: list[Json], must_call: bool
+    ) -> Awaitable[ModelAnswer]: ...
 
 
 @dataclass(frozen=True)
@@ -219,21 +221,30 @@ class Turn:
     withdrawn: frozenset[str]
     """Tools that cannot be had for now, because their service does not answer; they are not offered."""
     record: Ask
+    open: frozenset[str] = frozenset()
+    """Tools of critical steps that have no outcome yet: without them the run cannot end."""
     _asked: Counter[tuple[Any, ...]] = field(default_factory=Counter)
 
     async def ask(
-        self, messages: Sequence[Any], *, tools: Sequence[Tool | str | Json] | None = None, name: str = ""
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Tool | str | Json] | None = None,
+        name: str = "",
+        must_call: bool = False,
     ) -> ModelAnswer:
         """One model call, recorded: a node that runs again after a crash gets the same answer, and pays nothing.
 
         messages: OpenAI dicts or LangChain messages. tools: what is offered, by default all of the agent's; `()` offers
         none; a dict is sent as it is. name: tells calls of one node apart that begin in no fixed order (`gather`).
+        must_call: words are no answer while a tool is offered that a critical step needs (`tool_choice: required`).
         Raises what parks or ends the turn when no model answers: let it pass.
         """
         wanted = self.spec.tools if tools is None else tools
         entries = [each if isinstance(each, dict) else self._tool(each).openai for each in wanted]
         offered = [each for each in entries if each["function"]["name"] not in self.withdrawn]
-        return await self.record(self._key(name), [as_json(each) for each in messages], offered)
+        must_call = must_call and any(each["function"]["name"] in self.open for each in offered)
+        return await self.record(self._key(name), [as_json(each) for each in messages], offered, must_call)
 
     def chat_model(self, name: str = "") -> BaseChatModel:
         """`ask` as a LangChain chat model, for nodes that were written for one. Asynchronous calls only."""

@@ -31,7 +31,7 @@ async def _model(state: Conversation, runtime: Runtime[Turn]) -> dict[str, Any]:
         if not state["messages"]:
             new = runtime.context.spec.messages(state["input"])
         new += inbox_messages(state["messages"], [each.content for each in answers(state)], state["notices"])
-    answer = await runtime.context.ask(state["messages"] + new)
+    answer = await runtime.context.ask(state["messages"] + new, must_call=True)
     # Heard, also on behalf of `check`: the answers came here straight from START, which saves a superstep.
     return {"messages": [*new, answer.message], "heard": {} if state["heard"] else {"check": 0}}
 

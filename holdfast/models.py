@@ -23,7 +23,7 @@ from holdfast.answers import Assembly, ModelAnswer, ModelUnavailable, chunks, ra
 from holdfast.contracts import Json
 from holdfast.conversation import CUT
 from holdfast.keys import outside
-from holdfast.options import MAX_TOKENS, ModelOptions
+from holdfast.options import AS_SET, MAX_TOKENS, ModelOptions
 from holdfast.reliability.errors import ErrorType, Failure, classify
 from holdfast.services import Service
 from holdfast.settings import ModelTarget, Settings
@@ -47,7 +47,6 @@ LEAST_TOKENS = 256
 """What is left for the answer, however full the context window."""
 MAY_REFUSE = ("max_tokens", "max_completion_tokens", "tool_choice", "temperature", "response_format", "stream_options")
 """Parameters of ours that some endpoint refuses. It is asked again without, and not sent it any more."""
-NONE_OF_OURS = ModelOptions()
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class ModelClient:
         tools: list[Json],
         *,
         key: str,
-        options: ModelOptions = NONE_OF_OURS,
+        options: ModelOptions = AS_SET,
         must_call: bool = False,
     ) -> ModelAnswer:
         """One model call.

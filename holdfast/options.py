@@ -45,3 +45,7 @@ class ModelOptions:
             raise TypeError(f"ModelOptions(max_tokens={self.max_tokens}): expected at least 1")
         if clash := OURS & {*self.extra}:
             raise TypeError(f"ModelOptions: Holdfast sets {', '.join(sorted(clash))} itself; remove it from `extra`")
+
+
+AS_SET = ModelOptions()
+"""As the settings have it."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic_core import to_jsonable_python
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from holdfast.answers import ModelAnswer
     from holdfast.mcp.hub import Hub
+    from holdfast.options import ModelOptions
 
 
 LONGEST_PAUSE_S = 366 * 86_400
@@ -91,6 +92,14 @@ class Undo:
     result: Any | None
 
 
+class AskModel(Protocol):
+    """A model call of a tool's own: a label, messages, and how it is asked; by default as the agent's model is."""
+
+    def __call__(
+        self, label: str, messages: list[Json], options: ModelOptions | None = None, /
+    ) -> Awaitable[ModelAnswer]: ...
+
+
 @dataclass(frozen=True)
 class ToolContext:
     """What a tool call may use."""
@@ -102,9 +111,11 @@ class ToolContext:
     """A shared client, which keeps no cookies. Its timeout is the tool's own, enforced around the call."""
     service_url: Callable[[str], str]
     """Base address of a named service."""
-    ask_model: Callable[[str, list[Json]], Awaitable[ModelAnswer]]
+    ask_model: AskModel
     """`await ctx.ask_model("summary", messages)`: a model call of the tool's own, recorded under `key/summary`.
 
+    With `ModelOptions(schema=Terms.model_json_schema())` as a third argument the endpoint is told which JSON is wanted.
+    An answer that was cut at its limit never comes back: it is asked for again, three times at most.
     Ask before the effect, never after: a model that is gone makes the tool begin again.
     """
     make_workspace: Callable[[], Path] = Path.cwd

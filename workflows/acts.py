@@ -59,6 +59,7 @@ class Acts:
                 queue=policy.queue,
                 begins=lambda: self._begins(policy, call, seq),
                 settle=not policy.pure,
+                waited=lambda outcome: self._state.spent.update({str(seq): outcome.usage}),
             )
         except ActivityError as error:
             # Its deadline passed, or it was cancelled before it could say how it ended.

@@ -34,6 +34,7 @@ with workflow.unsafe.imports_passed_through():
         RunOutcome,
         RunResult,
         RunStatus,
+        Usage,
         Verdict,
         Wait,
         clip,
@@ -44,7 +45,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.acts import Acts
     from workflows.approvals import Approvals
     from workflows.aside import Aside
-    from workflows.calls import Calls, why
+    from workflows.calls import Calls, spent_by, why
     from workflows.gate import Gate
     from workflows.hooks import Hooks
     from workflows.inbox import Inbox
@@ -208,6 +209,8 @@ class AgentWorkflow:
             tenant=self._given.tenant,
             replies=state.replies,
             offered=state.owed(),
+            open=state.open_tools(),
+            tried="turn" in state.spent,
         )
         self._phase(Phase.RUNNING)
         try:
@@ -223,9 +226,12 @@ class AgentWorkflow:
                 else (state.started + NO_PROFILE_DEADLINE - workflow.now()).total_seconds(),
                 settle=False,
                 patience=state.patience(),
+                waited=lambda result: self._tried(request, result),
             )
         except ActivityError as error:
+            state.spent["turn"] = spent_by(error) or state.spent.get("turn", Usage())
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: {why(error)}")
+        self._tried(request, planned)
         if planned.wait and state.lost():
             out_of_patience(state, planned.wait, workflow.now())
             return gone(state.steps())
@@ -248,6 +254,7 @@ class AgentWorkflow:
         state.base, state.model = planned.checkpoint, planned.model or state.model
         if state.model:  # a graph may decide without one
             state.models[state.model] = state.models.get(state.model, 0) + 1
+        state.spent.pop("turn", None)
         state.usage += planned.usage
         if planned.final is not None:
             return await self._finish(planned.final)
@@ -255,6 +262,11 @@ class AgentWorkflow:
         state.calls = [CallState(call=call, seq=state.seq + n) for n, call in enumerate(planned.calls, 1)]
         state.seq += len(state.calls)
         return None
+
+    def _tried(self, request: PlanRequest, planned: PlanResult) -> None:
+        """Keeps what the turn has used so far: it is counted also when the turn never comes to its end."""
+        self._state.spent["turn"] = planned.usage
+        request.tried = True
 
     async def _refused_turn(self, why: str) -> Ending | None:
         """The model refuses by its policy, and no retry helps: a person lets it be asked again, or ends the run."""

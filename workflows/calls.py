@@ -8,11 +8,12 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from temporalio import workflow
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError, TimeoutError
 
-from holdfast.contracts import Wait
+from holdfast.contracts import Usage, Wait
 
 HEARTBEAT = timedelta(seconds=3)
 """A dead worker is noticed after this long. Activities beat four times as often (`holdfast.reliability.heartbeat`)."""
@@ -64,6 +65,7 @@ class Calls:
         patience: datetime | None = None,
         queue: str = "",
         begins: Callable[[], None] | None = None,
+        waited: Callable[[T], None] = lambda _: None,
     ) -> T:
         """Runs an activity to its result, sleeping whenever it asks to wait.
 
@@ -72,7 +74,7 @@ class Calls:
         once. put_off: a wait for a service that is down is the caller's business. patience: no wait goes beyond it
         either. queue: the stage whose workers do it. begins: of a tool call, which needs a place: called each time that
         it has one, before the activity is scheduled. It has the place only while the activity is open, so a call that
-        sleeps holds up no other. The deadline counts from the first place.
+        sleeps holds up no other. The deadline counts from the first place. waited: told of each result that is a wait.
         The result still holds its `wait` when it was given up or put off.
         Raises ActivityError when the activity gave up or was cancelled, and CancelledError instead of waiting, or of
         beginning anything, in a task that was cancelled: an activity that was let end has swallowed the cancellation.
@@ -107,6 +109,8 @@ class Calls:
             wait: Wait | None = getattr(outcome, "wait", None)
             if wait is None:
                 self._went_on()
+            else:
+                waited(outcome)
             if wait and leaving() and workflow.patched("cancel-ends"):
                 raise asyncio.CancelledError
             latest = min((each for each in (end, patience) if each), default=None)
@@ -134,3 +138,12 @@ def why(error: ActivityError) -> str:
     if isinstance(cause, TimeoutError) and isinstance(cause.cause, ApplicationError):
         cause = cause.cause
     return str(getattr(cause, "message", None) or cause or error)
+
+
+def spent_by(error: ActivityError) -> Usage | None:
+    """What a turn had used that failed for good; None when it could not say so."""
+    details = error.cause.details if isinstance(error.cause, ApplicationError) else ()
+    try:
+        return Usage.model_validate(details[0]) if details else None
+    except ValidationError:
+        return None

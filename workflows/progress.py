@@ -137,8 +137,8 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
         parts.append("### Undo\n" + "\n".join(rows))
     if state.notes:
         parts.append("### Notes\n" + "\n".join(f"- {plain(note)}" for note in state.notes[-10:]))
-    if state.usage.calls:
-        parts.append(f"Model {state.model}: {cost(state.usage)}")
+    if state.used.calls:
+        parts.append(f"Model {state.model}: {cost(state.used)}")
     return "\n\n".join(parts)
 
 
@@ -205,7 +205,7 @@ def status(given: AgentInput, state: RunState, ending: Ending | None) -> RunStat
         notes=state.notes,
         turn=state.turn,
         calls=state.seq,
-        usage=state.usage,
+        usage=state.used,
         model=state.model,
         key_base=state.key_base,
         trace_id=given.trace_id,
@@ -226,7 +226,7 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
         steps=state.steps(),
         pending=state.pending(),
         undone=state.saga if ending.outcome.unwinds else [],
-        usage=state.usage,
+        usage=state.used,
         model=state.model,
         turns=state.turn,
         calls=state.seq,

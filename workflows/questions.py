@@ -26,7 +26,7 @@ def may_run(state: RunState, item: CallState, now: datetime) -> Approval:
         digest=digest(call.arguments),
         why=why,
         evidence=progress.evidence(state),
-        cost_usd=state.usage.cost_usd,
+        cost_usd=state.used.cost_usd,
         asked_at=now,
         role=_approver(state, call.tool),
     )
@@ -48,7 +48,7 @@ def refused_turn(state: RunState, why: str, now: datetime) -> Approval:
         seq=0,
         why=f"The model refuses this turn by its policy ({why}). Approve to ask it again, reject to end the run.",
         evidence=progress.evidence(state),
-        cost_usd=state.usage.cost_usd,
+        cost_usd=state.used.cost_usd,
         asked_at=now,
     )
 
@@ -69,7 +69,7 @@ def asked(state: RunState, question: Question, now: datetime) -> Approval:
         digest=digest([question.text, question.data]),
         why=question.text,
         evidence=progress.evidence(state),
-        cost_usd=state.usage.cost_usd,
+        cost_usd=state.used.cost_usd,
         asked_at=now,
         role=str(data.get("role", "")),
     )
@@ -106,7 +106,7 @@ def how_it_ended(state: RunState, item: CallState, now: datetime, before: int = 
         digest=digest(call.arguments),
         why=why,
         evidence=". The call: ".join(part for part in (progress.evidence(state), outcome.known) if part),
-        cost_usd=state.usage.cost_usd,
+        cost_usd=state.used.cost_usd,
         asked_at=now,
         role=step.role if step else "",
         key=f"{state.key_base}/{item.seq}",

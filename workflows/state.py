@@ -115,6 +115,9 @@ class RunState(BaseModel):
     approvals: ApprovalsState = ApprovalsState()
     notes: list[str] = []
     usage: Usage = Usage()
+    """Of turns and calls that have come to their end."""
+    spent: dict[str, Usage] = {}
+    """Of those that have not: of the turn under way ("turn"), and of calls, by their number."""
     model: str = ""
     failures: int = 0
     refusals: int = 0
@@ -155,6 +158,7 @@ class RunState(BaseModel):
         outcome = item.outcome
         assert outcome is not None
         self.failures += outcome.failures
+        self.spent.pop(str(item.seq), None)
         self.usage += outcome.usage
         if outcome.status is OutcomeStatus.OK:
             self.lasts(item.call.tool, item.seq, outcome.origin)
@@ -176,6 +180,20 @@ class RunState(BaseModel):
     def stands(self) -> list[Stands]:
         """The effects that are left when the run has been unwound."""
         return sorted(self.lasting + not_undone(self.saga), key=lambda each: each.seq)
+
+    @property
+    def used(self) -> Usage:
+        """All that the run has used of models so far."""
+        return sum(self.spent.values(), self.usage)
+
+    def open_tools(self) -> list[str]:
+        """Tools of critical steps that have no outcome; none once a person's no has made the end allowed."""
+        steps = [(spec, self._step(spec).status) for spec in self._specs() if spec.critical]
+        if any(status is StepStatus.REJECTED for _, status in steps):
+            return []
+        return [
+            tool for spec, status in steps if status is StepStatus.TODO for tool in spec.tools if tool not in self.ends
+        ]
 
     def unknown(self, tool: str) -> int | None:
         """The call of this tool whose outcome is unknown, if there is one."""

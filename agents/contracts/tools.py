@@ -73,7 +73,7 @@ async def _terms_of(ctx: ToolContext, part: str, number: int, of: int) -> tuple[
     messages, label = prompts.ask_terms(part, number, of), f"terms-{number}"
     problem = ""
     for attempt in range(REASKS + 1):
-        answer = await ctx.ask_model(f"{label}-again-{attempt}" if attempt else label, messages)
+        answer = await ctx.ask_model(f"{label}-again-{attempt}" if attempt else label, messages, prompts.AS_TERMS)
         try:
             return terms.parse(answer.text, part), answer, attempt + 1
         except ValidationError as error:

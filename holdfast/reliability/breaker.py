@@ -55,6 +55,8 @@ JITTER_S = 1.0
 """Those who wait come back within this of each other; as a rule the first has done the probe when the others come."""
 PROBE_S = 5.0
 """Who meets a probe under way asks again after this at the latest: as a rule it has ended long before its lease."""
+LONGEST_NAP_S = 60.0
+"""Who waits asks again after this at the latest: `breakers reset` cannot wake those that sleep."""
 LONG_PAUSE_S = 30.0
 """A service that wants to be left alone for longer is as good as down: other work goes on meanwhile."""
 
@@ -339,11 +341,15 @@ def _must_wait(row: _State, target: str, rule: BreakerRule, holder: str, now: fl
     if row.held:
         undo = f"uv run starter.py breakers reset {shlex.quote(target)}"
         words = f"{target} may not be called: {row.reason}; `{undo}` allows it"
-        return NotYet(rule.probe_after_s + jitter, words, service=target)
+        return NotYet(min(rule.probe_after_s, LONGEST_NAP_S) + jitter, words, service=target)
     if row.paused_until > now:
         left = row.paused_until - now
         words = f"{target} has asked not to be called for {_span(left)}"
-        return NotYet(left + jitter, words, service=target if row.state == "open" or left > LONG_PAUSE_S else "")
+        return NotYet(
+            min(left, LONGEST_NAP_S) + jitter,
+            words,
+            service=target if row.state == "open" or left > LONG_PAUSE_S else "",
+        )
     if row.state == "closed" or row.prober == holder:
         return None
     words = f"{target} does not answer: its breaker is open"
@@ -351,7 +357,7 @@ def _must_wait(row: _State, target: str, rule: BreakerRule, holder: str, now: fl
         left = min(row.lease_until - now, PROBE_S)
         return NotYet(left + jitter, f"{words}, and another call is probing it", service=target)
     if row.probe_at > now:
-        return NotYet(row.probe_at - now + jitter, words, service=target)
+        return NotYet(min(row.probe_at - now, LONGEST_NAP_S) + jitter, words, service=target)
     return None
 
 

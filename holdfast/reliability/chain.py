@@ -25,7 +25,7 @@ from typing import Any
 from holdfast.aio import to_the_end
 from holdfast.contracts import Effect
 from holdfast.reliability import faults, heartbeat, lease
-from holdfast.reliability.breaker import Breaker, Change, Pass
+from holdfast.reliability.breaker import LONGEST_NAP_S, Breaker, Change, Pass
 from holdfast.reliability.errors import ErrorType, Failure, backoff, classify
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State
@@ -99,10 +99,16 @@ class _Entry:
             self.guards.limiter.settle(ticket, tokens)
         return _told(await self.guards.breaker.succeeded(self.passed))
 
-    async def failed(self, failure: Failure) -> tuple[str, ...]:
+    async def failed(self, failure: Failure, *, again: bool) -> tuple[str, ...]:
+        """again: the call has failed before. What one call gets that cannot be read says little of its service, so it
+        counts once: others may be answered well all the while.
+        """
         breaker = self.guards.breaker
         if failure.type is ErrorType.RATE_LIMITED and failure.retry_after and self.passed.target:
             await breaker.pause(self.passed.target, failure.retry_after)
+        if again and failure.type is ErrorType.BAD_RESPONSE:
+            await breaker.released(self.passed)
+            return ()
         return _told(await breaker.failed(self.passed, failure))
 
     async def left(self) -> None:
@@ -163,7 +169,7 @@ async def _repeatable(guards: Guards, call: Call, act: Act, tokens: Callable[[An
     except Exception as error:
         _still_mine(call)  # frozen meanwhile: its time-out says nothing about the service
         failure = _classified(call, error)
-        notes = await entry.failed(failure)
+        notes = await entry.failed(failure, again=look.failures > 0)
         failures = await guards.ledger.count_failure(call, failure)
         if failure.retry and failures <= call.retries:
             raise RetryLater(failure, _delay(call, failures, failure)) from error
@@ -377,10 +383,10 @@ async def _failed(
     again = (failure.retry or (doubtful and call.effect is Effect.PROBE)) and not blind
     if again and failures <= call.retries:
         await ledger.record(call, grant.attempt, state, failures, None, failure, ended)
-        await entry.failed(failure)
+        await entry.failed(failure, again=grant.failures > 0)
         raise RetryLater(failure, _delay(call, failures, failure)) from error
     settled = await _give_up(ledger, call, grant, state, failures, failure, ended)
-    return replace(settled, notes=await entry.failed(failure))
+    return replace(settled, notes=await entry.failed(failure, again=grant.failures > 0))
 
 
 async def _give_up(
@@ -459,4 +465,8 @@ async def _limit(call: Call) -> AsyncIterator[None]:
 
 
 def _delay(call: Call, failures: int, failure: Failure) -> float:
-    return backoff(failures, failure.retry_after, random.random(), call.longest_delay_s)
+    asked = failure.retry_after
+    if asked and failure.type is ErrorType.RATE_LIMITED and call.target:
+        # The breaker's pause says when, and a run that waits for that is woken when a person ends it.
+        asked = min(asked, LONGEST_NAP_S)
+    return backoff(failures, asked, random.random(), call.longest_delay_s)

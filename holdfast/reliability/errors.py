@@ -166,8 +166,10 @@ TABLE: dict[str, Meaning] = {
 
 MESSAGE_LIMIT = 400
 BODY_LIMIT = 300
-RETRY_AFTER_CAP = 3600.0
-"""Seconds. A service that asks for more is asked again after an hour."""
+RETRY_AFTER_CAP = 300.0
+"""Seconds. A service that asks for more is asked again after five minutes: one answer must not stop all for longer."""
+UNBELIEVABLE_S = 86_400.0
+"""Who asks for more than a day has counted something else; it is as if nothing had been asked."""
 
 RETRIES = 5
 """Real failures allowed after the first try."""
@@ -277,7 +279,9 @@ def _retry_after(error: BaseException) -> float | None:
             seconds = parsedate_to_datetime(text).timestamp() - time.time()
     except ValueError:
         return None  # not a number and not a date: as if it had said nothing
-    return min(max(seconds, 0.0), RETRY_AFTER_CAP) if math.isfinite(seconds) else None
+    if not math.isfinite(seconds) or seconds > UNBELIEVABLE_S:
+        return None
+    return min(max(seconds, 0.0), RETRY_AFTER_CAP)
 
 
 # ------------------------------------------------------------------ words, without secrets

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
@@ -421,14 +422,27 @@ class Ledger:
         rows = await self._db.all(f"{_ENTRY} WHERE key_base = ? ORDER BY reserved_at, key", key_base)
         return [_entry(row) for row in rows]
 
-    async def results(self, key_base: str, kind: str, digest: str) -> list[Any]:
-        """The results of a run's calls of this kind and digest that are done, oldest first."""
+    async def models(self, key_base: str, prefix: str) -> list[Settled]:
+        """A run's model calls whose keys begin so: the answers (DONE), and what was cut (FAILED), oldest first."""
         rows = await self._db.all(
-            "SELECT state, result, failures FROM effects WHERE key_base = ? AND kind = ? AND digest = ?"
-            " AND state = 'DONE' ORDER BY settled_at, key",
-            *(key_base, kind, digest),
+            "SELECT state, result, failures FROM effects WHERE key_base = ? AND kind = 'model'"
+            " AND substr(key, 1, length(?)) = ? AND result IS NOT NULL ORDER BY settled_at, key",
+            *(key_base, prefix, prefix),
         )
-        return [_settled(*row).result for row in rows]
+        return [_settled(*row) for row in rows]
+
+    async def cut(self, call: Call, sent_as: str, failure: Failure, usage: Json) -> int:
+        """Keeps what a model call has cost that was cut in the middle of its answer, in a row of its own.
+
+        sent_as: the key that the model saw. Returns how many calls under it were cut for this kind of failure so far.
+        """
+        now = time.time()
+        row = replace(call, key=f"{sent_as}/cut-{secrets.token_hex(4)}")
+        kept = Settled(State.FAILED, {"usage": usage}, failure.message, failure.type).dump()
+        sql = f"{_INSERT}, settled_at, result) VALUES ({_NEW}, 'FAILED', 1, 1, ?, ?) ON CONFLICT (key) DO NOTHING"
+        await self._db.run(sql, *self._columns(row), now, now, kept)
+        found = await self.models(call.key_base, f"{sent_as}/cut-")
+        return sum(each.error_type == failure.type for each in found)
 
     def _columns(self, call: Call) -> tuple[Any, ...]:
         arguments = None if call.arguments is None else json.dumps(call.arguments, ensure_ascii=False)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 from starlette.responses import Response
 
-from activities.model import ask_model
+from activities.model import Wanted, ask_model, spent
 from holdfast.answers import ModelAnswer, ModelUnavailable
 from holdfast.contracts import Json
 from holdfast.models import estimate
@@ -47,10 +47,10 @@ class Chain:
     def asked(self) -> tuple[int, int]:
         return len(self.first.requests), len(self.other.requests)
 
-    async def ask(self, messages: list[Json] = SHORT) -> ModelAnswer:
+    async def ask(self, messages: list[Json] = SHORT, key: str = KEY) -> ModelAnswer:
         """One attempt of the turn's model call."""
-        call: dict[str, Any] = {"key": KEY, "key_base": "wf/run", "name": "turn-1", "digest": "asked", "timeout_s": 10}
-        return await ask_model(self.runtime, messages, [], **call)
+        call: dict[str, Any] = {"key": key, "key_base": "wf/run", "name": "turn-1", "digest": "asked", "timeout_s": 10}
+        return await ask_model(self.runtime, Wanted(messages, []), **call)
 
     async def trip(self, n: int) -> None:
         await self.runtime.guards.breaker.trip(self.runtime.models[n].service.name, "for the test", "ada")
@@ -217,3 +217,75 @@ async def test_a_conversation_with_nothing_to_cut_is_given_up(store_url: str) ->
             await models.ask(SHORT)
         assert caught.value.failure.type is ErrorType.CONTEXT_OVERFLOW
         assert models.asked == (1, 0)
+
+
+def garbled(messages: list[Json]) -> Response:
+    return Response(b'data: {"choices": [\n\n', media_type="text/event-stream")
+
+
+async def test_garbled_answers_to_one_run_do_not_close_the_model_to_all(store_url: str) -> None:
+    async with chain(store_url) as models:
+        models.first.script = garbled
+        for _ in range(5):
+            with pytest.raises(RetryLater):
+                await models.ask()
+        answer = await models.ask()
+        assert answer.text == "by the other", "its retries are used up"
+        models.first.script = lambda _: say("well")
+        answer = await models.ask(key="wf/another/turn-1")
+        assert (answer.text, answer.origin) == ("well", "")
+
+
+async def test_garbled_answers_to_three_runs_do(store_url: str) -> None:
+    async with chain(store_url) as models:
+        models.first.script = garbled
+        for n in range(3):
+            with pytest.raises(RetryLater):
+                await models.ask(key=f"wf/{n}/turn-1")
+        assert "does not answer" in (await models.ask()).origin
+
+
+async def test_a_rambling_model_is_asked_three_times_then_the_other_and_what_was_cut_is_kept(store_url: str) -> None:
+    async with chain(store_url) as models:
+        models.first.script = lambda _: Response(
+            b"".join(b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % (b"on" * 500_000) for _ in range(5)),
+            media_type="text/event-stream",
+        )
+        for _ in range(2):
+            with pytest.raises(RetryLater):
+                await models.ask()
+        answer = await models.ask()
+        assert (answer.text, models.asked) == ("by the other", (3, 1))
+        assert "so it was 3 times" in answer.origin
+        used = await spent(models.runtime, "wf/run", KEY)
+        assert used.calls == 4
+        assert used.output_tokens > 3 * 1_000_000
+        rows = await models.runtime.guards.breaker.rows()
+        assert not [each for each in rows if each.state == "open"]
+
+
+async def test_a_bogus_retry_after_pauses_nobody_and_a_long_one_five_minutes(store_url: str) -> None:
+    async with chain(store_url) as models:
+        models.first.script = lambda _: error(429, retry_after="99999999")
+        with pytest.raises(RetryLater) as caught:
+            await models.ask()
+        assert caught.value.delay < 2
+        models.first.script = lambda _: error(429, retry_after="3600")
+        with pytest.raises(RetryLater) as caught:
+            await models.ask()
+        assert caught.value.delay == 60, "it comes back to see whether a person has ended the pause"
+        (row,) = await models.runtime.guards.breaker.rows()
+        assert row.paused_until is not None
+        assert 200 < row.paused_until - await models.runtime.guards.clock.now() <= 300
+
+
+async def test_who_waits_for_a_pause_looks_every_minute_and_goes_on_after_a_reset(store_url: str) -> None:
+    async with chain(store_url) as models:
+        breaker, name = models.runtime.guards.breaker, models.runtime.models[0].service.name
+        await models.trip(1)
+        await breaker.pause(name, 300)
+        with pytest.raises(NotYet) as caught:
+            await models.ask()
+        assert caught.value.delay <= 61
+        await breaker.reset(name, "ada")
+        assert (await models.ask()).text == "by the first"

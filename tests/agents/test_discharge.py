@@ -16,6 +16,7 @@ from holdfast.answers import ModelAnswer
 from holdfast.contracts import Effect, Json
 from holdfast.conversation import inbox_messages, parse
 from holdfast.models import ModelClient
+from holdfast.options import AS_SET, ModelOptions
 from holdfast.settings import Settings
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.simulation.script import decide
@@ -56,8 +57,8 @@ async def ctx(request: pytest.FixtureRequest, hospital: Running, model: Running)
     models = ModelClient(settings)
     key = f"{request.node.name}/run/1"
 
-    async def ask_model(label: str, messages: list[Json]) -> ModelAnswer:
-        return await models.complete(messages, [], key=f"{key}/{label}")
+    async def ask_model(label: str, messages: list[Json], options: ModelOptions | None = None, /) -> ModelAnswer:
+        return await models.complete(messages, [], key=f"{key}/{label}", options=options or AS_SET)
 
     async with httpx2.AsyncClient(timeout=PATIENCE_S) as http:
         yield ToolContext(key, 1, http, {"hospital": hospital.url}.__getitem__, ask_model)

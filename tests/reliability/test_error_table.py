@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
-from activities.model import ask_model
+from activities.model import Wanted, ask_model
 from activities.tools import Tools
 from holdfast.answers import ModelUnavailable
 from holdfast.contracts import Effect, ToolRequest
@@ -226,8 +226,7 @@ def asking(runtime: Runtime) -> Callable[[], Awaitable[str | timedelta]]:
         try:
             await ask_model(
                 runtime,
-                [{"role": "user", "content": "Discharge pat-1"}],
-                [],
+                Wanted([{"role": "user", "content": "Discharge pat-1"}], []),
                 key="wf/run/1",
                 key_base="wf/run",
                 name="turn-1",
