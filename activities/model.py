@@ -114,6 +114,7 @@ async def _ask(
         target=model.service.name,
         rule=model.service.breaker,
         limits=(limit,) if limit else (),
+        in_flight=model.service.in_flight("default"),
         tokens=size + min(model.usual_output, most),
     )
 

@@ -354,6 +354,7 @@ def _call(request: ToolRequest, tool: Tool, key: str) -> Call:
         limits=tuple(limit for limit in limits if limit),
         settles_s=settles_within(tool),
         pure=tool.pure,
+        in_flight=service.in_flight(request.tenant),
     )
 
 

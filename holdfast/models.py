@@ -83,6 +83,7 @@ class ModelClient:
             f"model {self.model} at {endpoint.netloc.decode()}",
             requests_per_minute=target.requests_per_minute,
             tokens_per_minute=target.tokens_per_minute,
+            max_in_flight=target.max_in_flight,
         )
         """The model as breaker and limits know it, the same for every tenant."""
         self.usual_output = USUAL_OUTPUT

@@ -57,6 +57,14 @@ def check_bound(what: str, settles_within: float | None) -> None:
 
 
 @dataclass(frozen=True)
+class InFlight:
+    """A limit of the calls in flight at once, which all workers share."""
+
+    name: str
+    most: int
+
+
+@dataclass(frozen=True)
 class Service:
     """What the platform has to know of an external service. Its limits and its breaker are kept apart per tenant."""
 
@@ -66,9 +74,16 @@ class Service:
     tokens_per_minute: int | None = None
     settles_within: float | None = None
     """Seconds after which a request that had no effect never has one; a tool may declare its own. None: unknown."""
+    max_in_flight: int | None = None
+    """Calls at once of all workers together; None: no limit. For a service that bears few: each call asks the store."""
 
     def __post_init__(self) -> None:
         check_bound(f"service {self.name}", self.settles_within)
+        if (self.max_in_flight or 1) < 1:
+            raise TypeError(f"service {self.name}: max_in_flight is at least one, or None for no limit")
+
+    def in_flight(self, tenant: str) -> InFlight | None:
+        return InFlight(self.target(tenant), self.max_in_flight) if self.max_in_flight else None
 
     def target(self, tenant: str) -> str:
         """The breaker's name."""

@@ -78,6 +78,8 @@ class ModelTarget(BaseModel):
     """Context window in tokens; None: not known."""
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
+    max_in_flight: int | None = Field(default=None, gt=0)
+    """Requests at once of all workers together; None: no limit."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Of an answer; None: what the agent says, else 8192."""
     limit_name: LimitName | None = None
@@ -123,6 +125,8 @@ class Settings(BaseSettings):
     model_rpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_RPM", gt=0)] = None
     model_tpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_TPM", gt=0)] = None
     """Requests and tokens per minute that all workers together may use."""
+    model_concurrency: Annotated[int | None, Field(alias="HOLDFAST_MODEL_CONCURRENCY", gt=0)] = None
+    """Requests at once that all workers together may have in flight; none: no limit."""
     model_max_tokens: Annotated[int | None, Field(alias="HOLDFAST_MODEL_MAX_TOKENS", gt=0)] = None
     """Tokens of an answer; none: what the agent says, else 8192."""
     model_limit_name: Annotated[LimitName | None, Field(alias="HOLDFAST_MODEL_LIMIT_NAME")] = None
@@ -234,6 +238,7 @@ class Settings(BaseSettings):
             window=self.model_window,
             requests_per_minute=self.model_rpm,
             tokens_per_minute=self.model_tpm,
+            max_in_flight=self.model_concurrency,
             max_tokens=self.model_max_tokens,
             limit_name=self.model_limit_name,
             temperature=self.model_temperature,

@@ -1,4 +1,4 @@
-"""`starter.py limits`: the rate limits, what the last minute has used of them, and who waits."""
+"""`starter.py limits`: the limits, what the last minute has used of them, what is in flight, and who waits."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ async def listing(as_json: bool) -> int:
         print_json([asdict(each) for each in found])
         return 0
     if not found:
-        out.print("no call has been under a rate limit yet")
+        out.print("no call has been under a limit yet")
         return 0
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("limit", "requests in the last minute", "tokens", "waiting", "the last of them is due"):
+    for column in ("limit", "requests in the last minute", "tokens", "in flight", "waiting", "the last of them is due"):
         table.add_column(column)
     for each in found:
         due = f"in {seconds(max(each.last_due - now, 0))}" if each.last_due else ""
-        table.add_row(each.name, str(each.requests), f"{each.tokens:,}", str(each.waiting), due)
+        table.add_row(each.name, str(each.requests), f"{each.tokens:,}", str(each.in_flight), str(each.waiting), due)
     out.print(table)
     return 0

@@ -1,6 +1,6 @@
 """The protection chain around every model and tool call, in one place and in this order:
 
-    ledger look-up → rate limit → breaker → reserve → timeout → call → classify → record and settle
+    ledger look-up → place in flight → rate limit → breaker → reserve → timeout → call → classify → record and settle
 
 A recorded result is returned before anything else is asked. A link that says "not before T" raises `NotYet`: nothing
 was reserved, no attempt is counted, and the workflow waits on a durable timer. Another link goes into `_let_in`.
@@ -30,6 +30,7 @@ from holdfast.reliability.errors import ErrorType, Failure, backoff, classify
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State
 from holdfast.reliability.limits import Limiter, Ticket
+from holdfast.reliability.places import Places
 from holdfast.reliability.waiting import NotYet, Unsettled
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, StoreUnavailable
@@ -69,6 +70,7 @@ class Guards:
         self.clock = StoreClock(db)
         self.ledger = Ledger(db, worker, self.clock)
         self.limiter = Limiter(db, self.clock)
+        self.places = Places(db, self.clock)
         self.breaker = Breaker(db, self.clock)
         self._shut: set[str] = set()
         self._shut_at = float("-inf")
@@ -81,6 +83,7 @@ class Guards:
         return self._shut
 
     async def close(self) -> None:
+        await self.places.close()
         await self.limiter.close()
 
 
@@ -127,12 +130,23 @@ async def protected(
     Raises NotYet, NotReady, RetryLater, KeyConflict, and Fenced when another attempt took over.
     """
     recorded = _POINTS[call.kind][2]
-    if call.effect is Effect.READ:
-        settled = await _repeatable(guards, call, act, tokens)
-    else:
-        settled = await _once(guards, call, act, probe, tokens)
+    async with _place(guards, call):
+        if call.effect is Effect.READ:
+            settled = await _repeatable(guards, call, act, tokens)
+        else:
+            settled = await _once(guards, call, act, probe, tokens)
     faults.reached(recorded, call.name)
     return settled
+
+
+@asynccontextmanager
+async def _place(guards: Guards, call: Call) -> AsyncIterator[None]:
+    """A place among the calls in flight, where they are limited. A call that is settled needs none."""
+    if call.in_flight is None or await guards.ledger.settled(call):
+        yield
+    else:
+        async with guards.places.held(call.in_flight, call.key):
+            yield
 
 
 # ------------------------------------------------------------------ reads and model calls: repeated freely

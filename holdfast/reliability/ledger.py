@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from holdfast.contracts import Effect, Json, digest
 from holdfast.reliability.errors import LONGEST_DELAY, RETRIES, ErrorType, Failure
-from holdfast.services import BreakerRule, Limit
+from holdfast.services import BreakerRule, InFlight, Limit
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, Row, StoreUnavailable
 
@@ -75,6 +75,8 @@ class Call:
     """The breaker that guards it; empty for none."""
     rule: BreakerRule = field(default_factory=BreakerRule)
     limits: tuple[Limit, ...] = ()
+    in_flight: InFlight | None = None
+    """How many calls like it may be out at once; None: any number."""
     tokens: int = 0
     """What a token limit has to allow for: an estimate, settled with the real usage."""
     pure: bool = False

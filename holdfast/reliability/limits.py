@@ -31,6 +31,7 @@ from holdfast.reliability.book import (
     place,
     settle,
 )
+from holdfast.reliability.places import PREFIX, rooms
 from holdfast.reliability.waiting import NotYet
 from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
@@ -337,12 +338,18 @@ class LimitUsage:
     waiting: int
     last_due: float | None
     """When the last of the waiting calls is due, epoch seconds."""
+    in_flight: int = 0
+    """Calls that hold a place of a limited number."""
 
 
 async def usage(db: Database, now: float) -> list[LimitUsage]:
     """Every limit that was ever used, by name. now: the store's time."""
     rows = await db.all("SELECT name, book FROM limits ORDER BY name")
-    return [_usage(name, Book.load(text), now) for name, text in rows]
+    found = {name: _usage(name, Book.load(text), now) for name, text in rows if not name.startswith(PREFIX)}
+    for name, (held, waiting) in (await rooms(db, now)).items():
+        known = found.get(name, LimitUsage(name, 0, 0, 0, None))
+        found[name] = replace(known, in_flight=held, waiting=known.waiting + waiting)
+    return [found[name] for name in sorted(found)]
 
 
 def _usage(name: str, book: Book, now: float) -> LimitUsage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from activities.model import Wanted, ask_model, spent
 from holdfast.answers import ModelAnswer, ModelUnavailable
@@ -288,4 +289,47 @@ async def test_who_waits_for_a_pause_looks_every_minute_and_goes_on_after_a_rese
             await models.ask()
         assert caught.value.delay <= 61
         await breaker.reset(name, "ada")
+        assert (await models.ask()).text == "by the first"
+
+
+async def test_a_model_with_one_slot_gets_one_request_at_a_time_and_no_breaker_opens(store_url: str) -> None:
+    """Four documents at once; a request that finds the slot taken would time out."""
+    at_once: list[int] = []
+    under_way = 0
+
+    def busy(messages: list[Json]) -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            nonlocal under_way
+            under_way += 1
+            at_once.append(under_way)
+            yield b'data: {"choices": [{"delta": {"content": "fine"}}]}\n\n'
+            await asyncio.sleep(0.1)
+            under_way -= 1
+            yield b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n'
+
+        return StreamingResponse(body(), media_type="text/event-stream")
+
+    async with chain(store_url, model_concurrency=1) as models:
+        models.first.script = busy
+        answers = await asyncio.gather(*(models.ask(key=f"wf/{n}/turn-1") for n in range(4)))
+        assert [each.text for each in answers] == ["fine"] * 4
+        assert at_once == [1] * 4
+        assert models.asked == (4, 0)
+        again = await models.ask(key="wf/0/turn-1")
+        assert (again.text, models.asked) == ("fine", (4, 0)), "what is recorded needs no place"
+
+
+async def test_who_finds_no_place_for_long_waits_on_a_timer_and_sends_nobody_to_the_other(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.reliability.places.QUEUE_S", 0.2)
+    async with chain(store_url, model_concurrency=1) as models:
+        model = models.runtime.models[0]
+        limit = model.service.in_flight("default")
+        assert limit is not None
+        async with models.runtime.guards.places.held(limit, "another run's call"):
+            with pytest.raises(NotYet, match="1 calls in flight, which is its limit") as caught:
+                await models.ask()
+            assert (caught.value.service, models.asked) == ("", (0, 0))
+            assert 1 <= caught.value.delay <= 60
         assert (await models.ask()).text == "by the first"
