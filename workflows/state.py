@@ -188,7 +188,8 @@ class RunState(BaseModel):
 
     def open_tools(self) -> list[str]:
         """Tools of critical steps that have no outcome; none once a person's no has made the end allowed."""
-        steps = [(spec, self._step(spec).status) for spec in self._specs() if spec.critical]
+        found = zip(self._specs(), self.steps(), strict=True)
+        steps = [(spec, step.status) for spec, step in found if spec.critical]
         if any(status is StepStatus.REJECTED for _, status in steps):
             return []
         return [
