@@ -62,7 +62,7 @@ class StepSpec(BaseModel):
 
     name: str
     tools: list[str]
-    """All of these done fulfil the step."""
+    """All of these done fulfil the step; with `one_of` one of them does."""
     critical: bool = True
     """A critical step without an outcome forbids finishing; one that failed for good fails the run."""
     role: str = ""
@@ -71,6 +71,8 @@ class StepSpec(BaseModel):
     """As people call it, e.g. `Pharmacy coordination`; else the name."""
     review_s: float = 0.0
     """How long the role takes to settle it as a rule, in seconds, for the ETA; 0: nobody knows."""
+    one_of: bool = False
+    """One of the tools done fulfils the step. One that failed for good decides nothing while another may still work."""
 
 
 class ToolPolicy(BaseModel):

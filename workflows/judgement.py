@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from holdfast.contracts import OutcomeStatus, RunOutcome, StepState, StepStatus, Wait, awaiting, digest
+from holdfast.contracts import OutcomeStatus, RunOutcome, StepState, StepStatus, Verdict, Wait, awaiting, digest
 from workflows.state import Ending, RunState, ToolEnd
 
 MAX_REPEATS = 3
@@ -52,18 +52,14 @@ def judge_final(state: RunState, final: str) -> Ending | str:
     """Final words end the run only when every critical step has an outcome; else a notice says which has not."""
     steps = state.steps()
     if rejected := _rejected(state):
-        comments = [d.decision.comment for d in state.approvals.decided.values() if d.decision.comment]
-        return Ending(
-            RunOutcome.REJECTED, f"rejected by the human: {', '.join(rejected)}: {'; '.join(comments)}", final
-        )
+        return Ending(RunOutcome.REJECTED, f"rejected by the human: {', '.join(rejected)}: {_comments(state)}", final)
     if ended := gone(steps):
         return ended
     todo = [s for s in steps if s.critical and s.status is StepStatus.TODO]
     if missing := ", ".join(s.name for s in todo):
         state.refusals += 1
         if state.refusals >= MAX_REFUSALS:
-            why = "".join(f"; {s.name}: {s.detail}" for s in todo if s.detail)
-            return Ending(RunOutcome.FAILED, f"critical step gone: {missing} never got an outcome{why}", final)
+            return Ending(RunOutcome.FAILED, f"critical step gone: {missing}: {_never_done(state)}", final)
         return f"Finishing is refused: these critical steps have no outcome yet: {missing}. Do them, then finish."
     if pending := state.pending():
         return Ending(RunOutcome.PARTIAL, awaiting(steps, pending), final)
@@ -87,6 +83,29 @@ def gone(steps: list[StepState]) -> Ending | None:
     """A critical step that failed for good ends the run."""
     first = next((s for s in steps if s.critical and s.status is StepStatus.FAILED), None)
     return Ending(RunOutcome.FAILED, f"critical step gone: {first.name}: {first.detail}") if first else None
+
+
+def _never_done(state: RunState) -> str:
+    """What happened to the critical steps without an outcome, in words."""
+    todo = {step.name for step in state.steps() if step.critical and step.status is StepStatus.TODO}
+    said: list[str] = []
+    for spec in state.profile.steps if state.profile else []:
+        if spec.name in todo:
+            uncalled = [f"`{tool}`" for tool in spec.tools if tool not in state.ends and tool not in state.refused]
+            if uncalled:
+                said.append("the model ended without calling " + (" or " if spec.one_of else " and ").join(uncalled))
+            said += [
+                f"the last call of `{t}` was refused: {state.refused[t]}" for t in spec.tools if t in state.refused
+            ]
+            said += [f"`{t}` failed: {end.detail}" for t in spec.tools if (end := state.ends.get(t)) and end.detail]
+    return "; ".join(said if state.seq else [*said, "it never called a tool"])
+
+
+def _comments(state: RunState) -> str:
+    """What people said with the rejections that stand: a call that was made again since is judged by the last one."""
+    last = {end.seq for end in state.ends.values() if end.status is OutcomeStatus.REJECTED}
+    decided = (d for d in state.approvals.decided.values() if d.decision.verdict is Verdict.REJECT)
+    return "; ".join(d.decision.comment for d in decided if d.approval.seq in last)
 
 
 def _rejected(state: RunState) -> list[str]:

@@ -217,6 +217,8 @@ def status(given: AgentInput, state: RunState, ending: Ending | None) -> RunStat
 
 def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
     """The result of a run that has ended."""
+    unchecked = state.profile is not None and not state.profile.steps
+    note = f"The agent {given.agent} declares no steps, so its result was not checked. Tool calls made: {state.seq}"
     return RunResult(
         outcome=ending.outcome,
         summary=ending.summary,
@@ -236,7 +238,7 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
         trace_id=given.trace_id,
         percent=percent(state.steps()),
         models=state.models if len(state.models) > 1 else {},
-        notes=state.notes[-20:],
+        notes=state.notes[-20:] + [note] * unchecked,
         webhook=given.webhook,
         stands=state.stands() if ending.outcome.unwinds else [],
     )

@@ -288,11 +288,15 @@ class RunState(BaseModel):
     def _step(self, spec: StepSpec, running: set[str]) -> StepState:
         ends = [self.ends[tool] for tool in spec.tools if tool in self.ends]
         worst = next((e for bad in _BAD for e in ends if e.status is bad), None)
+        done = sum(end.status is OutcomeStatus.OK for end in ends)
+        failed = [worst.detail] if worst else []
+        if spec.one_of and worst and worst.status is OutcomeStatus.FAILED and (done or len(ends) < len(spec.tools)):
+            worst = None
         questions = [a for a in self.approvals.open.values() if a.subject in spec.tools]
         waiting = {a.subject for a in questions if a.kind == "tool"}
         undone = {r.tool for r in self.saga if r.status is UndoStatus.UNDONE}
         refused = (self.refused[tool] for tool in spec.tools if tool in self.refused and tool not in self.ends)
-        detail = worst.detail if worst else "; ".join(refused)
+        detail = worst.detail if worst else "; ".join([*failed, *refused])
         if worst and worst.status is OutcomeStatus.DEFERRED:  # when it is tried again changes with every try
             detail = next((each.words for each in self.deferred if each.call.tool in spec.tools), detail)
         status = StepStatus.TODO
@@ -306,7 +310,7 @@ class RunState(BaseModel):
             status = _BAD[worst.status]
             if status is StepStatus.FAILED and not spec.critical:
                 status = StepStatus.PENDING
-        elif len(ends) == len(spec.tools):
+        elif (spec.one_of and done) or len(ends) == len(spec.tools):
             status = StepStatus.DONE
         return StepState(
             name=spec.name,
@@ -314,7 +318,7 @@ class RunState(BaseModel):
             critical=spec.critical,
             role=spec.role,
             detail=detail,
-            seq=worst.seq if worst else None,
+            seq=(worst.seq or None) if worst else None,
             title=spec.title,
             origin="; ".join(end.origin for end in ends if end.origin),
             eta=max((a.eta for a in questions if a.eta), default=None),

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agents.triage.prompts import CLASSIFY
 from agents.triage.tools import clinic_facts, open_ticket, send_reply
-from holdfast.agent import AgentSpec
+from holdfast.agent import AgentSpec, StepSpec
 
 
 class Mail(BaseModel):
@@ -28,5 +28,7 @@ SPEC = AgentSpec(
     instructions=CLASSIFY,
     input=Mail,
     tools=(clinic_facts, open_ticket, send_reply),
+    # Which of the two depends on the desk; a message that got neither was not answered.
+    steps=(StepSpec(name="answer", title="Ticket or reply", tools=["open_ticket", "send_reply"], one_of=True),),
     graph="agents.triage.graph:GRAPH",
 )

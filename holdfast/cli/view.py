@@ -163,6 +163,8 @@ def result_view(workflow_id: str, result: RunResult) -> RenderableType:
         parts.append(Text(f"reason: {result.reason}"))
     if result.summary:
         parts.append(Text(result.summary))
+    if not result.steps:
+        parts += [Text(f"note: {note}", "dim") for note in result.notes[-1:]]
     for pending in result.pending:
         review = f", for {pending.role} review" if pending.role else ""
         parts.append(Text(f"pending: {pending.step}{review}: {pending.what}", "yellow"))

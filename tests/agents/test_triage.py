@@ -12,6 +12,7 @@ import pytest_asyncio
 from temporalio.client import WorkflowHandle
 
 from agents.triage.graph import TOOLS
+from agents.triage.prompts import CLASSIFY
 from agents.triage.script import classify, decide
 from agents.triage.spec import SPEC
 from agents.triage.tools import open_ticket, withdraw_ticket
@@ -19,7 +20,7 @@ from holdfast.contracts import Approval, RunOutcome
 from holdfast.simulation import script
 from holdfast.tools import ToolContext, ToolFailed, Undo
 from tests.fixtures.stack import Cli
-from tests.fixtures.temporal import Stage, cancelled, until
+from tests.fixtures.temporal import Stage, cancelled, failure, until
 
 SENDER = "jo@example.org"
 
@@ -99,6 +100,13 @@ async def test_a_message_about_an_invoice_gets_a_reply_only(clinic: Stage, home:
     await says(run, "a2", verdict="reject", comment="I call her")
     assert "I call her" in (await run.result()).summary
     assert files(home / "tickets") == files(home / "outbox") == []
+
+
+async def test_a_message_that_got_neither_a_ticket_nor_a_reply_is_not_completed(clinic: Stage) -> None:
+    clinic.model.script = lambda m: {"role": "assistant", "content": "billing" if m[0]["content"] == CLASSIFY else "ok"}
+    result = await failure(await start(clinic, "May I settle my invoice later?"))
+    words = "critical step gone: answer: the model ended without calling `open_ticket` or `send_reply`"
+    assert result.reason == f"{words}; it never called a tool"
 
 
 async def test_a_person_says_the_desk_when_the_model_is_unsure(clinic: Stage, home: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -15,13 +15,24 @@ from temporalio.exceptions import ApplicationError
 from activities import boundary
 from agents import registry
 from holdfast.agent import AgentSpec
-from holdfast.contracts import Effect, Json, Phase, RunOutcome, RunResult, StepSpec, StepStatus
+from holdfast.contracts import (
+    Effect,
+    Json,
+    OutcomeStatus,
+    Phase,
+    Profile,
+    RunOutcome,
+    RunResult,
+    StepSpec,
+    StepStatus,
+)
 from holdfast.services import BreakerRule
-from holdfast.tools import ToolContext, ToolFailed, tool
+from holdfast.tools import ToolContext, ToolFailed, ToolRefused, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, retried, status, until
 from tests.fixtures.world import World, agent
+from workflows.state import RunState, ToolEnd
 
 uncached_too = pytest.mark.parametrize("options", [{}, {"max_cached_workflows": 0}], ids=["cached", "uncached"])
 
@@ -165,6 +176,24 @@ async def test_a_rejection_ends_the_run_rejected_and_undoes_what_was_done(lite: 
     assert await lite.stored(handle) == result
 
 
+async def test_the_reason_of_a_rejected_run_has_the_words_of_the_rejection_that_stands(lite: Stage) -> None:
+    world = World()
+    spec = agent(world.tool("book", approval=True), world.tool("send", approval=True))
+    lite.model.script = sequence(call(("book", {})), call(("send", {})), call(("send", {"n": 2})), say("rejected"))
+    answers = {
+        "a1": {"verdict": "approve", "comment": "fine with me"},
+        "a2": {"verdict": "reject", "comment": "plainer words"},
+        "a3": {"verdict": "reject", "comment": "wrong dose"},
+    }
+    async with lite.worker():
+        handle = await lite.start(spec)
+        for name, answer in answers.items():
+            await until(handle, lambda s, it=name: [each.id for each in s.approvals] == [it])
+            await handle.signal("decide", {"approval_id": name, "approver": "dr.lee", **answer})
+        result = await handle.result()
+    assert result.reason == "rejected by the human: send: wrong dose"
+
+
 async def test_a_critical_step_that_is_gone_fails_the_run_and_unwinds_it(lite: Stage) -> None:
     world = World()
     spec = agent(world.tool("book"), world.tool("pay", errors=[ToolFailed("account closed")]))
@@ -235,8 +264,54 @@ async def test_finishing_refused_three_times_fails_the_run(lite: Stage) -> None:
     lite.model.script = lambda messages: say("done, believe me")
     async with lite.worker():
         result = await failure(await lite.start(spec))
-    assert result.reason.startswith("critical step gone: echo")
+    assert result.reason == "critical step gone: echo: the model ended without calling `echo`; it never called a tool"
     assert len(lite.model.requests) == 3
+
+
+async def test_what_the_model_left_undone_is_said_by_tool(lite: Stage) -> None:
+    world = World()
+    spec = agent(
+        echo,
+        world.tool("book", errors=[ToolRefused("no such room")]),
+        world.tool("tell"),
+        steps=[StepSpec(name="room", tools=["book", "tell"]), StepSpec(name="speak", tools=["echo"])],
+    )
+    lite.model.script = lambda m: call(("book", {}), ("echo", {"text": "a"})) if turn(m) == 1 else say("done")
+    async with lite.worker():
+        result = await failure(await lite.start(spec))
+    words = "critical step gone: room: the model ended without calling `tell`; the last call of `book` was refused: "
+    assert result.reason.startswith(words)
+    assert "no such room" in result.reason
+
+
+async def test_an_agent_without_steps_says_in_its_result_that_nothing_was_checked(lite: Stage) -> None:
+    lite.model.script = lambda m: say("all is well")
+    async with lite.worker():
+        result = await (await lite.start(spec := agent(echo, steps=[]))).result()
+    assert result.outcome is RunOutcome.COMPLETED
+    note = f"The agent {spec.name} declares no steps, so its result was not checked. Tool calls made: 0"
+    assert result.notes == [note]
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({}, StepStatus.TODO),
+        ({"book": OutcomeStatus.OK}, StepStatus.DONE),
+        ({"book": OutcomeStatus.FAILED}, StepStatus.TODO),
+        ({"book": OutcomeStatus.FAILED, "call": OutcomeStatus.OK}, StepStatus.DONE),
+        ({"book": OutcomeStatus.FAILED, "call": OutcomeStatus.FAILED}, StepStatus.FAILED),
+        ({"book": OutcomeStatus.OK, "call": OutcomeStatus.REJECTED}, StepStatus.REJECTED),
+        ({"book": OutcomeStatus.OK, "call": OutcomeStatus.UNKNOWN}, StepStatus.PENDING),
+    ],
+)
+def test_one_of_the_tools_of_a_step_fulfils_it_where_the_step_says_so(
+    ends: dict[str, OutcomeStatus], expected: StepStatus
+) -> None:
+    step = StepSpec(name="visit", tools=["book", "call"], one_of=True)
+    state = RunState(key_base="w/1", started=datetime.now(UTC), profile=Profile(agent="a", steps=[step]))
+    state.ends = {tool: ToolEnd(status=status, seq=n) for n, (tool, status) in enumerate(ends.items(), 1)}
+    assert [each.status for each in state.steps()] == [expected]
 
 
 async def test_an_optional_step_that_was_never_tried_is_pending(lite: Stage) -> None:
