@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from secrets import token_hex
 
 import httpx2
 from rich.table import Table
@@ -17,13 +19,16 @@ from temporalio.converter import StorageDriverRetrieveContext, StorageDriverStor
 from temporalio.envconfig import ClientConfigProfile
 from temporalio.service import RPCError, RPCStatusCode
 
+from holdfast.answers import ModelUnavailable
 from holdfast.claims import close
 from holdfast.cli.output import out, print_json
 from holdfast.cli.up import running_stack
 from holdfast.codec import parse_keys
+from holdfast.contracts import Json
 from holdfast.deployments import DeploymentError, describe, takes_new_runs, without_versions
+from holdfast.models import ModelClient
 from holdfast.orphans import is_scheduled, schedule
-from holdfast.settings import settings, stack_file
+from holdfast.settings import ModelTarget, settings, stack_file
 from holdfast.state.database import StoreUnavailable, one_line, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import (
@@ -67,7 +72,8 @@ async def doctor(fix: bool, as_json: bool) -> int:
         checks.append(Check("Temporal server", False, str(error), "start it, or set TEMPORAL_ADDRESS"))
     else:
         checks += await _temporal(client, fix)
-    checks += [_encryption(), await _payload_store(), await _store(), await _model(), await _hospital()]
+    checks += [_encryption(), await _payload_store(), await _store(), model := await _model()]
+    checks += [*(await _tools() if model.ok else ()), await _hospital()]
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
@@ -235,6 +241,57 @@ async def _model() -> Check:
         some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         return Check("model", False, f"{where} has no {settings().model}", f"set HOLDFAST_MODEL to one of: {some}")
     return Check("model", True, f"{settings().model} at {where}")
+
+
+REPORT: Json = {
+    "type": "function",
+    "function": {
+        "name": "report_ready",
+        "description": "Report that you are ready.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "the word from the message"}},
+            "required": ["word"],
+        },
+    },
+}
+TRY_TOOL: list[Json] = [
+    {"role": "system", "content": "Call the tool report_ready with the word from the message. Say nothing."},
+    {"role": "user", "content": '{"word": "ready"}'},
+]
+
+
+async def _tools() -> list[Check]:
+    """One real request to each model that has to end in a tool call: some endpoints take tools and ignore them."""
+    return [await _calls_tools(target) for target in settings().models]
+
+
+async def _calls_tools(target: ModelTarget) -> Check:
+    what = f"tool calls of {target.model}"
+    model = ModelClient(settings(), target)
+    try:
+        answer = await model.complete(TRY_TOOL, [REPORT], key=f"doctor/{token_hex(6)}", must_call=True)
+    except ModelUnavailable as gone:
+        return Check(what, False, f"not tried: {gone.failure.message}", "see what it says; runs would wait or fail")
+    finally:
+        await model.close()
+    called = [each["function"]["name"] for each in answer.message.get("tool_calls") or ()]
+    if called == ["report_ready"] and is_json(answer.message["tool_calls"][0]["function"]["arguments"]):
+        return Check(what, True, f"it calls a tool that it is offered ({answer.usage.output_tokens} tokens)")
+    found = "the endpoint ignores tools: asked to call one, the model answered in words"
+    if called:
+        found = f"asked for one call of report_ready, it called {', '.join(called)}, or sent arguments that are no JSON"
+    to_do = "agents cannot work with it: serve it with tool calling on (vLLM: --enable-auto-tool-choice), or take another"
+        "agents cannot work with it: serve the model with tool calling on (vLLM: --enable-auto-tool-choice), or another"
+    )
+    return Check(what, False, found, to_do)
+
+
+def is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 async def _hospital() -> Check:
