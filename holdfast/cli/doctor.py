@@ -281,8 +281,8 @@ async def _calls_tools(target: ModelTarget) -> Check:
     found = "the endpoint ignores tools: asked to call one, the model answered in words"
     if called:
         found = f"asked for one call of report_ready, it called {', '.join(called)}, or sent arguments that are no JSON"
-    to_do = "agents cannot work with it: serve it with tool calling on (vLLM: --enable-auto-tool-choice), or take another"
-        "agents cannot work with it: serve the model with tool calling on (vLLM: --enable-auto-tool-choice), or another"
+    to_do = (
+        "agents cannot work with it: serve it with tool calling on (vLLM: --enable-auto-tool-choice) or take another"
     )
     return Check(what, False, found, to_do)
 
