@@ -85,7 +85,7 @@ class Disturbances:
             for link in chosen:
                 getattr(link, how)()
             await self._while()
-            for link in chosen:
+            for link in chosen if worker in self._env.workers else ():
                 link.talk()
 
     async def _kill_temporal(self) -> None:

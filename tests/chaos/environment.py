@@ -156,9 +156,10 @@ class Environment:
             worker.close()
 
     async def replace(self, worker: Worker) -> None:
-        """Another worker in the place of one that died. Tries until one comes up: the store may be down as well."""
-        if worker in self.workers:
-            self.workers.remove(worker)
+        """Another worker in the place of one that dies. Tries until one comes up: the store may be down as well."""
+        if worker not in self.workers:
+            return  # another disturbance has hit it meanwhile
+        self.workers.remove(worker)
         worker.close()
         while True:
             try:
