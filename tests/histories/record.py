@@ -248,6 +248,41 @@ async def together(stage: Stage, world: World) -> Handle:
     return handle
 
 
+async def withdrawn(stage: Stage, world: World) -> Handle:
+    """A tool that was withdrawn is offered again; its call is put off, and a person settles it meanwhile."""
+    await stage.runtime.guards.breaker.trip("world", "moving house", "lee")
+    stage.model.script = sequence(say("I cannot book"), call(BOOK), say("all but the booking"), say("done"))
+    handle = await stage.start(agent(world.tool("book")))
+    await asked(handle)
+    await decide(handle, "o1", verdict="happened", comment="by telephone")
+    return handle
+
+
+async def apart(stage: Stage, world: World) -> Handle:
+    """A call that was put off and then ended unknown: two questions."""
+    rule = BreakerRule(failures=1, probe_after_s=2.0)
+    errors = [ConnectionRefusedError("down"), TimeoutError("no answer")]
+    send = world.tool("send", Effect.MANUAL, errors=errors, undo=None)
+    stage.model.script = sequence(call(SEND), say("sent, perhaps"), say("done"))
+    handle = await stage.start(agent(send, services=(Service("world", breaker=rule),)))
+    await until(handle, lambda s: [each.id for each in s.approvals] == ["o1-2"])
+    await decide(handle, "o1-2", verdict="happened", comment="looked into the outbox")
+    return handle
+
+
+async def dropped(stage: Stage, world: World) -> Handle:
+    """Cancelled while a read is under way beside an effect."""
+    gate = asyncio.Event()
+    spec = agent(world.tool("look", Effect.READ, gate=asyncio.Event()), world.tool("slow", gate=gate))
+    stage.model.script = sequence(call(("look", {}), ("slow", {})))
+    handle = await stage.start(spec)
+    await world.saw("begin look#1")
+    await world.saw("begin slow#2")
+    await handle.cancel()
+    asyncio.get_running_loop().call_later(1.0, gate.set)
+    return handle
+
+
 SCENARIOS: list[Scenario] = [
     completed,
     partial,
@@ -269,6 +304,9 @@ SCENARIOS: list[Scenario] = [
     batch_item,
     batch_cancelled,
     together,
+    withdrawn,
+    apart,
+    dropped,
 ]
 
 
