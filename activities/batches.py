@@ -13,12 +13,15 @@ from temporalio.exceptions import ApplicationError
 
 from activities.boundary import boundary, not_known_yet, this_workflow
 from agents import registry
+from holdfast import outside
 from holdfast.batch import PAGE, BatchContext, BatchReport, BatchSpec, Item, ItemPage, ListRequest
 from holdfast.reliability.errors import ErrorType
 from holdfast.runtime import Runtime
 from holdfast.tools import ToolFailed, ToolRefused, explain
 
 T = TypeVar("T")
+MAX_ID = 200
+"""Characters of an item's id, which is a part of its run's."""
 
 
 class Batches:
@@ -49,6 +52,12 @@ def page(spec: BatchSpec, items: list[Item], after: str) -> ItemPage:
     items.sort(key=lambda item: item.id)
     if twice := next((b.id for a, b in pairwise(items) if a.id == b.id), None):
         raise _refused(f"two {spec.unit} have the id {twice}")
+    for item in items:
+        if len(item.id) > MAX_ID or not item.id.isprintable():
+            words = f"an id of {spec.unit} has to be printable text of at most {MAX_ID} characters"
+            raise _refused(f"{words}: {item.id!r:.80}")
+        if wrong := outside.problem(item.input, outside.MAX_INPUT):
+            raise _refused(f"the input of {item.id} {wrong}")
     ahead = [item for item in items if item.id > after]
     profile = None if after else spec.profile
     return ItemPage(items=ahead[:PAGE], left=len(ahead), profile=profile)

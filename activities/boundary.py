@@ -13,7 +13,7 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from agents.registry import UnknownAgent
 from holdfast.reliability.chain import RetryLater
-from holdfast.reliability.errors import ErrorType, application_error, backoff, classify
+from holdfast.reliability.errors import ErrorType, application_error, backoff, classify, hopeless
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
 from holdfast.state.database import StoreUnavailable
@@ -56,6 +56,9 @@ def boundary() -> Iterator[None]:
         else:
             activity.logger.exception("activity failed")
         failure = classify(error)
+        if hopeless(error):
+            words = f"this can never succeed, whatever is tried again: {failure.message}"
+            raise ApplicationError(words, type=ErrorType.BAD_DATA, non_retryable=True) from None
         delay = timedelta(seconds=backoff(activity.info().attempt, failure.retry_after, random.random()))
         raise ApplicationError(failure.message, type=failure.type, next_retry_delay=delay) from None
 

@@ -22,10 +22,10 @@ from activities.asking import Asking, prefix_of
 from activities.boundary import boundary, not_known_yet, this_workflow
 from activities.model import spent
 from agents import registry
-from holdfast import graph, turns
+from holdfast import graph, outside, turns
 from holdfast.agent import AgentSpec
 from holdfast.answers import ModelUnavailable
-from holdfast.contracts import Json, OutcomeStatus, PlanRequest, PlanResult, Question, Usage, absolute, digest
+from holdfast.contracts import MAX_SAID, Json, OutcomeStatus, PlanRequest, PlanResult, Question, Usage, absolute, digest
 from holdfast.conversation import MalformedOutput
 from holdfast.reliability import faults
 from holdfast.reliability.errors import ErrorType, Failure
@@ -242,6 +242,8 @@ def _question(asked: Interrupt) -> Question:
     Without a text of its own only the names of what is asked about: webhooks carry the text, and must not carry data.
     """
     value = asked.value
+    if wrong := outside.problem(value, MAX_SAID):
+        raise graph.BadGraph(f"what interrupt() asks is more than a person can read: it {wrong}")
     if isinstance(value, str):
         return Question(id=asked.id, text=value)
     try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from temporalio import activity
 
 from activities.boundary import boundary, this_workflow
-from holdfast.contracts import Json, RunEnd, RunOutcome, UndoStatus
+from holdfast.contracts import Json, RunEnd, RunOutcome, RunResult, StepState, UndoStatus, clip
 from holdfast.reliability import faults
+from holdfast.reliability.errors import classify, hopeless
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Entry
 from holdfast.repairs import doubtful
@@ -17,6 +18,9 @@ from holdfast.runtime import Runtime
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState, dump, letter_id
 from holdfast.state.runs import Runs
 from holdfast.telemetry import metrics
+
+MAX_KEPT = 2_000
+"""Bytes of a text in a result that cannot be kept whole."""
 
 
 class RunRecords:
@@ -29,7 +33,14 @@ class RunRecords:
     async def record_end(self, end: RunEnd) -> None:
         """Idempotent."""
         with boundary():
-            await self.record(this_workflow(), end)
+            try:
+                await self.record(this_workflow(), end)
+            except Exception as error:
+                if not hopeless(error):
+                    raise
+                # Every run ends: without this one would wait for ever for an end that no store takes.
+                activity.logger.exception("the end of a run cannot be kept whole")
+                await self.record(this_workflow(), bare(end, classify(error).message))
 
     async def record(self, workflow_id: str, end: RunEnd) -> None:
         """Writes the letters that follow from the end of this run, closes those that it answers, keeps the result."""
@@ -66,6 +77,30 @@ class RunRecords:
             else:
                 # A compensation that was let be because this run built on its effect: it is owed again.
                 await self._letters.give_back(letter, letter.key_base.rpartition("/")[0], f"{workflow_id}: {outcome}")
+
+
+def bare(end: RunEnd, why: str) -> RunEnd:
+    """The end without the data of people, models and services: how the run ended, and why the rest is not kept."""
+    result = end.result
+    note = f"the result could not be kept whole: {why}"
+    kept = RunResult(
+        outcome=result.outcome,
+        reason=clip(result.reason, MAX_KEPT),
+        agent=result.agent,
+        key_base=result.key_base,
+        steps=[StepState(name=each.name, status=each.status, critical=each.critical) for each in result.steps],
+        pending=[each.model_copy(update={"what": clip(each.what, MAX_KEPT)}) for each in result.pending],
+        undone=[each.model_copy(update={"arguments": {}, "note": clip(each.note, MAX_KEPT)}) for each in result.undone],
+        usage=result.usage,
+        turns=result.turns,
+        calls=result.calls,
+        failures=result.failures,
+        trace_id=result.trace_id,
+        percent=result.percent,
+        notes=[clip(note, MAX_KEPT)],
+        webhook=result.webhook,
+    )
+    return RunEnd(tenant=end.tenant, result=kept, requested_by=end.requested_by)
 
 
 def letters_of(

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from holdfast import outside
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Decision, Json, ToolCall
 from holdfast.tools import explain
@@ -114,6 +115,8 @@ def _parse_call(call: Json, spec: AgentSpec, offered: set[str] | None) -> tuple[
         arguments: Any = from_json(call["function"]["arguments"] or "{}", allow_inf_nan=False)
     except ValueError as error:
         return None, f"the arguments of {name} are not valid JSON ({error}); send the call again"
+    if wrong := outside.problem(arguments, MAX_ARGUMENTS):
+        return None, f"the arguments of {name} are not taken: the JSON {wrong}; send the call again"
     try:
         valid = tool.validate(arguments)
     except ValidationError as error:

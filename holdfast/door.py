@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from holdfast import outside
 from holdfast.contracts import ApprovalDecision, Message
 from holdfast.tools import explain
 from holdfast.wording import DOTS, WHAT_WAS_DONE, WHY, YOUR_ANSWER, YOUR_NAME, did_you_mean
@@ -55,6 +56,8 @@ def reason(field: str, value: str) -> None:
 
 def checked(kind: type[T], data: Mapping[str, Any]) -> T:
     """What somebody said, as this kind. Raises Unfit."""
+    if wrong := outside.problem(data):
+        raise Unfit(f"it {wrong}")
     problems = []
     if unknown := next((each[:80] for each in data if each not in kind.model_fields), ""):
         fields = ", ".join(kind.model_fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from agents.registry import startable
+from holdfast import outside
 from holdfast.batch import BatchInput, BatchSpec
 from holdfast.contracts import AgentInput, Json, Phase, Standing, digest
 from holdfast.hooks import BadAddress, host_of
@@ -32,9 +32,6 @@ from holdfast.tools import explain
 
 TASK_TIMEOUT = timedelta(seconds=5)
 """A workflow task is milliseconds of work; a worker killed within one is noticed after this long (default: 10 s)."""
-
-MAX_INPUT = 4_000_000
-"""Bytes of a run's input as JSON: the whole of it goes to the model, and along with the run."""
 
 
 class BadRequest(Exception):
@@ -74,16 +71,15 @@ async def start_run(
     Raises UnknownAgent, BadRequest, KeyReused (the key belongs to another input), StoreUnavailable, RPCError.
     """
     spec = startable(agent)
+    if wrong := outside.problem(value, outside.MAX_INPUT):
+        raise BadRequest(
+            f"the input of agent {agent} {wrong}: leave it where the agent's tools can read it, and say where"
+        )
     try:
         value = spec.input.model_validate(value).model_dump(mode="json")
     except ValidationError as error:
         wanted = ", ".join(spec.input.model_fields)
         raise BadRequest(f"input of agent {agent}: {explain(error)} (its fields are: {wanted})") from None
-    if (size := len(json.dumps(value, ensure_ascii=False).encode())) > MAX_INPUT:
-        raise BadRequest(
-            f"the input of agent {agent} has {size:,} bytes, and at most {MAX_INPUT:,} are taken: "
-            "leave it where the agent's tools can read it, and say where that is"
-        )
     key = request_key or secrets.token_hex(4)
     if len(key) > 200 or not key.isprintable() or key != key.strip():
         raise BadRequest("a request key is up to 200 printable characters without space around it")

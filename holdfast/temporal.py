@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from pydantic_core import from_json
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
@@ -28,21 +29,18 @@ from temporalio.converter import (
     StorageDriverStoreContext,
 )
 from temporalio.envconfig import ClientConfigProfile
-from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import WorkflowInstance, WorkflowInstanceDetails
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
+from holdfast import outside
 from holdfast.ahead import Ahead
-from holdfast.batch import BatchInput
 from holdfast.claims import external_storage
 from holdfast.codec import EncryptionCodec, parse_keys
 from holdfast.connecting import no_connection
-from holdfast.contracts import AgentInput
-from holdfast.reliability.errors import ErrorType
 from holdfast.settings import Settings, settings
 from holdfast.telemetry.tracing import temporal_plugins
-from holdfast.tools import explain
+from holdfast.updates import without_large
 
 AGENT = SearchAttributeKey.for_keyword("HoldfastAgent")
 STATUS = SearchAttributeKey.for_keyword("HoldfastStatus")
@@ -51,6 +49,9 @@ TENANT = SearchAttributeKey.for_keyword("HoldfastTenant")
 SEARCH_ATTRIBUTES = (AGENT, STATUS, STAGE, TENANT)
 OPERATORS_ONLY = (RPCStatusCode.UNIMPLEMENTED, RPCStatusCode.PERMISSION_DENIED)
 """How a server says that a call of the operator service is not for its users, as Temporal Cloud does."""
+
+MAYBE_DEEP = 150
+"""Brackets from which on JSON may be too deep to be read."""
 
 
 class NoServer(Exception):
@@ -64,10 +65,32 @@ class _LeanJson(PydanticJSONPlainPayloadConverter):
     """
 
     def to_payload(self, value: Any) -> Payload | None:
+        try:
+            payload = self._to_payload(value)
+            if payload is None or _readable(payload.data):
+                return payload
+        except (ValueError, RecursionError):
+            pass  # too deep to be written: cut below
+        # What cannot be read again would be tried again for ever. Every door refuses it, so this is data of before.
+        plain = value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
+        return super().to_payload(outside.fitting(plain))
+
+    def _to_payload(self, value: Any) -> Payload | None:
         if isinstance(value, BaseModel):
             data = value.__pydantic_serializer__.to_json(value, exclude_defaults=True)
             return Payload(metadata={"encoding": b"json/plain"}, data=data)
         return super().to_payload(value)
+
+
+def _readable(data: bytes) -> bool:
+    """Whether JSON can be read again, which is not so from some 200 levels on. Most data needs no look."""
+    if data.count(b"[") + data.count(b"{") < MAYBE_DEEP:
+        return True
+    try:
+        from_json(data)
+    except ValueError:
+        return False
+    return True
 
 
 # Made once: the SDK makes a payload converter anew for every workflow task.
@@ -85,24 +108,17 @@ class PayloadConverter(CompositePayloadConverter):
         """Untyped input that cannot be read becomes a text that says so.
 
         Raising would make the SDK drop a Signal without a trace; this way the run records what it ignored. A run's own
-        input that cannot be read ends the run: any other error would try the workflow task again for ever.
+        input that cannot be read ends the run (`workflows.given`): an error here would try the task again for ever.
         """
         return [self._read(payload, hint) for payload, hint in zip_longest(payloads, type_hints or ())]
 
     def _read(self, payload: Payload, hint: Any) -> Any:
         try:
             return super().from_payloads([payload], [hint])[0]
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError):
             if hint in (None, Any):
                 encoding = payload.metadata.get("encoding", b"none").decode(errors="replace")
                 return f"<not readable, encoding {encoding}: {payload.data[:200]!r}>"
-            if hint in (AgentInput, BatchInput):
-                words = explain(error) if isinstance(error, ValidationError) else str(error)
-                raise ApplicationError(
-                    f'the input of a run is an object like {{"agent": "…", "input": {{}}}}: {words}',
-                    type=ErrorType.INVALID_INPUT,
-                    non_retryable=True,
-                ) from error
             raise
 
 
@@ -149,7 +165,7 @@ class _Sandbox(SandboxedWorkflowRunner):
         def watched(act: WorkflowActivation) -> WorkflowActivationCompletion:
             if ahead.moved(act) and self.evict:
                 self.evict(act.run_id)
-            done = activate(act)
+            done = activate(without_large(act))
             if not self.versioned and done.HasField("successful"):
                 # The server refuses it of a worker that is no build of a Worker Deployment.
                 done.successful.ClearField("versioning_behavior")

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic_core import to_jsonable_python
 
+from holdfast import outside
 from holdfast.contracts import Effect, Json, ToolPolicy
 from holdfast.services import check_bound
 
@@ -295,7 +296,16 @@ async def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     else:
         call = partial(copy_context().run, function, *args, **kwargs)
         result = await asyncio.get_running_loop().run_in_executor(_THREADS, call)
-    return to_jsonable_python(result)
+    return _plain(result)
+
+
+def _plain(result: Any) -> Any:
+    """A result as JSON data that can be kept. The call has happened: what cannot be kept of it is cut, and says so."""
+    try:
+        plain = to_jsonable_python(result)
+    except (ValueError, RecursionError):  # too deep for that
+        plain = to_jsonable_python(outside.fitting(result))
+    return outside.fitting(plain)
 
 
 def tool(

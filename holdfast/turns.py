@@ -11,10 +11,10 @@ from langgraph.graph import START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from pydantic import ValidationError
 
-from holdfast import loop
+from holdfast import loop, outside
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Decision, Json, OutcomeStatus, ToolCall
-from holdfast.conversation import as_json, said
+from holdfast.conversation import MAX_ARGUMENTS, MAX_FINAL, MAX_TOGETHER, as_json, said
 from holdfast.graph import BadGraph, Begin, Tools, TurnState, calls
 from holdfast.tools import explain
 
@@ -61,10 +61,25 @@ def decision_of(state: Mapping[str, Any], spec: AgentSpec) -> Decision:
     try:
         decision = Decision(calls=[_by_code(call, spec) for call in made["calls"]], final=made["final"])
         decision.model_dump_json()  # what is no JSON would never get into history
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         words = explain(error) if isinstance(error, ValidationError) else str(error)
         raise BadGraph(f"the graph decided what is no JSON: {words}") from None
+    if wrong := _too_much(decision, spec):
+        raise BadGraph(f"the graph decided too much: {wrong}")
     return decision
+
+
+def _too_much(decision: Decision, spec: AgentSpec) -> str:
+    """What of a decision is more than is taken; a model's was checked by the tools node, one by code is here."""
+    if (many := len(decision.calls)) > spec.max_calls:
+        return f"{many} calls in one turn, and `max_calls` of agent {spec.name} is {spec.max_calls}"
+    for call in decision.calls:
+        if wrong := outside.problem(call.arguments, MAX_ARGUMENTS):
+            return f"the arguments of {call.tool}: the JSON {wrong}"
+    wrong = outside.problem([call.arguments for call in decision.calls], MAX_TOGETHER)
+    if wrong:
+        return f"the arguments of all calls together: the JSON {wrong}"
+    return f"the final words: the text {wrong}" if (wrong := outside.problem(decision.final, MAX_FINAL)) else ""
 
 
 def _by_code(call: Json, spec: AgentSpec) -> ToolCall:

@@ -47,6 +47,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.aside import Aside
     from workflows.calls import Calls, spent_by, why
     from workflows.gate import Gate
+    from workflows.given import RUN, start
     from workflows.hooks import Hooks
     from workflows.inbox import Inbox
     from workflows.judgement import gone, judge_final, judge_turn, offer_again, out_of_patience, out_of_turns
@@ -68,8 +69,9 @@ MAX_NOTE = 2_000
 @workflow.defn(name="AgentWorkflow", versioning_behavior=VersioningBehavior.PINNED)
 class AgentWorkflow:
     @workflow.init
-    def __init__(self, given: AgentInput) -> None:
+    def __init__(self, *payload: Any) -> None:
         # In the constructor, because a Signal may be handled before `run` begins.
+        given = start(AgentInput, payload, RUN)
         info = workflow.info()
         self._given = given
         self._state = (
@@ -95,7 +97,9 @@ class AgentWorkflow:
     # ------------------------------------------------------------ the life of a run
 
     @workflow.run
-    async def run(self, given: AgentInput) -> RunResult:
+    async def run(self, *_: Any) -> RunResult:
+        """Takes one `AgentInput`."""
+        given = self._given
         self._display.start()
         if given.state is not None:
             self._changed()
@@ -129,11 +133,16 @@ class AgentWorkflow:
             )
         except asyncio.CancelledError:
             reason = workflow.cancellation_reason()
-            self._ending = Ending(RunOutcome.CANCELLED, f"cancelled: {reason}" if reason else "cancelled")
+            words = f"cancelled: {clip(reason, MAX_NOTE)}" if reason else "cancelled"
+            self._ending = Ending(RunOutcome.CANCELLED, words)
         watch.cancel()
-        if broken := self._aside.broken():
-            raise broken
-        ending = self._ending or (work.result() if work.done() else None)
+        try:
+            if broken := self._aside.broken():
+                raise broken
+            ending = self._ending or (work.result() if work.done() else None)
+        except ActivityError as error:
+            # One that nothing stands in for, such as `check` or `settle`. The run ends by its own hand, and unwinds.
+            ending = self._ending = Ending(RunOutcome.FAILED, f"gave up: {why(error)}")
         rest = [task for task in (work, *self._aside.unfinished()) if not task.done()]
         for task in rest:
             task.cancel()

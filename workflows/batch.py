@@ -33,6 +33,7 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.temporal import AGENT, STATUS, TENANT
     from workflows import batching, messages
     from workflows.calls import Calls, why
+    from workflows.given import BATCH, MAX_NAME, start
     from workflows.inbox import Inbox
     from workflows.state import Ending
 
@@ -46,7 +47,8 @@ TASK_TIMEOUT = timedelta(seconds=5)
 @workflow.defn(name="BatchWorkflow")
 class BatchWorkflow:
     @workflow.init
-    def __init__(self, given: BatchInput) -> None:
+    def __init__(self, *payload: Any) -> None:
+        given = start(BatchInput, payload, BATCH)
         info = workflow.info()
         self._given = given
         self._state = (
@@ -72,7 +74,9 @@ class BatchWorkflow:
     # ------------------------------------------------------------ the life of a batch
 
     @workflow.run
-    async def run(self, given: BatchInput) -> RunResult:
+    async def run(self, *_: Any) -> RunResult:
+        """Takes one `BatchInput`."""
+        given = self._given
         try:
             ending = await self._work()
         except asyncio.CancelledError:
@@ -235,7 +239,7 @@ class BatchWorkflow:
                 parent_close_policy=ParentClosePolicy.REQUEST_CANCEL,
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 search_attributes=TypedSearchAttributes([SearchAttributePair(name, word) for name, word in names]),
-                static_summary=item.name,
+                static_summary=item.name[:MAX_NAME],
             )
             if result.outcome is not RunOutcome.COMPLETED:
                 failed = f"{result.outcome}: {result.reason}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from temporalio import workflow
 from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError
@@ -9,6 +11,7 @@ from temporalio.exceptions import ActivityError
 with workflow.unsafe.imports_passed_through():
     from holdfast.hooks import Delivered, Hook, Undelivered
     from workflows.calls import Calls, why
+    from workflows.given import one
     from workflows.progress import plain
 
 SEND_S = 10.0
@@ -21,7 +24,9 @@ class DeliveryWorkflow:
     """One activity is tried again and again, which history does not see."""
 
     @workflow.run
-    async def run(self, hook: Hook) -> Delivered:
+    async def run(self, *payload: Any) -> Delivered:
+        """Takes one `Hook`."""
+        hook = one(Hook, payload)
         calls = Calls(lambda wait: None)
         about = f"`{hook.type}` of run `{hook.workflow_id}` to {plain(hook.url)}, id `{hook.id}`"
         workflow.set_current_details(about)

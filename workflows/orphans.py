@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from temporalio import workflow
 from temporalio.common import VersioningBehavior, WorkflowIDReusePolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
@@ -10,6 +12,7 @@ from temporalio.workflow import ParentClosePolicy
 with workflow.unsafe.imports_passed_through():
     from holdfast.repairs import Repair, Sweep, Swept, unwind_id
     from workflows.calls import Calls
+    from workflows.given import one
 
 FIND_S = 120.0
 
@@ -18,7 +21,9 @@ FIND_S = 120.0
 @workflow.defn(name="OrphanSweep", versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
 class OrphanSweep:
     @workflow.run
-    async def run(self, given: Sweep) -> Swept:
+    async def run(self, *payload: Any) -> Swept:
+        """Takes one `Sweep`."""
+        given = one(Sweep, payload)
         found = await Calls(lambda wait: None).run(
             "find_orphans", given, list[Repair], summary="look for runs without an end", timeout_s=FIND_S
         )

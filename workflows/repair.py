@@ -4,6 +4,8 @@ person's findings, and the unwinding of a run that was terminated.
 
 from __future__ import annotations
 
+from typing import Any
+
 from temporalio import workflow
 from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
@@ -13,6 +15,7 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.reliability.errors import ErrorType
     from holdfast.repairs import Action, ActionEnd, Repair, RepairEnd, RepairResult, Survey
     from workflows.calls import UNDO_DEADLINE_S, Calls, why
+    from workflows.given import one
     from workflows.hooks import send
     from workflows.progress import plain as plain
 
@@ -24,14 +27,16 @@ WORDS = {"call": "replay", "undo": "undo", "settle": "settle", "ask": "ask about
 @workflow.defn(name="RepairWorkflow", versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
 class RepairWorkflow:
     @workflow.init
-    def __init__(self, given: Repair) -> None:
-        self._given = given
+    def __init__(self, *payload: Any) -> None:
+        self._given = one(Repair, payload)
         self._calls = Calls(self._waits)
         self._ends: list[ActionEnd] = []
         self._doing = "starting"
 
     @workflow.run
-    async def run(self, given: Repair) -> RepairResult:
+    async def run(self, *_: Any) -> RepairResult:
+        """Takes one `Repair`."""
+        given = self._given
         if not given.actions:
             return await self._unwind()
         refused = await self._calls.run("begin_repair", given, str, summary=f"begin: {given.letter or given.key_base}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.text import Text
 from temporalio.client import Client, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast import door
+from holdfast import door, outside
 from holdfast.cli import columns, view
 from holdfast.cli.columns import clock
 from holdfast.cli.following import Follower
@@ -129,9 +128,9 @@ def read_input(value: str, option: str = "--input") -> Json:
             words = f"{option} is neither a JSON object nor a readable file or folder: {value} ({error})"
             raise Refused(words) from None
     try:
-        data = json.loads(text or "{}")
+        data = outside.loads(text or "{}", outside.MAX_INPUT)
     except ValueError as error:
-        raise Refused(f"{source} is not valid JSON: {error}") from None
+        raise Refused(f"{source} {error}") from None
     if not isinstance(data, dict):
         raise Refused(f'{source} has to be a JSON object such as \'{{"patient_id": "…"}}\', not {type(data).__name__}')
     return data

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from temporalio.client import Client
 
-from holdfast import door
+from holdfast import door, outside
 from holdfast.cli.known import Handle, Known, NoAnswer, ask, find
 from holdfast.cli.letters import store, wait_for
 from holdfast.cli.output import Refused, out, print_json
@@ -44,9 +43,9 @@ def _parse(result: str) -> Any:
     if not result:
         return None
     try:
-        return json.loads(result)
+        return outside.loads(result)
     except ValueError as error:
-        raise Refused(f"--result is not JSON: {error}; a text needs its quotes: --result '\"done by phone\"'") from None
+        raise Refused(f"--result {error}; a text needs its quotes: --result '\"done by phone\"'") from None
 
 
 # ------------------------------------------------------------------ while the run is open

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from agents import registry
-from holdfast import door
+from holdfast import door, outside
 from holdfast.cli.known import Known, NoAnswer, ask, find_running
 from holdfast.cli.output import Refused
 from holdfast.cli.runs import checked_decision, connect, read_input, report, send
@@ -76,7 +76,7 @@ def _changes(pairs: list[str]) -> Json:
             raise Refused(f"--set takes NAME=VALUE, not {pair!r}")
         try:
             changes[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             changes[name] = value
     return changes
 
@@ -96,6 +96,6 @@ def _check(agent: str, tool: str, arguments: Json) -> None:
 
 def _json(what: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return outside.loads(text)
     except ValueError as error:
-        raise Refused(f"{what} is not valid JSON: {error}") from None
+        raise Refused(f"{what} {error}") from None

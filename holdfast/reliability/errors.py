@@ -73,6 +73,8 @@ class ErrorType(StrEnum):
     """A bug in the tool."""
     UNKNOWN_OUTCOME = "unknown_outcome"
     """An earlier attempt was cut off, and nothing can tell whether it acted."""
+    BAD_DATA = "bad_data"
+    """What has to be read, kept or sent cannot be: the same data will be as bad the next time."""
     NOT_YET = "not_yet"
     """No failure: the same attempt is to come again later."""
     AGENT_FAILED = "agent_failed"
@@ -164,6 +166,16 @@ TABLE: dict[str, Meaning] = {
     "BaseException": Meaning(ErrorType.INTERNAL, False, True),
 }
 
+BAD_DATA = {
+    "RecursionError",
+    "UnicodeEncodeError",
+    "OverflowError",
+    "pydantic_core.PydanticSerializationError",
+    "psycopg.DataError",
+    "sqlite3.DataError",
+}
+"""Errors that data brings about, and nothing else: neither a service that is down, nor a bug that a deploy mends."""
+
 MESSAGE_LIMIT = 400
 BODY_LIMIT = 300
 RETRY_AFTER_CAP = 300.0
@@ -195,6 +207,11 @@ def classify(error: BaseException) -> Failure:
     meaning = next((TABLE[key] for key in keys if key in TABLE), TABLE["BaseException"])
     wait = _retry_after(error) if meaning.retry else None
     return Failure(meaning.type, _message(error, meaning.type), meaning.retry, meaning.maybe_done, wait)
+
+
+def hopeless(error: BaseException) -> bool:
+    """Whether it depends on the data alone, so that trying again cannot help."""
+    return any(name in BAD_DATA for link in _chain(error) for name in _names(link))
 
 
 def backoff(failures: int, retry_after: float | None, jitter: float, longest: float = LONGEST_DELAY) -> float:

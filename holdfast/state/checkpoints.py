@@ -174,7 +174,7 @@ class Checkpoints(BaseCheckpointSaver[int]):
     def _dump(self, value: Any) -> tuple[str, bytes]:
         try:
             return self.serde.dumps_typed(value)
-        except TypeError as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise Unstorable(f"what a graph keeps or asks has to be data that can be stored: {error}") from None
 
     async def adelete_thread(self, thread_id: str) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from holdfast.contracts import whole
+
 Row = tuple[Any, ...]
 Statement = tuple[str, Row]
 
@@ -88,6 +90,11 @@ def sqlite_path(url: str) -> Path | None:
     raise StoreUnavailable(
         f"store address of kind {scheme!r}: use sqlite:///<file> or postgresql://<user>@<host>/<database>"
     )
+
+
+def storable(params: Row) -> Row:
+    """The parameters as either database takes them: no text has a NUL, which Postgres refuses, or half a character."""
+    return tuple(whole(each).replace("\0", "\ufffd") if isinstance(each, str) else each for each in params)
 
 
 def one_line(error: BaseException) -> str:

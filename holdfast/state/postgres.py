@@ -16,7 +16,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from holdfast.state.database import Database, Row, Statement, StoreUnavailable, one_line
+from holdfast.state.database import Database, Row, Statement, StoreUnavailable, one_line, storable
 
 CONNECT_S = 5
 """Seconds for a new connection."""
@@ -90,17 +90,17 @@ class Postgres(Database):
 
     async def all(self, sql: str, *params: Any) -> list[Row]:
         async with self._connection() as connection:
-            cursor = await connection.execute(_for_psycopg(sql), params, binary=True)
+            cursor = await connection.execute(_for_psycopg(sql), storable(params), binary=True)
             return await cursor.fetchall() if cursor.description else []
 
     async def run(self, sql: str, *params: Any) -> int:
         async with self._connection() as connection:
-            return (await connection.execute(_for_psycopg(sql), params)).rowcount
+            return (await connection.execute(_for_psycopg(sql), storable(params))).rowcount
 
     async def batch(self, statements: Sequence[Statement]) -> None:
         async with self._connection() as connection, connection.transaction():
             for sql, params in statements:
-                await connection.execute(_for_psycopg(sql), params)
+                await connection.execute(_for_psycopg(sql), storable(params))
 
     async def time(self) -> float:
         row = await self.one("SELECT extract(epoch FROM clock_timestamp())::float8")

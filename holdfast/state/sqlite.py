@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
-from holdfast.state.database import Database, Row, Statement, StoreUnavailable, one_line
+from holdfast.state.database import Database, Row, Statement, StoreUnavailable, one_line, storable
 
 T = TypeVar("T")
 
@@ -65,10 +65,10 @@ class Sqlite(Database):
 
     async def all(self, sql: str, *params: Any) -> list[Row]:
         # All rows are fetched even for one: a statement with RETURNING commits only when it is stepped to its end.
-        return await self._do(lambda: self._connection.execute(sql, params).fetchall())
+        return await self._do(lambda: self._connection.execute(sql, storable(params)).fetchall())
 
     async def run(self, sql: str, *params: Any) -> int:
-        return await self._do(lambda: self._connection.execute(sql, params).rowcount)
+        return await self._do(lambda: self._connection.execute(sql, storable(params)).rowcount)
 
     async def batch(self, statements: Sequence[Statement]) -> None:
         def job() -> None:
@@ -76,7 +76,7 @@ class Sqlite(Database):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 for sql, params in statements:
-                    self._connection.execute(sql, params).fetchall()
+                    self._connection.execute(sql, storable(params)).fetchall()
                 self._connection.execute("COMMIT")
             finally:
                 if self._connection.in_transaction:
