@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from holdfast.keys import inside, outside
 from holdfast.simulation.faults import FaultBoard, refusal, under
 from holdfast.simulation.script import ScriptFailed, decide
 from holdfast.simulation.serve import Database, arguments, read_rows, serve
+from holdfast.simulation.weak import RAMBLE, Said, weak
 from holdfast.tools import explain
 
 MODEL = "scripted-1"
@@ -42,6 +45,9 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, received_at REAL NOT NULL, answered_at REAL,
     input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS weaknesses (
+    call INTEGER PRIMARY KEY, key TEXT NOT NULL, kind TEXT NOT NULL, cut INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS weaknesses_by_key ON weaknesses (key);
 """
 
 
@@ -67,6 +73,12 @@ class ModelRecord:
         sql = "SELECT * FROM calls WHERE substr(key, 1, length(?)) = ? ORDER BY id"
         rows = read_rows(self._path, sql, (outside(prefix), outside(prefix)))
         return [CallRow(**{**row, "key": inside(row["key"])}) for row in rows]
+
+    def weaknesses(self, prefix: str = "") -> dict[str, int]:
+        """What a weak model did, and how many of its endless streams the client has cut ("cut off")."""
+        sql = "SELECT kind, cut FROM weaknesses WHERE substr(key, 1, length(?)) = ?"
+        rows = read_rows(self._path, sql, (outside(prefix), outside(prefix)))
+        return {**Counter(row["kind"] for row in rows), "cut off": sum(row["cut"] for row in rows)}
 
     def ledger(self, prefix: str = "") -> Json:
         """Counts: {"calls", "answered", "input_tokens", "output_tokens", "keys": {key: {"calls", "answered"}}}.
@@ -102,7 +114,9 @@ class Completion(BaseModel):
 
 
 class ScriptedModel:
-    def __init__(self, db: Path, think_s: float = 0.0) -> None:
+    def __init__(self, db: Path, think_s: float = 0.0, weak: int | None = None) -> None:
+        """weak: the seed of a model that is weak."""
+        self._weak = weak
         self._db = Database(db, _SCHEMA)
         self._record = ModelRecord(db)
         self._think_s = think_s
@@ -135,11 +149,22 @@ class ScriptedModel:
         except ScriptFailed as error:
             # Not a 500: the model is well, and trying again does not mend a script.
             return refusal(400, str(error))
+        key = request.headers.get("Idempotency-Key", "")
+        said = Said("well", message)
+        if self._weak is not None:
+            run = "/".join(key.split("/")[:2])
+            ((number,),) = self._db.rows(
+                "SELECT count(*) FROM weaknesses WHERE key > ? AND key < ?", (f"{run}/", f"{run}0")
+            )
+            said = weak(self._weak, key.partition("/")[0], number, message, asked.messages)
+        message = said.message
         read, written = tokens([asked.messages, asked.tools]), tokens(message)
         row = self._db.write(
             "INSERT INTO calls (key, received_at, input_tokens, output_tokens) VALUES (?, ?, ?, ?)",
-            (request.headers.get("Idempotency-Key", ""), received, read, written),
+            (key, received, read, written),
         )
+        if self._weak is not None:
+            self._db.write("INSERT INTO weaknesses (call, key, kind) VALUES (?, ?, ?)", (row, key, said.kind))
 
         def answered() -> None:
             self._db.write("UPDATE calls SET answered_at = ? WHERE id = ?", (time.time(), row))
@@ -153,8 +178,15 @@ class ScriptedModel:
                 "system_fingerprint": FINGERPRINT,
             }
             usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+            if asked.stream and said.kind == "rambles":
+                return Endless(base, lambda: self._db.write("UPDATE weaknesses SET cut = 1 WHERE call = ?", (row,)))
             if asked.stream:
-                chunks = stream(message, base, usage if asked.stream_options.include_usage else None)
+                chunks = stream(
+                    message,
+                    base,
+                    said.finish or _finish(message),
+                    usage if asked.stream_options.include_usage else None,
+                )
                 return Answer("text/event-stream", [b"data: " + each + b"\n\n" for each in chunks], answered)
             choice = {"index": 0, "message": {"content": None} | message, "finish_reason": _finish(message)}
             whole = base | {"object": "chat.completion", "choices": [choice], "usage": usage}
@@ -172,7 +204,7 @@ def _finish(message: Json) -> str:
     return "tool_calls" if message.get("tool_calls") else "stop"
 
 
-def stream(message: Json, base: Json, usage: Json | None) -> Iterator[bytes]:
+def stream(message: Json, base: Json, finish: str, usage: Json | None) -> Iterator[bytes]:
     """The message as the data of server-sent events: deltas, the finish reason, the usage if asked for, [DONE]."""
 
     def event(choices: list[Json], **more: Any) -> bytes:
@@ -189,7 +221,7 @@ def stream(message: Json, base: Json, usage: Json | None) -> Iterator[bytes]:
         yield delta({"tool_calls": [{"index": index, "id": call["id"], "type": "function", "function": name}]})
         for piece in _pieces(call["function"]["arguments"]):
             yield delta({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
-    yield delta({}, _finish(message))
+    yield delta({}, finish)
     if usage:
         yield event([], usage=usage)
     yield b"[DONE]"
@@ -219,11 +251,32 @@ class Answer(Response):
             self._answered()
 
 
+class Endless(Response):
+    """Talks until the client hangs up, and calls `cut` then if it has heard anything."""
+
+    def __init__(self, base: Json, cut: Callable[[], object]) -> None:
+        super().__init__(media_type="text/event-stream")
+        del self.headers["content-length"]
+        chunk = base | {"choices": [{"index": 0, "delta": {"content": RAMBLE}, "finish_reason": None}]}
+        self._chunk = b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        self._cut = cut
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        transport = scope["state"]["transport"]
+        while not transport.is_closing():
+            await send({"type": "http.response.body", "body": self._chunk, "more_body": True})
+            await asyncio.sleep(0)
+        self._cut()
+
+
 def main() -> None:
     parser = arguments("A scripted, OpenAI-compatible model.")
     parser.add_argument("--think", type=float, default=0.0, help="seconds before each answer")
+    seed = os.environ.get("HOLDFAST_WEAK_MODEL") or None
+    parser.add_argument("--weak", type=int, default=seed, metavar="SEED", help="be a weak model (HOLDFAST_WEAK_MODEL)")
     options = parser.parse_args()
-    serve(ScriptedModel(options.db, options.think).app, options, "scripted model")
+    serve(ScriptedModel(options.db, options.think, options.weak).app, options, "scripted model")
 
 
 if __name__ == "__main__":
