@@ -84,7 +84,7 @@ class AgentWorkflow:
         self._hooks = Hooks(given, self._state.key_base)
         self._approvals = Approvals(self._state.approvals, self._note, self._changed, self._hooks.asked)
         self._parent = Parent(self._state)
-        self._calls = Calls(self._parked, self._parent.goes_on, self._state.places)
+        self._calls = Calls(self._parked, self._parent.goes_on, self._state.places, stops=True)
         self._state.waits = self._calls.waits
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
         self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)

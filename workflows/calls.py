@@ -33,17 +33,27 @@ class Calls:
     """The activities of one run. `open` counts those under way: only at 0 may the run continue as new."""
 
     def __init__(
-        self, parked: Parked, went_on: Callable[[], None] = lambda: None, places: Callable[[], int] = lambda: 0
+        self,
+        parked: Parked,
+        went_on: Callable[[], None] = lambda: None,
+        places: Callable[[], int] = lambda: 0,
+        stops: bool = False,
     ) -> None:
         """went_on: told of every activity that has come to a result. places: how many tool calls may be at work at a
-        time; 0: any number."""
+        time; 0: any number. stops: in a task that was cancelled nothing more begins or waits. A repair goes on to its
+        end instead.
+        """
         self.open = 0
         self.waits: list[Wait] = []
         """What calls are asleep for."""
         self._parked = parked
         self._went_on = went_on
         self._places = places
+        self._stops = stops
         self._window: asyncio.Semaphore | None = None
+
+    def _stops_here(self) -> bool:
+        return self._stops and leaving() and workflow.patched("cancel-ends")
 
     def _place(self) -> AbstractAsyncContextManager[None]:
         """A place among the tool calls that are at work."""
@@ -76,14 +86,14 @@ class Calls:
         it has one, before the activity is scheduled. It has the place only while the activity is open, so a call that
         sleeps holds up no other. The deadline counts from the first place. waited: told of each result that is a wait.
         The result still holds its `wait` when it was given up or put off.
-        Raises ActivityError when the activity gave up or was cancelled, and CancelledError instead of waiting, or of
-        beginning anything, in a task that was cancelled: an activity that was let end has swallowed the cancellation.
+        Raises ActivityError when the activity gave up or was cancelled. With `stops`, raises CancelledError in a
+        cancelled task instead of waiting or beginning anything: an activity that was let end swallows the cancellation.
         """
         how = workflow.ActivityCancellationType
         place = self._place() if begins else nullcontext()
         end = None
         while True:
-            if leaving() and workflow.patched("cancel-ends"):
+            if self._stops_here():
                 raise asyncio.CancelledError
             async with place:
                 if begins:
@@ -111,7 +121,7 @@ class Calls:
                 self._went_on()
             else:
                 waited(outcome)
-            if wait and leaving() and workflow.patched("cancel-ends"):
+            if wait and self._stops_here():
                 raise asyncio.CancelledError
             latest = min((each for each in (end, patience) if each), default=None)
             if wait is None or (put_off and wait.service) or (latest and wait.until > latest):

@@ -97,6 +97,26 @@ async def test_a_replay_that_fails_again_leaves_the_letter_open_with_the_new_cau
     assert (await lite.stored(handle)).outcome is RunOutcome.COMPLETED
 
 
+async def test_a_repair_that_is_cancelled_in_the_middle_records_what_it_did(lite: Stage) -> None:
+    """A run that is cancelled begins nothing more; a repair has one thing to do, and a letter to close."""
+    world, gate = World(), asyncio.Event()
+    order = world.tool("order", gate=gate, errors=[ToolFailed("out of stock")], timeout=60)
+    async with lite.worker():
+        gate.set()
+        await partial_run(lite, order)
+        gate.clear()
+        letter = await only_letter(lite)
+        handle = await start_repair(lite.client, await repair_of(letter, lite.runtime.db, "dr.lee"), lite.queue)
+        async with asyncio.timeout(PATIENCE_S):
+            while world.log.count("begin order#1") < 2:
+                await asyncio.sleep(0.02)
+        await handle.cancel()
+        asyncio.get_running_loop().call_later(1.5, gate.set)  # past the next heartbeats, which tell of the cancel
+        assert (await handle.result()).ok
+        assert (await only_letter(lite)).state == LetterState.REPLAYED
+    assert world.log.count("done order#1") == 1
+
+
 async def test_a_letter_is_not_replayed_twice_at_once(lite: Stage) -> None:
     world, gate = World(), asyncio.Event()
     async with lite.worker():
