@@ -1,6 +1,7 @@
 import os
 import sys
 
+import pytest
 from hypothesis import settings
 
 # Some images forbid bytecode. A suite that starts a thousand Python processes would spend half its time compiling.
@@ -13,3 +14,11 @@ settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("short")
 
 pytest_plugins = ["tests.fixtures.store", "tests.fixtures.temporal", "tests.fixtures.stack", "tests.fixtures.checkout"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--uncached",
+        action="store_true",
+        help="the workers of a stage keep no run in their cache: each workflow task replays its run from the history",
+    )

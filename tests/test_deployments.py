@@ -31,7 +31,7 @@ from holdfast.stack import Child, Stack, StackFailed, without_ours
 from holdfast.temporal import DATA_CONVERTER
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
-from tests.fixtures.stack import Cli
+from tests.fixtures.stack import Cli, replays
 from tests.fixtures.temporal import Stage, binary
 from tests.fixtures.world import World, agent
 from worker import NotReady, make_worker, versioning
@@ -53,6 +53,7 @@ async def versioned(tmp_path: Path) -> AsyncIterator[Stack]:
     try:
         await stack.start(workers=0)
         yield stack
+        await replays(stack)
     finally:
         stack.stop(grace_s=0)
 

@@ -25,6 +25,7 @@ from holdfast.starting import start_run
 from holdfast.state.database import Database, open_database
 from holdfast.state.runs import Runs
 from holdfast.temporal import DATA_CONVERTER
+from tests.fixtures.stack import replays
 from tests.sweep.nursery import Nursery
 
 STAGES = ("main", "read", "extract", "summarise")
@@ -92,6 +93,7 @@ class Field:
             db = await open_database(stack.store_url)
             try:
                 yield cls(stack, nursery, client, db)
+                await replays(stack)
             finally:
                 await db.close()
         finally:

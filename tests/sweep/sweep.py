@@ -18,6 +18,7 @@ from holdfast.contracts import Approval, Phase
 from holdfast.reliability.faults import Point
 from holdfast.stack import Child, StackFailed
 from holdfast.temporal import STATUS
+from tests.fixtures.replay import replay_all
 from tests.sweep.cases import (
     MESSAGES,
     PLOTS,
@@ -177,6 +178,7 @@ async def try_case(ground: Ground, lane: Lane, store: str, case: Case) -> Report
                 if case.mode is Mode.FREEZE:
                     await _wake(hit)
                     report.violations += awakened(found, found := await run.evidence())
+                report.violations += map(str, await replay_all(ground.client, [run.handle.id]))
                 _count(report, found)
         except (TimeoutError, StackFailed, RPCError) as error:
             report.violations.append(str(error) or f"not done within {CASE_S:.0f} s")

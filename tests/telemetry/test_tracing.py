@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from holdfast.contracts import RunStatus
 from holdfast.stack import ROOT, Stack, without_ours
 from tests.fixtures.clock import PATIENCE_S
-from tests.fixtures.stack import Cli, until
+from tests.fixtures.stack import Cli, replays, until
 
 KEY = "sk-not-for-traces"
 
@@ -78,6 +78,7 @@ def traced(tmp_path: Path, collector: Collector) -> Iterator[Stack]:
             child.environment["OPENAI_API_KEY"] = KEY
         asyncio.run(stack.start())
         yield stack
+        asyncio.run(replays(stack))
     finally:
         stack.stop(grace_s=0)
 

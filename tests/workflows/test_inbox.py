@@ -46,10 +46,12 @@ async def test_signals_in_two_portions_replay_in_one(lite: Stage, monkeypatch: p
                 await asyncio.wait([query, asked], return_when=asyncio.FIRST_COMPLETED)
                 if second == "message":
                     await handle.signal("message", HELLO)
-                await handle.signal("decide", approve(2))
+                update = asyncio.create_task(decided(handle, 2)) if second == "update" else None
+                await (handle.describe() if update else handle.signal("decide", approve(2)))
                 evictions.go_on.set()
                 await query
                 asked.cancel()
+                assert update is None or (await update).accepted
                 assert (await handle.result()).outcome is RunOutcome.COMPLETED
             await lite.replays()
 
