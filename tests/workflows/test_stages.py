@@ -20,12 +20,13 @@ from worker import NotReady, chosen, make_worker
 
 
 async def queues(handle: WorkflowHandle) -> dict[str, str]:
-    """The task queue of each activity of a run, by its summary."""
+    """The task queue of each activity of a run, by its summary; of an undo by `undo` and its summary."""
     found = {}
     async for event in handle.fetch_history_events():
         if event.HasField("activity_task_scheduled_event_attributes"):
             scheduled = event.activity_task_scheduled_event_attributes
-            found[event.user_metadata.summary.data.decode().strip('"')] = scheduled.task_queue.name
+            undo = "undo " if scheduled.activity_type.name == "undo" else ""
+            found[undo + event.user_metadata.summary.data.decode().strip('"')] = scheduled.task_queue.name
     return found
 
 
@@ -48,7 +49,7 @@ async def test_a_call_and_its_undo_run_on_their_stage_and_wait_for_its_workers(l
             await until(stopped, lambda status: bool(status.approvals))
             await stopped.cancel()
             await cancelled(stopped)
-            assert (await queues(stopped))["undo #1 place"] == f"{lite.queue}.extract"
+            assert (await queues(stopped))["undo #1 place (world)"] == f"{lite.queue}.extract"
             assert world.log[-1] == "undo place#1"
 
 

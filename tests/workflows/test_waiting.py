@@ -14,6 +14,7 @@ from holdfast.contracts import DecisionReply, Effect, OutcomeStatus, Phase, RunO
 from holdfast.reliability.ledger import State
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import Tool, ToolContext, tool
+from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, status, until
@@ -37,12 +38,9 @@ class Desk:
             self.tries += 1
             if self.moods:
                 mood = self.moods.pop(0)
-                if isinstance(mood, asyncio.Event):
-                    await mood.wait()
-                elif callable(mood):
-                    await mood()
-                else:
+                if isinstance(mood, Exception):
                     raise mood
+                await mood()
             self.sent.append(ctx.key)
             return "sent"
 
@@ -263,3 +261,17 @@ async def test_a_tool_that_the_rest_of_the_work_needs_is_not_withdrawn_and_nobod
         await handle.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
         assert (await handle.result()).outcome is RunOutcome.COMPLETED
     assert "send" in lite.model.offered[0]
+
+
+async def test_a_run_of_a_batch_that_waits_for_a_withdrawn_tool_gives_its_place_to_another(lite: Stage) -> None:
+    """A window of one: the second run begins only because the first stands still."""
+    desk = Desk()
+    await lite.runtime.guards.breaker.trip(desk.name, "moving house", "lee")
+    batch = Batch.of(desk.agent(desk.tool(), input=Work), window=1, most_open=2)
+    lite.model.script = willing(lite, "send")
+    async with lite.worker():
+        handle = await batch.start(lite, names(2))
+        await until(handle, lambda now: now.items is not None and now.items.parked == 2)
+        await lite.runtime.guards.breaker.reset(desk.name, "lee")
+        result = await handle.result()
+    assert (result.outcome, len(desk.sent)) == (RunOutcome.COMPLETED, 2)
