@@ -87,7 +87,6 @@ async def test_a_start_with_no_input_with_two_or_with_another_shape_ends_at_once
         for text in (
             *RAW.values(),
             "[]",
-            '{"agent": []}',
             '{"batch": {"a": 1}, "url": 7, "actions": 9, "grace_s": []}',
         ):
             said = await refused(await by_hand(lite, workflow, raw(text)))
