@@ -49,7 +49,7 @@ def answers_for(desk: str) -> Any:
 
     async def node(state: State, runtime: Runtime[Turn]) -> dict[str, Any]:
         system = {"role": "system", "content": DESKS[desk]}
-        answer = await runtime.context.ask([system, *state["messages"]], tools=TOOLS[desk])
+        answer = await runtime.context.ask([system, *state["messages"]], tools=TOOLS[desk], must_call=True)
         return {"messages": [answer.message]}
 
     return node

@@ -1,4 +1,4 @@
-"""`uv run python -m tests.weak`: runs of each shipped agent against a weak model, judged by the model's own record.
+"""`uv run poe weak`: runs of each shipped agent against a weak model, judged by the model's own record.
 
 Every run has to end in a typed result, with every request counted that the model answered or was cut at. Exit status:
 0 when everything held, 1 for a violation.
