@@ -572,6 +572,10 @@ class RunResult(BaseModel):
     """Who is told, also of what is repaired after the end."""
     stands: list[Stands] = []
     """Of a run that was unwound: its effects that still stand."""
+    since: list[str] = []
+    """What was left pending at the run's end and is done by now; `summary` says it then."""
+    said: str = ""
+    """The agent's last words, once `since` has made them out of date."""
 
 
 class Phase(StrEnum):

@@ -14,6 +14,7 @@ from holdfast.contracts import (
     NO_UNDO,
     Effect,
     Json,
+    Pending,
     RunOutcome,
     RunResult,
     Standing,
@@ -213,6 +214,7 @@ def refusal(action: Action, entries: list[Entry], outcome: RunOutcome | None) ->
 def amended(result: RunResult, ends: list[ActionEnd]) -> RunResult:
     """The result of a run after a repair. The same repair again changes nothing."""
     result = result.model_copy(deep=True)
+    pending = list(result.pending)
     for end in ends:
         if end.action.do == "undo" or end.action.key.endswith("/undo"):
             _after_undo(result, end)
@@ -223,11 +225,23 @@ def amended(result: RunResult, ends: list[ActionEnd]) -> RunResult:
     if result.outcome is RunOutcome.PARTIAL:
         result.outcome = RunOutcome.PARTIAL if result.pending else RunOutcome.COMPLETED
         result.reason = awaiting(result.steps, result.pending) if result.pending else ""
+        _bring_up_to_date(result, [each for each in pending if each not in result.pending], ends)
     result.percent = percent(result.steps)
     undone = {record.seq for record in result.undone}
     result.stands = [each for each in result.stands if each.seq not in undone] + not_undone(result.undone)
     result.stands.sort(key=lambda each: each.seq)
     return result
+
+
+def _bring_up_to_date(result: RunResult, done: list[Pending], ends: list[ActionEnd]) -> None:
+    """The agent's last words tell of things as pending that are done by now: the summary says what holds instead."""
+    titles = {step.name: step.title for step in result.steps}
+    for each in done:
+        words = "; ".join(end.words for end in ends if concerns(end.action, each.step, each.key))
+        result.since.append(f"{titles.get(each.step) or each.step}: {words}")
+    if done:
+        result.said = result.said or result.summary
+        result.summary = f"Since the run's end: {'; '.join(result.since)}"
 
 
 def concerns(action: Action, step: str, key: str) -> bool:

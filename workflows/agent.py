@@ -410,7 +410,7 @@ class AgentWorkflow:
     async def message_now(self, *payload: Any) -> DecisionReply:
         return await self._inbox.take(lambda: self._hear(*payload))
 
-    @workflow.signal(dynamic=True)
+    @workflow.signal(dynamic=True, description="Any other name: noted, and nothing else")
     async def other(self, name: str, _: Sequence[RawValue]) -> None:
         """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
         await self._inbox.take(lambda: self._unknown(name))

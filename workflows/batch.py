@@ -320,7 +320,7 @@ class BatchWorkflow:
             self._heard[news.id] = news.n
             self._changed()
 
-    @workflow.signal(dynamic=True)
+    @workflow.signal(dynamic=True, description="Any other name: noted, and nothing else")
     async def other(self, name: str, _: Sequence[RawValue]) -> None:
         """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
         await self._inbox.take(lambda: self._unknown(name))

@@ -41,6 +41,9 @@ TICKS = {
     StepStatus.UNDONE: "↩",
 }
 
+DECIDE = "decide"
+"""The Signal that answers."""
+
 MAX_SHOWN = 10_000
 """Characters of an argument that the page shows."""
 MAX_ROWS = 10
@@ -102,14 +105,18 @@ def evidence(state: RunState) -> str:
     return f"{_done(steps)}/{len(steps)} steps complete: {', '.join(said)}" if steps else f"turn {state.turn}"
 
 
-def signal_command(workflow_id: str, approval_id: str, verdict: str = "approve", **more: str) -> str:
-    """The exact command that answers an approval with the plain Temporal CLI."""
+def signal_data(approval_id: str, verdict: str, **more: str) -> str:
+    """The data of the Signal that answers an approval, but for the person's own words."""
     body = {"approval_id": approval_id, "verdict": verdict, "approver": YOUR_NAME, **more}
     # Short lines: the page cuts off what does not fit.
-    payload = json.dumps(body).replace(', "approver"', ',\n   "approver"')
+    return json.dumps(body).replace(', "approver"', ',\n "approver"')
+
+
+def signal_command(workflow_id: str, data: str) -> str:
+    """The exact command that sends it with the plain Temporal CLI."""
     return (
         f"temporal workflow signal --workflow-id {shlex.quote(workflow_id)} \\\n"
-        f"  --name decide --input \\\n  {shlex.quote(payload)}"
+        f"  --name decide --input \\\n{shlex.quote(data)}"
     )
 
 
@@ -123,6 +130,8 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
             )
         )
     asked = list(state.approvals.open.values())
+    if asked:
+        parts.append(_how_to_answer(workflow_id))
     parts += [_question(workflow_id, approval, state) for approval in asked[:MAX_ROWS]]
     if (more := len(asked) - MAX_ROWS) > 0:
         parts.append(f"### {more} more questions\n`uv run starter.py approvals {workflow_id}` shows them all.")
@@ -148,6 +157,16 @@ def _undos(state: RunState) -> list[UndoRecord]:
     return [u for u in state.saga if unwinds or u.status is not UndoStatus.REGISTERED]
 
 
+def _how_to_answer(workflow_id: str) -> str:
+    return (
+        "### How to answer\n"
+        "Each answer below is there twice. In both, put your own words where it is in capitals.\n"
+        f"- On this page: **More Actions**, **Send a Signal**, `{DECIDE}`, and the JSON as its data.\n"
+        "- In a shell: the command, with `--address` of this server; or "
+        f"`uv run starter.py approvals {shlex.quote(workflow_id)}`."
+    )
+
+
 def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
     arguments = "\n".join(f"- {name}: {plain(_short(in_words(value)))}" for name, value in approval.arguments.items())
     match approval.kind:
@@ -168,17 +187,16 @@ def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
             head += plain(f", for {approval.role}") if approval.role else ""
             answers = {"Answer": ("answer", {"answer": YOUR_ANSWER})}
         case _:
-            head = f"### Waiting for a human: approval `{approval.id}`\n`{approval.subject}` wants to run."
+            head = f"### Waiting for a human: approval `{approval.id}`"
+            head += plain(f", for {approval.role}") if approval.role else ""
+            head += f"\n`{approval.subject}` wants to run."
             answers = {"Approve": ("approve", {}), "Reject": ("reject", {"comment": WHY})}
-    commands = "\n".join(
-        f"{what}:\n\n```\n{signal_command(workflow_id, approval.id, verdict, **more)}\n```"
-        for what, (verdict, more) in answers.items()
-    )
-    how = (
-        f"Answer by `uv run starter.py approvals {workflow_id}`, or with the Temporal CLI (`--address` of this server):"
-    )
+    both: list[str] = []
+    for what, (verdict, more) in answers.items():
+        data = signal_data(approval.id, verdict, **more)
+        both.append(f"{what}:\n\n```\n{data}\n```\n\n```\n{signal_command(workflow_id, data)}\n```")
     asked = f"When asked: {plain(approval.evidence)}"
-    parts = [f"{head}\n{plain(approval.why)}", arguments, asked, how, commands]
+    parts = [f"{head}\n{plain(approval.why)}", arguments, asked, "\n".join(both)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -21,6 +21,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from holdfast import door
 from holdfast.cli import runs, view
 from holdfast.cli.known import Handle, find, link
 from holdfast.cli.output import err, money, out, seconds
@@ -29,7 +30,6 @@ from holdfast.cli.tally import Line, Sent, count, doubled, received, unmatched
 from holdfast.cli.up import cancelled_by_signal
 from holdfast.contracts import (
     Approval,
-    ApprovalDecision,
     Json,
     Phase,
     RunOutcome,
@@ -227,39 +227,39 @@ class Demo:
         if self._fail:
             await self._fault("messages", mode="fail", status=403, method="POST")
         self._say("?", "bold yellow", "the run stops here and asks the physician; nothing of it is held in a worker")
-        for approval in approvals:
-            out.print(Padding(view.approval_view(handle.id, approval, hint=False), (0, 0, 0, 6)))
-        commands = [self._signal_command(handle.id, approval.id) for approval in approvals]
         if self._ask:
-            out.print("\n[dim]from another terminal, the plain Temporal CLI does the same as your yes:[/dim]")
-        else:
-            out.print("\n[dim]no one is asked, so the demo approves with the plain Temporal CLI:[/dim]")
+            for approval in approvals:
+                self._show_request(handle, approval)
+                out.print("\n[dim]from another terminal, the plain Temporal CLI does the same as your yes:[/dim]")
+                print(f"  {shlex.join(self._signal_command(handle.id, approval.id))}", flush=True)
+                await self._ask_person(handle, approval)
+            return
+        for approval in approvals:
+            self._show_request(handle, approval)
+        commands = [self._signal_command(handle.id, approval.id) for approval in approvals]
+        out.print("\n[dim]no one is asked, so the demo approves with the plain Temporal CLI:[/dim]")
         for command in commands:
             print(f"  {shlex.join(command)}", flush=True)
-        if self._ask:
-            await self._ask_person(handle, approvals)
-        else:
-            await asyncio.gather(*(_run(command) for command in commands))
+        await asyncio.gather(*(_run(command) for command in commands))
 
-    async def _ask_person(self, handle: Handle, approvals: list[Approval]) -> None:
+    def _show_request(self, handle: Handle, approval: Approval) -> None:
+        out.print(Padding(view.approval_view(handle.id, approval, hint=False), (0, 0, 0, 6)))
+
+    async def _ask_person(self, handle: Handle, approval: Approval) -> None:
         """Puts the question at the terminal. Returns too when it was answered elsewhere, in the Web UI say."""
-        question = f"\n[bold yellow]{PHYSICIAN}, send this?[/bold yellow] (a)pprove or (r)eject: "
+        question = f"\n[bold yellow]{PHYSICIAN}, {approval.subject}: send this?[/bold yellow] (y)es or (n)o: "
         verdict, comment = None, ""
         while verdict is None:
-            if (answer := await self._line(question, approvals)) is None:
+            if (answer := await self._line(question, approval)) is None:
                 return
-            verdict = {"a": Verdict.APPROVE, "r": Verdict.REJECT}.get(answer[:1].lower())
-        while verdict is Verdict.REJECT and not comment:
-            answer = await self._line("reason, which the agent reads: ", approvals)
-            if answer is None:
+            verdict = said(answer)
+        while verdict is Verdict.REJECT and not door.visible(comment):
+            if (answer := await self._line("reason, which the agent reads: ", approval)) is None:
                 return
             comment = answer
-        for approval in approvals:
-            decision = ApprovalDecision(
-                approval_id=approval.id, verdict=verdict, approver=PHYSICIAN, comment=comment, digest=approval.digest
-            )
-            sent = await runs.send(handle, decision)
-            out.print(f"[dim]{sent.reply.message}[/dim]")
+        decision = runs.checked_decision(approval.id, verdict, PHYSICIAN, comment, digest=approval.digest)
+        sent = await runs.send(handle, decision)
+        out.print(f"[dim]{sent.reply.message}[/dim]", end="\n\n")
 
     async def _settle(self, client: Client, run: str) -> RunResult | None:
         """The pharmacist has placed the order by telephone, and says so; the result as it stands then."""
@@ -272,20 +272,19 @@ class Demo:
             return None
         return await (await find(client, run, with_row=True)).result()
 
-    async def _line(self, question: str, approvals: list[Approval]) -> str | None:
-        """A line typed at the terminal; None when these approvals were answered elsewhere meanwhile.
+    async def _line(self, question: str, approval: Approval) -> str | None:
+        """A line typed at the terminal; None when the approval was answered elsewhere meanwhile.
 
         Not `input()` in a thread: a thread that waits for a key would hold up the end after Ctrl-C.
         """
         out.print(question, end="")
-        ids = {approval.id for approval in approvals}
         loop = asyncio.get_running_loop()
         typed: asyncio.Future[str] = loop.create_future()
         loop.add_reader(sys.stdin, lambda: typed.done() or typed.set_result(sys.stdin.readline()))
         try:
             while not typed.done():
                 await asyncio.wait((typed,), timeout=0.2)
-                if self._status is not None and ids.isdisjoint(each.id for each in self._status.approvals):
+                if self._status is not None and all(each.id != approval.id for each in self._status.approvals):
                     out.print("\n[dim]answered elsewhere[/dim]")
                     return None
         finally:
@@ -420,7 +419,8 @@ class Demo:
         answers = by_service["insurance"].answers
         yield "insurance failed twice and recovered", answers["503"] == 2 and answers["200"] >= 1
         yield from self._claims_of_messages(result, effects)
-        rejected = bool(result.decisions) and result.decisions[-1].decision.verdict is Verdict.REJECT
+        last_words = {each.approval.subject: each.decision.verdict for each in result.decisions}
+        rejected = Verdict.REJECT in last_words.values()
         if self._fail or rejected:
             outcome = RunOutcome.REJECTED if rejected else RunOutcome.FAILED
             yield from self._claims_of_undoing(effects)
@@ -439,7 +439,8 @@ class Demo:
             yield "no message was sent", not sent
         else:
             held = len(sent) == len(yes) and all(at > when for at, when in zip(sent, yes, strict=True))
-            yield f"{len(sent)} messages were sent, each after the physician's yes to it", held
+            were = "1 message was" if len(sent) == 1 else f"{len(sent)} messages were"
+            yield f"{were} sent, each after the physician's yes to it", held
 
     def _claims_of_undoing(self, effects: list[EffectRow]) -> Iterable[tuple[str, bool]]:
         opposite = {"book": "cancel-booking", "order": "cancel-order"}
@@ -450,6 +451,12 @@ class Demo:
         yield f"what was done is undone: {', '.join(undone)}", held
         if self._fail:  # the order was decided before the booking
             yield "it is undone in reverse order", undone == ["cancel-booking", "cancel-order"]
+
+
+def said(answer: str) -> Verdict | None:
+    """What a person means who is asked for a yes or a no; None when that is not clear."""
+    words = {"yes": Verdict.APPROVE, "approve": Verdict.APPROVE, "no": Verdict.REJECT, "reject": Verdict.REJECT}
+    return next((verdict for word, verdict in words.items() if answer and word.startswith(answer.lower())), None)
 
 
 def counted(lines: list[Line]) -> Table:

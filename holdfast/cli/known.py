@@ -20,6 +20,7 @@ from temporalio.client import (
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from holdfast import hooks
 from holdfast.cli.output import Refused, err
 from holdfast.cli.stuck import failing_task
 from holdfast.contracts import RunResult
@@ -61,9 +62,10 @@ async def stored(workflow_id: str) -> Run | None:
         return None
 
 
-def link(client: Client, workflow_id: str) -> str:
-    """The run's page in the Web UI."""
-    return f"{settings().ui_url}/namespaces/{client.namespace}/workflows/{workflow_id}"
+def link(client: Client, workflow_id: str, run_id: str = "") -> str:
+    """The run's page in the Web UI; of an execution (run_id) the tab that shows what is asked and how to answer."""
+    page = hooks.page(settings().ui_url, client.namespace, workflow_id)
+    return f"{page}/{run_id}/user-metadata" if run_id else page
 
 
 @dataclass

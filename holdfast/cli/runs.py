@@ -238,7 +238,8 @@ async def status(workflow_id: str, as_json: bool) -> int:
     if complaint:
         err.print(f"[yellow]note: {complaint}[/yellow]")
     if known.execution is not None:
-        out.print(f"[dim]{link(client, workflow_id)}[/dim]")
+        asks = found is not None and found.approvals
+        out.print(Text(link(client, workflow_id, known.execution.run_id if asks else ""), "dim"))
     return 0
 
 
@@ -371,17 +372,21 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
 
 
 async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
-    found, notes = await waiting(await connect(), workflow_id, role)
+    client = await connect()
+    found, notes = await waiting(client, workflow_id, role)
+    pages = {each: link(client, each, (await describe(client, each)).run_id) for each in dict(found)}
     for note in notes:
         err.print(f"[yellow]note: {note}[/yellow]")
     if as_json:
-        print_json([{"workflow_id": each, "approval": approval} for each, approval in found])
+        print_json([{"workflow_id": each, "approval": approval, "url": pages[each]} for each, approval in found])
     elif not found:
         out.print(f"nothing waits for {role} review" if role else "nothing waits for a human", markup=False)
     else:
         for each, approval in found:
             out.print(Text(each, "bold"))
             out.print(view.approval_view(each, approval))
+        for url in pages.values():
+            out.print(Text(f"in the Web UI: {url}", "dim"), soft_wrap=True)
     return 0
 
 

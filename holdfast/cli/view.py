@@ -165,6 +165,8 @@ def result_view(workflow_id: str, result: RunResult) -> RenderableType:
         parts.append(Text(result.summary))
     if not result.steps:
         parts += [Text(f"note: {note}", "dim") for note in result.notes[-1:]]
+    if result.said:
+        parts.append(Text("(what the agent said before that, at the run's end: --json)", "dim"))
     for pending in result.pending:
         review = f", for {pending.role} review" if pending.role else ""
         parts.append(Text(f"pending: {pending.step}{review}: {pending.what}", "yellow"))

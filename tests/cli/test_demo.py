@@ -3,11 +3,16 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from holdfast.stack import without_ours
+from holdfast.cli.demo import said
+from holdfast.contracts import Verdict
+from holdfast.stack import ROOT, without_ours
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, processes_of
 
@@ -53,6 +58,52 @@ def test_all_claims_hold(
     assert "SIMULATED" in done.stdout
     assert processes_of(tmp_path) == []
     assert list(tmp_path.glob("holdfast-demo-*")) == []
+
+
+def test_at_a_terminal_each_message_is_asked_for_and_a_word_is_enough(cli: Cli, tmp_path: Path) -> None:
+    answers = [
+        ("notify_patient: send this?", "perhaps"),
+        ("notify_patient: send this?", "Y"),
+        ("notify_providers: send this?", "no"),
+        ("reason, which the agent reads", " "),
+        ("reason, which the agent reads", "wrong recipients"),
+    ]
+    ours, theirs = os.openpty()
+    environment = {**cli.environment, "TERM": "xterm", "COLUMNS": "100"}
+    demo = subprocess.Popen(
+        [sys.executable, str(ROOT / "starter.py"), "demo"], env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown, seen = "", 0
+    with suppress(OSError):  # the terminal's other side is closed: the demo has ended
+        while text := os.read(ours, 65536).decode(errors="replace"):
+            shown += text
+            if answers and (at := shown.find(answers[0][0], seen)) >= 0:
+                seen = at + 1
+                os.write(ours, f"{answers.pop(0)[1]}\n".encode())
+    os.close(ours)
+    demo.wait(PATIENCE_S)  # its status is also that of a claim about this machine's speed
+    assert answers == [], shown
+    for words in (
+        "a7: approve recorded",
+        "a8: reject recorded",
+        "still stands: notify_patient #7",
+        "1 message was sent",
+    ):
+        assert words in shown
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        *((word, Verdict.APPROVE) for word in ("y", "Y", "yes", "a", "approve")),
+        *((word, Verdict.REJECT) for word in ("n", "NO", "r", "reject")),
+        *((word, None) for word in ("", "yess", "maybe", "1")),
+    ],
+)
+def test_what_is_taken_for_a_yes_and_for_a_no(typed: str, meant: Verdict | None) -> None:
+    assert said(typed) is meant
 
 
 @pytest.mark.parametrize("moment", ["starting Temporal", "run  ", "is killed", "asks the physician"])

@@ -51,3 +51,28 @@ def test_a_call_that_a_person_finds_to_have_happened_stands_when_its_run_was_unw
     assert amended(once, ends) == once
     did_not = [ActionEnd(action=finding.model_copy(update={"happened": False}), ok=True, words="it did not")]
     assert amended(result, did_not).stands == []
+
+
+def test_a_result_no_longer_says_pending_once_that_is_done() -> None:
+    pending = [Pending(step=name, role="pharmacist", what="no answer", key=f"k/{n}") for n, name in enumerate("ab")]
+    words = "Done: all. Pending: order a, order b."
+    result = RunResult(outcome=RunOutcome.PARTIAL, summary=words, pending=pending, key_base="k")
+
+    def settled(n: int, name: str) -> list[ActionEnd]:
+        action = Action(do="settle", key=f"k/{n}", seq=n, tool=name, step=name, happened=True)
+        return [ActionEnd(action=action, ok=True, words="settled by ph.kim: it happened")]
+
+    first = amended(result, settled(0, "a"))
+    assert (first.outcome, first.said) == (RunOutcome.PARTIAL, words)
+    assert first.summary == "Since the run's end: a: settled by ph.kim: it happened"
+    both = amended(first, settled(1, "b"))
+    assert both.outcome is RunOutcome.COMPLETED
+    assert both.summary.endswith("; b: settled by ph.kim: it happened")
+    assert amended(both, settled(1, "b")) == both
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(result_view("r", both))
+    assert "pending" not in shown.get().lower()
+    did_not = settled(0, "a")
+    did_not[0].action.happened = False
+    assert amended(result, did_not).summary == words

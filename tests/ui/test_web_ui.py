@@ -72,6 +72,12 @@ def current_details(page: Page) -> FrameLocator:
     return page.frame_locator("iframe#user-metadata-current-details")
 
 
+def commands(page: Page) -> list[str]:
+    """The commands of the page; the data of a Signal is beside each of them."""
+    shown = current_details(page).locator("pre").all_inner_texts()
+    return [text for text in shown if text.startswith("temporal workflow signal")]
+
+
 def paste(command: str, stack: Stack, name: str) -> None:
     """Runs a command of the page as a reader does who puts in his name."""
     assert "YOUR NAME" in command
@@ -95,11 +101,36 @@ def test_the_page_shows_what_waits_and_the_command_as_shown_answers_it(
     for approval in status_of(cli, waiting).approvals:
         expect(details).to_contain_text(f"Waiting for a human: approval {approval.id}")
         assert approval.arguments["text"][:60] in details.inner_text(), "what is to be sent has to be readable"
-    shown = [text for text in current_details(page).locator("pre").all_inner_texts() if '"approve"' in text]
+    shown = [text for text in commands(page) if '"approve"' in text]
     assert len(shown) == 2
 
     for command in shown:
         paste(command, stack, "dr.lee")
+    cli("follow", waiting)
+    result = result_of(cli, waiting)
+    assert result.outcome is RunOutcome.COMPLETED
+    assert [each.decision.approver for each in result.decisions] == ["dr.lee", "dr.lee"]
+
+
+def test_the_data_as_shown_answers_it_in_the_web_ui(page: Page, stack: Stack, cli: Cli, waiting: str):
+    """As the page says: More Actions, Send a Signal, `decide`, and the JSON that it shows."""
+    asked = json.loads(cli("approvals", waiting, "--json").stdout)
+    page.goto(asked[0]["url"])  # where it is seen, without another click
+    expect(current_details(page).locator("body")).to_contain_text("More Actions, Send a Signal, decide")
+    shown = current_details(page).locator("pre").all_inner_texts()
+    data = [text for text in shown if text.startswith("{") and '"approve"' in text]
+    assert len(data) == 2
+
+    for each in data:
+        page.get_by_role("button", name="More Actions").click()
+        page.get_by_role("menu").get_by_text("Send a Signal").first.click()
+        page.get_by_role("button", name="Select a signal").click()
+        page.get_by_role("option", name="decide").first.click()
+        page.locator(".cm-content:visible").first.click()
+        page.keyboard.press("Control+A")  # the form keeps what was sent last
+        page.keyboard.insert_text(each.replace("YOUR NAME", "dr.lee"))
+        page.get_by_role("button", name="Submit").locator("visible=true").click()
+        expect(page.get_by_role("button", name="Select a signal").locator("visible=true")).to_have_count(0)
     cli("follow", waiting)
     result = result_of(cli, waiting)
     assert result.outcome is RunOutcome.COMPLETED
@@ -125,7 +156,7 @@ def test_the_page_asks_the_pharmacist_and_each_command_as_shown_settles_it(
     visit(page, stack, run, "User Metadata")
     details = current_details(page).locator("body")
     expect(details).to_contain_text("Pharmacy coordination: question o4, for pharmacist review")
-    shown = [text for text in current_details(page).locator("pre").all_inner_texts() if '"o4"' in text]
+    shown = [text for text in commands(page) if '"o4"' in text]
     assert len(shown) == 2
     (command,) = [text for text in shown if f'"{verdict}"' in text]
     paste(command, stack, "ph.kim")
