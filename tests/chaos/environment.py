@@ -158,7 +158,7 @@ class Environment:
     async def replace(self, worker: Worker) -> None:
         """Another worker in the place of one that dies. Tries until one comes up: the store may be down as well."""
         if worker not in self.workers:
-            return  # another disturbance has hit it meanwhile
+            return None  # another disturbance has hit it meanwhile
         self.workers.remove(worker)
         worker.close()
         while True:
