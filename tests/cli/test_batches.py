@@ -133,3 +133,10 @@ def test_nothing_waits_in_a_batch_that_asks_nobody(stack: Stack, cli: Cli, folde
     asked = cli("approvals", f"contracts-{key}", "--json")
     assert (asked.returncode, json.loads(asked.stdout)) == (0, [])
     cli("cancel", f"contracts-{key}")
+
+
+def test_a_batch_under_a_key_that_is_no_ascii(stack: Stack, cli: Cli, folder: Path) -> None:
+    key = f"märz-{uuid4().hex[:8]}"
+    ran = cli("run", "contracts", "--input", str(folder), "--id", key, "--follow")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[0] == f"contracts-{key}"
