@@ -253,7 +253,8 @@ async def test_a_message_after_the_last_turn_does_not_undo_what_is_done(lite: St
             await at_rest(handle)
         else:
             await until(handle, lambda s: s.turn == 2)
-        assert (await update(handle, "message", HELLO)).accepted
+        reply = await update(handle, "message", HELLO)
+        assert reply.accepted, reply.message
         thinking.set()
         if open_end:
             await handle.signal("decide", {**YES, "approval_id": "o2", "verdict": "happened"})
@@ -276,7 +277,8 @@ async def test_a_bad_message_is_noted_and_sticks_nothing(lite: Stage) -> None:
         long = await update(handle, "message", {"text": "x" * 10_001, "by": "x"})
         assert (long.accepted, "at most 10000 characters" in long.message) == (False, True)
         for _ in range(20):
-            assert (await update(handle, "message", HELLO)).accepted
+            reply = await update(handle, "message", HELLO)
+        assert reply.accepted, reply.message
         many = await update(handle, "message", HELLO)
         assert (many.accepted, "20 messages are unread" in many.message) == (False, True)
         await handle.signal("decide", YES)
