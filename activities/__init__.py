@@ -42,6 +42,7 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
         repairs.record_repair,
         repairs.find_orphans,
         repairs.survey,
+        repairs.in_doubt,
         repairs.ask_probe,
         repairs.record_orphan,
         hooks.deliver,

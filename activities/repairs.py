@@ -9,7 +9,7 @@ from functools import partial
 from pydantic import ValidationError
 from temporalio import activity
 
-from activities.boundary import boundary
+from activities.boundary import boundary, this_workflow
 from activities.runs import RunRecords
 from activities.tools import settles_within
 from agents import registry
@@ -31,6 +31,7 @@ from holdfast.contracts import (
     ToolRequest,
     UndoStatus,
     Usage,
+    absolute,
     not_undone,
 )
 from holdfast.hooks import Hook
@@ -41,10 +42,12 @@ from holdfast.reliability.chain import no_bound, protected, unsettled
 from holdfast.reliability.ledger import Call, Entry, Settled, State, tool_call
 from holdfast.reliability.waiting import NotYet
 from holdfast.repairs import (
+    IN_DOUBT,
     Action,
     Repair,
     RepairEnd,
     RepairResult,
+    RunRef,
     Survey,
     Sweep,
     amended,
@@ -125,9 +128,31 @@ class Repairs:
                 webhook=await webhook_of(activity.client(), repair.workflow_id),
             )
 
+    @activity.defn(name="in_doubt")
+    async def in_doubt(self, of: RunRef) -> list[ToolRequest]:
+        """The calls of a run that may have happened and that their service can be asked about, the newest first."""
+        with boundary():
+            base = absolute(of.key_base, this_workflow())
+            found = [
+                ToolRequest(
+                    agent=of.agent,
+                    key_base=of.key_base,
+                    seq=row.seq,
+                    tool=row.name,
+                    version=row.version,
+                    arguments=row.arguments or {},
+                    tenant=of.tenant,
+                )
+                for row in reversed(doubtful(await self._ledger.entries(base)))
+                # What stood in for a call has a key that a request cannot name: a person settles it.
+                if row.effect == Effect.PROBE and row.seq is not None and row.key == f"{base}/{row.seq}"
+            ]
+            return [each for each in found if (tool := _tool(of.agent, each.tool)) and not tool.policy.undo]
+
     @activity.defn(name="ask_probe")
     async def ask_probe(self, request: ToolRequest) -> Outcome:
         """Asks the other side whether a doubtful call happened, and never makes it. Records the answer."""
+        request = request.model_copy(update={"key_base": absolute(request.key_base, this_workflow())})
         with boundary():
             tool = _tool(request.agent, request.tool)
             if tool is None or tool.probe_function is None:
@@ -273,11 +298,7 @@ def _orphans_result(end: RepairEnd, entries: list[Entry]) -> RunResult:
         record.step = next((spec.name for spec in specs if record.tool in spec.tools), "")
     undone = {record.tool for record in undos if record.status is UndoStatus.UNDONE}
     left = {record.seq for record in undos}  # a compensation that failed has a letter of its own
-    pending = [
-        Pending(step=e.name, role="", what="nobody knows whether it happened", key=e.key)
-        for e in doubtful(entries)
-        if e.seq not in left
-    ]
+    pending = [Pending(step=e.name, role="", what=IN_DOUBT, key=e.key) for e in doubtful(entries) if e.seq not in left]
     asked = sum(e.kind == "model" for e in entries)
     done = {e.key for e in standing(entries)}
     stands = {e.seq or 0: Stands(seq=e.seq or 0, tool=e.name, why=NO_UNDO) for e in entries if e.key in done}

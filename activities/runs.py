@@ -8,12 +8,13 @@ from __future__ import annotations
 from temporalio import activity
 
 from activities.boundary import boundary, this_workflow
-from holdfast.contracts import Json, RunEnd, RunOutcome, RunResult, StepState, UndoStatus, clip
+from agents import registry
+from holdfast.contracts import Json, Pending, RunEnd, RunOutcome, RunResult, StepState, UndoStatus, clip
 from holdfast.reliability import faults
 from holdfast.reliability.errors import classify, hopeless
 from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Entry
-from holdfast.repairs import doubtful
+from holdfast.repairs import also_pending, doubtful
 from holdfast.runtime import Runtime
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState, dump, letter_id
 from holdfast.state.runs import Runs
@@ -30,23 +31,29 @@ class RunRecords:
         self._letters = Letters(runtime.db)
 
     @activity.defn(name="record_end")
-    async def record_end(self, end: RunEnd) -> None:
-        """Idempotent."""
+    async def record_end(self, end: RunEnd) -> list[Pending]:
+        """Idempotent. What is pending besides what the result says: calls in doubt that only the ledger knows of."""
         with boundary():
             try:
-                await self.record(this_workflow(), end)
+                return await self.record(this_workflow(), end)
             except Exception as error:
                 if not hopeless(error):
                     raise
                 # Every run ends: without this one would wait for ever for an end that no store takes.
                 activity.logger.exception("the end of a run cannot be kept whole")
-                await self.record(this_workflow(), bare(end, classify(error).message))
+                return await self.record(this_workflow(), bare(end, classify(error).message))
 
-    async def record(self, workflow_id: str, end: RunEnd) -> None:
-        """Writes the letters that follow from the end of this run, closes those that it answers, keeps the result."""
+    async def record(self, workflow_id: str, end: RunEnd) -> list[Pending]:
+        """Writes the letters that follow from the end of this run, closes those that it answers, keeps the result.
+
+        Returns what it had to add to the result's `pending`.
+        """
         result = end.result
         held = await self._letters.of_workflow(workflow_id)
         entries = [] if result.outcome is RunOutcome.COMPLETED else await self._ledger.entries(result.key_base)
+        more = also_pending(result, entries, _roles(result.agent))
+        result = result.model_copy(update={"pending": [*result.pending, *more]})
+        end = end.model_copy(update={"result": result})
         run = await self._runs.by_workflow(workflow_id) if result.outcome is RunOutcome.FAILED else None
         request_key = run.request_key if run else workflow_id
         written = letters_of(end, workflow_id, entries, request_key, held)
@@ -65,6 +72,7 @@ class RunRecords:
             requested_by=end.requested_by,
         )
         faults.reached(Point.END_RECORDED, "run")
+        return more
 
     async def _answer(self, held: list[Letter], written: set[str], workflow_id: str, end: RunEnd) -> None:
         """What this end means for the letters that the run already had to do with."""
@@ -101,6 +109,12 @@ def bare(end: RunEnd, why: str) -> RunEnd:
         webhook=result.webhook,
     )
     return RunEnd(tenant=end.tenant, result=kept, requested_by=end.requested_by)
+
+
+def _roles(agent: str) -> dict[str, str]:
+    """By tool: the role that its step names."""
+    specs = registry.agents()[agent].steps if agent in registry.agents() else ()
+    return {tool: spec.role for spec in specs for tool in spec.tools}
 
 
 def letters_of(

@@ -31,6 +31,7 @@ from holdfast.contracts import (
 from holdfast.hooks import Hook
 from holdfast.reliability.ledger import Entry, State
 
+IN_DOUBT = "nobody knows whether it happened"
 MAX_STANDING = 100_000
 """Bytes of one standing effect that the model reads again, and of all of them ten times as many."""
 
@@ -115,6 +116,14 @@ class RepairResult(BaseModel):
     """What has to be told of it."""
 
 
+class RunRef(BaseModel):
+    """Input of the activity `in_doubt`: a run that ends, as itself names it."""
+
+    agent: str
+    key_base: str
+    tenant: str = "default"
+
+
 class Survey(BaseModel):
     """What a run without a recorded end has left, the newest first. `alive`: it is none of that kind any more."""
 
@@ -171,6 +180,21 @@ def doubtful(entries: list[Entry]) -> list[Entry]:
     open_ones = [e for e in effects(entries) if e.state in (State.UNKNOWN, State.RESERVED) and e.key not in gone]
     # One that only asks a model (`Tool.pure`) has done nothing outside, however its attempt was cut off.
     return [e for e in open_ones if e.service != "model" or e.effect != Effect.IDEMPOTENT]
+
+
+def also_pending(result: RunResult, entries: list[Entry], roles: dict[str, str]) -> list[Pending]:
+    """Calls in doubt at the end of a run of which its result says nothing. roles: who settles a tool's calls.
+
+    The workflow knows a call by its tool's last end, and a call that was cut off has none. A compensation that failed
+    has a dead letter of its own.
+    """
+    said = {pending.key for pending in result.pending}
+    owed = {undo.seq for undo in result.undone if undo.status is UndoStatus.FAILED}
+    return [
+        Pending(step=e.name, role=roles.get(e.name, ""), what=e.error or IN_DOUBT, key=e.key)
+        for e in doubtful(entries)
+        if e.seq not in owed and not said.intersection((e.key, e.key.partition("/fb-")[0]))
+    ]
 
 
 def left_behind(key_base: str, entries: list[Entry]) -> list[Entry]:

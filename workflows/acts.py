@@ -22,7 +22,8 @@ from holdfast.contracts import (
     UndoRecord,
     UndoStatus,
 )
-from workflows.calls import UNDO_DEADLINE_S, Calls, leaving, why
+from holdfast.repairs import RunRef
+from workflows.calls import ASK_DEADLINE_S, UNDO_DEADLINE_S, Calls, leaving, why
 from workflows.state import CallState, RunState
 
 
@@ -117,6 +118,32 @@ class Acts:
                     step=step.name if step else "",
                 )
             )
+
+    async def ask_about_doubts(self) -> list[str]:
+        """Before the end: asks the services about calls that may have happened and that nothing has undone.
+
+        What stays in doubt is left to a person, as a dead letter. Returns what was found out, in words.
+        """
+        of = RunRef(agent=self._agent, key_base=self.key_base, tenant=self._tenant)
+        found: list[str] = []
+        for request in await self._calls.run("in_doubt", of, list[ToolRequest], summary="calls in doubt"):
+            policy = self._state.policy(request.tool) or ToolPolicy()
+            try:
+                outcome = await self._calls.run(
+                    "ask_probe",
+                    request,
+                    Outcome,
+                    summary=f"ask about #{request.seq} {request.tool}",
+                    timeout_s=policy.timeout_s,
+                    deadline_s=ASK_DEADLINE_S,
+                )
+            except ActivityError as error:
+                found.append(f"call #{request.seq} of {request.tool} is in doubt: {why(error)}")
+                continue
+            found.append(f"call #{request.seq}: {outcome.wait.why if outcome.wait else outcome.content}")
+            if not outcome.wait:
+                self._state.found_out(request.tool, request.seq, outcome.status)
+        return found
 
     def _request(self, seq: int, tool: str, version: str, arguments: dict[str, Any]) -> ToolRequest:
         return ToolRequest(

@@ -25,6 +25,7 @@ with workflow.unsafe.imports_passed_through():
         DecisionReply,
         Outcome,
         OutcomeStatus,
+        Pending,
         Phase,
         PlanRequest,
         PlanResult,
@@ -183,6 +184,8 @@ class AgentWorkflow:
         if ending.outcome.unwinds and self._state.saga:
             self._phase(Phase.COMPENSATING)
             await unwind(self._state.saga, self._acts.undo, self._changed)
+        if ending.outcome.unwinds and self._state.seq and workflow.patched("ask-at-the-end"):
+            self._note(*await self._acts.ask_about_doubts())
         result = self._result = progress.result(self._given, self._state, ending)
         self._phase(Phase.ENDED)
         failed = ending.outcome is RunOutcome.FAILED
@@ -192,7 +195,9 @@ class AgentWorkflow:
             input=self._given.input if failed else None,
             requested_by=self._given.requested_by,
         )
-        await self._calls.run("record_end", end, type(None), summary=f"record: {ending.outcome}")
+        more = await self._calls.run("record_end", end, list[Pending], summary=f"record: {ending.outcome}")
+        if more:  # calls in doubt that only the ledger knows of
+            result = self._result = result.model_copy(update={"pending": [*result.pending, *more]})
         await self._hooks.ended(result)
         return result
 

@@ -23,6 +23,8 @@ RETRY = RetryPolicy(initial_interval=timedelta(milliseconds=500), backoff_coeffi
 GRACE_S = 30.0
 """Seconds that an activity gets beyond the limit it enforces itself."""
 UNDO_DEADLINE_S = 3600.0
+ASK_DEADLINE_S = 900.0
+"""For a service to say whether a call happened."""
 
 T = TypeVar("T")
 Parked = Callable[[Wait | None], None]

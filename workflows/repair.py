@@ -14,12 +14,11 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.contracts import Finding, Outcome, OutcomeStatus, UndoOutcome, UndoStatus, Wait
     from holdfast.reliability.errors import ErrorType
     from holdfast.repairs import Action, ActionEnd, Repair, RepairEnd, RepairResult, Survey
-    from workflows.calls import UNDO_DEADLINE_S, Calls, why
+    from workflows.calls import ASK_DEADLINE_S, UNDO_DEADLINE_S, Calls, why
     from workflows.given import one
     from workflows.hooks import send
     from workflows.progress import plain as plain
 
-ASK_DEADLINE_S = 900.0
 WORDS = {"call": "replay", "undo": "undo", "settle": "settle", "ask": "ask about"}
 
 

@@ -196,6 +196,16 @@ class RunState(BaseModel):
             tool for spec, status in steps if status is StepStatus.TODO for tool in spec.tools if tool not in self.ends
         ]
 
+    def found_out(self, tool: str, seq: int, status: OutcomeStatus) -> None:
+        """Takes what a service says of a call in doubt: OK, FAILED, or still UNKNOWN."""
+        end = self.ends.get(tool)
+        if end and end.seq == seq and status is OutcomeStatus.FAILED:
+            del self.ends[tool]
+        elif status is OutcomeStatus.OK:
+            self.lasts(tool, seq, "")
+            if end is None or end.seq == seq:
+                self.ends[tool] = ToolEnd(status=OutcomeStatus.OK, seq=seq)
+
     def unknown(self, tool: str) -> int | None:
         """The call of this tool whose outcome is unknown, if there is one."""
         end = self.ends.get(tool)
