@@ -315,15 +315,7 @@ class AgentWorkflow:
             return None
         state.final = final
         if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
-            self._approvals.hold_for(questions.held(state))
-            if state.deferred and not state.approvals.held:
-                self._phase(Phase.PARKED)
-                self._parent.stands_still()
-            await workflow.wait_condition(
-                lambda: not self._aside.open_ends or (messages.unread(state) > 0 and not last)
-            )
-            self._approvals.hold_for([])
-            self._phase(Phase.RUNNING)
+            await self._open_ends(last)
         state.final = None
         if state.notices and not last:  # something has ended that the model does not know of: it finishes anew
             return None
@@ -335,6 +327,29 @@ class AgentWorkflow:
         state.notices.append(verdict)
         self._note(verdict)
         return None
+
+    async def _open_ends(self, last: bool) -> None:
+        """Waits for what the run cannot end without: a service, a person, or first the one and then the other."""
+        state = self._state
+        goes_on = False
+        follow = workflow.patched("holds-what-is-asked-later")
+        while not goes_on:
+            held = questions.held(state)
+            self._approvals.hold_for(held)
+            if held and state.phase is Phase.PARKED:
+                self._phase(Phase.RUNNING)  # shown as waiting for a person, because it holds for one
+            elif state.deferred and not held:
+                self._phase(Phase.PARKED)
+                self._parent.stands_still()
+            await workflow.wait_condition(
+                lambda held=held: self._can_go_on(last) or (follow and questions.held(state) != held)
+            )
+            goes_on = self._can_go_on(last)
+        self._approvals.hold_for([])
+        self._phase(Phase.RUNNING)
+
+    def _can_go_on(self, last: bool) -> bool:
+        return not self._aside.open_ends or (messages.unread(self._state) > 0 and not last)
 
     # ------------------------------------------------------------ gate, human, act
 

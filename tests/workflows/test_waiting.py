@@ -13,6 +13,7 @@ from holdfast.agent import AgentSpec
 from holdfast.contracts import DecisionReply, Effect, OutcomeStatus, Phase, RunOutcome, RunStatus, StepSpec
 from holdfast.reliability.ledger import State
 from holdfast.services import BreakerRule, Service
+from holdfast.temporal import STATUS
 from holdfast.tools import Tool, ToolContext, tool
 from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.clock import PATIENCE_S
@@ -133,6 +134,23 @@ async def test_what_a_person_has_done_while_the_call_was_put_off_counts_though_i
     assert desk.tries == 0
     (row,) = [e for e in await lite.runtime.ledger.entries(result.key_base) if e.kind == "tool"]
     assert row.state is State.DONE
+
+
+async def test_a_run_that_waited_for_a_service_and_then_needs_a_person_says_so(lite: Stage) -> None:
+    """The agent has finished by then, so nothing but the person's answer can end the run."""
+    desk = Desk(DOWN, LOST)
+    letter = StepSpec(name="letter", tools=["send"], role="desk")
+    lite.model.script = sequence(call(("send", {})), say("sent, perhaps"), say("done"))
+    async with lite.worker():
+        handle = await lite.start(desk.agent(desk.tool(), steps=[letter]))
+        await until(handle, lambda now: now.phase is Phase.PARKED)
+        asked = await until(handle, lambda now: open_ones(now) == ["o1-2"])
+        assert asked.phase is Phase.WAITING_HUMAN
+        assert (await handle.describe()).typed_search_attributes.get(STATUS) == Phase.WAITING_HUMAN
+        await handle.signal("decide", {"approval_id": "o1-2", "verdict": "happened", "approver": "n.smith"})
+        result = await handle.result()
+    assert result.outcome is RunOutcome.COMPLETED
+    assert result.human_wait_s > 0
 
 
 # ------------------------------------------------------------ a breaker that is open before the call
