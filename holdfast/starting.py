@@ -1,4 +1,4 @@
-"""Starting a run: checked at the door, once per request key, from wherever it is asked for."""
+"""Starting a run: checked at the door, once per agent and request key, from wherever it is asked for."""
 
 from __future__ import annotations
 
@@ -132,5 +132,5 @@ async def start_run(
             if error.status is RPCStatusCode.INVALID_ARGUMENT and "search attribute" in error.message.lower():
                 raise BadRequest(f"{error.message}: run `uv run starter.py doctor --fix`, then try again") from None
             raise
-        await runs.mark_started(key)
+        await runs.mark_started(row.workflow_id)
         return Started(row.workflow_id, key, new=True, trace_id=trace_id)

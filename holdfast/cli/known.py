@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from shlex import quote
 from typing import Any
 
 from pydantic import ValidationError
@@ -122,8 +123,8 @@ async def _meant(key: str) -> str:
     """What to do about an id that is no run's: it may be the request key of one."""
     with suppress(StoreUnavailable):
         async with open_runs() as runs:
-            if row := await runs.get(key):
-                return f"did you mean {row.workflow_id}?"
+            if found := await runs.of_key(key):
+                return f"did you mean {' or '.join(quote(row.workflow_id) for row in found)}?"
     return "`uv run starter.py list` shows those there are"
 
 

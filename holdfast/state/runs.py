@@ -1,4 +1,4 @@
-"""One row a request: a request key names one run for good, and its result outlives Temporal's retention."""
+"""One row a request: a request key names one run of an agent for good, and its result outlives Temporal's retention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 class KeyReused(Exception):
-    """A request key that names another run already. The text is one line that names both."""
+    """A request key of an agent that names a run with another input, or a workflow id that is taken. The text is one line that names both."""
 
 
 COLUMNS = ", ".join(Run._fields)
@@ -55,7 +55,8 @@ class Runs:
     ) -> Run:
         """The run of this request, made by the first of any number of concurrent callers. The same row for all of them.
 
-        Raises KeyReused when the key, or the workflow id, belongs to a run of another agent or with another input.
+        Keys belong to the agent. Raises KeyReused when this one belongs to a run with another input, or the workflow
+        id to another agent's run.
         """
         mine = Run(
             request_key,
@@ -74,12 +75,12 @@ class Runs:
         )
         if await self._db.run(INSERT, *mine):
             return mine
-        run = await self.get(request_key) or await self.by_workflow(workflow_id)
+        run = await self.get(agent, request_key) or await self.by_workflow(workflow_id)
         assert run is not None, "the row in the way of the insert is gone, and nothing deletes rows of `runs`"
         if run.agent != agent:
             raise KeyReused(
-                f"request key {request_key!r} belongs to {run.workflow_id}, a run of agent {run.agent!r},"
-                f" not {agent!r}: use another key"
+                f"request key {request_key!r} leads to the id {run.workflow_id}, which a run of agent {run.agent!r} has:"
+                " use another key"
             )
         if run.input_digest not in ("", input_digest):
             raise KeyReused(
@@ -88,10 +89,10 @@ class Runs:
             )
         return run
 
-    async def mark_started(self, request_key: str) -> None:
+    async def mark_started(self, workflow_id: str) -> None:
         """Records that Temporal has taken the run. The first time counts."""
         await self._db.run(
-            "UPDATE runs SET started_at = ? WHERE request_key = ? AND started_at IS NULL", time.time(), request_key
+            "UPDATE runs SET started_at = ? WHERE workflow_id = ? AND started_at IS NULL", time.time(), workflow_id
         )
 
     async def finish(
@@ -132,9 +133,15 @@ class Runs:
         sql = "UPDATE runs SET outcome = ?, result = ? WHERE workflow_id = ? AND result = ?"
         return await self._db.run(sql, outcome, result, workflow_id, before) == 1
 
-    async def get(self, request_key: str) -> Run | None:
-        row = await self._db.one(f"SELECT {COLUMNS} FROM runs WHERE request_key = ?", request_key)
+    async def get(self, agent: str, request_key: str) -> Run | None:
+        sql = f"SELECT {COLUMNS} FROM runs WHERE agent = ? AND request_key = ?"
+        row = await self._db.one(sql, agent, request_key)
         return Run(*row) if row else None
+
+    async def of_key(self, request_key: str) -> list[Run]:
+        """The runs that agents have under this key, newest first."""
+        sql = f"SELECT {COLUMNS} FROM runs WHERE request_key = ? ORDER BY created_at DESC LIMIT 5"
+        return [Run(*row) for row in await self._db.all(sql, request_key)]
 
     async def by_workflow(self, workflow_id: str) -> Run | None:
         row = await self._db.one(f"SELECT {COLUMNS} FROM runs WHERE workflow_id = ?", workflow_id)

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     Table,
     Text,
     UniqueConstraint,
@@ -34,7 +35,7 @@ metadata = MetaData()
 runs = Table(
     "runs",
     metadata,
-    Column("request_key", Text, primary_key=True),
+    Column("request_key", Text, nullable=False),
     Column("workflow_id", Text, nullable=False),
     Column("agent", Text, nullable=False),
     Column("tenant", Text, nullable=False),
@@ -47,9 +48,10 @@ runs = Table(
     Column("result", Text),
     Column("ended_at", Double),
     Column("namespace", Text),
+    PrimaryKeyConstraint("agent", "request_key"),
     UniqueConstraint("workflow_id", name="runs_workflow_id_key"),
 )
-"""One row a request, kept for good: Temporal forgets a run after its retention."""
+"""One row a request, named by its agent and its key, kept for good: Temporal forgets a run after its retention."""
 
 effects = Table(
     "effects",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from holdfast.state.database import Database
 
-VERSION = "0004"
+VERSION = "0005"
 """The migration that this code needs: the newest in `migrations/versions`. They are numbered in order.
 
 The first digit is the generation. Within one, a migration only adds what older code can do without: workers of an old

@@ -26,28 +26,38 @@ async def test_ten_claims_at_once_are_one_run(store_url: str) -> None:
 
 async def test_a_key_stays_taken_after_the_end(runs: Runs) -> None:
     first = await runs.claim("k", "wf-k", "discharge", "d1", tenant="t", requested_by="r", trace_id="x")
-    await runs.mark_started("k")
+    await runs.mark_started("wf-k")
     await runs.finish("wf-k", "completed", '{"outcome": "completed"}')
     again = await runs.claim("k", "wf-k", "discharge", "d1")
     assert (again.workflow_id, again.tenant, again.requested_by, again.trace_id) == ("wf-k", "t", "r", "x")
     assert again.created_at == first.created_at and again.outcome == "completed"
 
 
-async def test_a_key_with_another_input_or_agent_is_refused(runs: Runs) -> None:
+async def test_a_key_belongs_to_an_agent(runs: Runs) -> None:
+    one = await runs.claim("k", "discharge-k", "discharge", "d1")
+    other = await runs.claim("k", "billing-k", "billing", "d2")
+    assert (one.workflow_id, other.workflow_id) == ("discharge-k", "billing-k")
+    await runs.mark_started("billing-k")
+    assert await runs.claim("k", "discharge-k", "discharge", "d1") == one  # and not started
+    assert {run.agent for run in await runs.of_key("k")} == {"discharge", "billing"}
+    # Only the id can still clash, where an agent's name goes on like another's key.
+    with pytest.raises(KeyReused, match="'k' leads to the id discharge-k, which a run of agent 'discharge' has"):
+        await runs.claim("k", "discharge-k", "dis", "d1")
+
+
+async def test_a_key_with_another_input_is_refused(runs: Runs) -> None:
     await runs.claim("k", "wf-k", "discharge", "d1")
     with pytest.raises(KeyReused, match=r"'k' belongs to wf-k, which has another input \(digest d1, not d2\)"):
         await runs.claim("k", "wf-k", "discharge", "d2")
-    with pytest.raises(KeyReused, match="'k' belongs to wf-k, a run of agent 'discharge', not 'billing'"):
-        await runs.claim("k", "billing-k", "billing", "d1")
     assert [run.input_digest for run in await runs.recent(10)] == ["d1"]
 
 
 async def test_the_first_start_counts(runs: Runs) -> None:
     assert (await runs.claim("k", "wf-k", "discharge", "d1")).started_at is None
-    await runs.mark_started("k")
-    started = await runs.get("k")
-    await runs.mark_started("k")
-    assert started is not None and started.started_at is not None and await runs.get("k") == started
+    await runs.mark_started("wf-k")
+    started = await runs.get("discharge", "k")
+    await runs.mark_started("wf-k")
+    assert started is not None and started.started_at is not None and await runs.get("discharge", "k") == started
 
 
 async def test_the_same_end_again_changes_nothing_and_a_later_end_replaces_it(runs: Runs) -> None:
@@ -79,7 +89,7 @@ async def test_a_run_started_past_the_table_has_a_result_too(runs: Runs) -> None
 async def test_a_workflow_id_that_is_the_key_of_another_run(runs: Runs) -> None:
     await runs.claim("b", "discharge-b", "discharge", "d1")
     await runs.finish("b", "completed", '{"which": "by hand"}', agent="discharge")
-    claimed, by_hand = await runs.get("b"), await runs.by_workflow("b")
+    claimed, by_hand = await runs.get("discharge", "b"), await runs.by_workflow("b")
     assert claimed is not None and claimed.outcome is None
     assert by_hand is not None and by_hand.result == '{"which": "by hand"}'
 

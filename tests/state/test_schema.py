@@ -9,7 +9,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect
 
 from holdfast.state import schema
 from holdfast.state.database import Database, StoreUnavailable, open_database
@@ -45,6 +45,27 @@ async def test_migrate_from_nothing_then_nothing_to_do(empty_url: str) -> None:
     db = await open_database(empty_url)
     await check_schema(db)
     await db.close()
+
+
+def test_runs_from_before_keys_belonged_to_agents_are_kept(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "VERSION", "0004")
+        assert migrate(empty_url) == (None, "0004")
+    engine = schema.engine(empty_url)
+    insert = (
+        "INSERT INTO runs (request_key, workflow_id, agent, tenant, requested_by, input_digest, trace_id, created_at,"
+        " result) VALUES ('k', 'discharge-k', 'discharge', 't', 'r', 'd', 'x', 1.5, '{}')"
+    )
+    with engine.begin() as connection:
+        connection.exec_driver_sql(insert)
+    assert migrate(empty_url) == ("0004", schema.VERSION)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(insert.replace("'discharge", "'billing"))
+        rows = connection.exec_driver_sql("SELECT agent, request_key, created_at, result FROM runs ORDER BY agent")
+        assert [tuple(row) for row in rows] == [("billing", "k", 1.5, "{}"), ("discharge", "k", 1.5, "{}")]
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
+        assert inspect(connection).get_pk_constraint("runs")["constrained_columns"] == ["agent", "request_key"]
+    engine.dispose()
 
 
 def test_many_may_migrate_at_once(empty_url: str) -> None:
