@@ -30,6 +30,7 @@ from holdfast.reliability import faults
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
 from holdfast.runtime import Runtime, open_runtime
 from holdfast.settings import Settings, settings, unfit
+from holdfast.stack import NOT_SERVED
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
@@ -124,7 +125,7 @@ def chosen(queue: str | None) -> list[str]:
     if queue is None:
         return ["", *stages]
     if queue != MAIN and queue not in stages:
-        there = ", ".join([MAIN, *stages])
+        there = ", ".join([MAIN, *stages]) + "".join(f"; broken: {error}" for error in registry.broken().values())
         raise NotReady(f"--queue {queue}: there is no such stage; the agents' tools name: {there}")
     return ["" if queue == MAIN else queue]
 
@@ -137,6 +138,8 @@ async def serve(stages: list[str]) -> int:
     client = await connect()
     await check(client)
     registry.load_graphs()
+    for error in registry.broken().values():
+        print(f"{NOT_SERVED}{error}", file=sys.stderr, flush=True)
     drain, queue = settings().drain_s, settings().task_queue
     runtime = await open_runtime(settings())
     workers = [

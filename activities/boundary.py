@@ -11,7 +11,7 @@ from datetime import timedelta
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
-from agents.registry import UnknownAgent
+from agents.registry import BrokenAgent, UnknownAgent
 from holdfast.reliability.chain import RetryLater
 from holdfast.reliability.errors import ErrorType, application_error, backoff, classify, hopeless
 from holdfast.reliability.ledger import Fenced
@@ -51,7 +51,7 @@ def boundary() -> Iterator[None]:
     except ApplicationError:
         raise
     except Exception as error:  # noqa: BLE001 - none is swallowed: it leaves, in words that are safe
-        if isinstance(error, StoreUnavailable):  # no bug: its words say all there is
+        if isinstance(error, StoreUnavailable | BrokenAgent):  # no bug: its words say all there is
             activity.logger.warning("tried again: %s", error)
         else:
             activity.logger.exception("activity failed")

@@ -1,16 +1,25 @@
-"""Finds the agents: every `SPEC` in `agents/<name>/spec.py`. Adding a folder is all it takes."""
+"""Finds the agents: every `SPEC` in `agents/<name>/spec.py`. Adding a folder is all it takes.
+
+One that is broken is listed as such, and stops no other.
+"""
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import TypeVar
 
 from holdfast.agent import AgentSpec
 from holdfast.batch import BatchSpec
+from holdfast.reliability.errors import MESSAGE_LIMIT, ErrorType, Failure
 from holdfast.services import Service
+from holdfast.wording import did_you_mean
+
+T = TypeVar("T")
 
 
 class UnknownAgent(Exception):
@@ -18,73 +27,103 @@ class UnknownAgent(Exception):
 
 
 class BrokenAgent(Exception):
-    """What is under `agents/` cannot be imported, or declares what cannot run. The message says where and why."""
+    """An agent under `agents/` cannot be imported, or declares what cannot run. The message says where and why.
+
+    The others are not concerned. Whatever needs this one waits until it is mended: nothing of it is given up.
+    """
+
+    @property
+    def failure(self) -> Failure:
+        """As `holdfast.reliability.errors.classify` takes it."""
+        return Failure(ErrorType.INTERNAL, f"its agent is broken: {self}"[:MESSAGE_LIMIT], retry=True)
 
 
 _added: dict[str, AgentSpec] = {}
 _added_batches: dict[str, BatchSpec] = {}
 
 
-@cache
-def _modules() -> list[ModuleType]:
-    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/spec.py"))
-    return [_load(folder) for folder in folders]
+@dataclass
+class _Found:
+    """What is under `agents/`. `broken` is by folder."""
+
+    agents: dict[str, AgentSpec] = field(default_factory=dict)
+    batches: dict[str, BatchSpec] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """Where each name comes from."""
+    broken: dict[str, BrokenAgent] = field(default_factory=dict)
+
+    def take(self, folder: str) -> None:
+        """Adds what a folder declares. Raises BrokenAgent when that cannot be, and adds nothing then."""
+        file = f"agents/{folder}/spec.py"
+        try:
+            module = import_module(f"agents.{folder}.spec")
+            spec, batch = getattr(module, "SPEC", None), getattr(module, "BATCH", None)
+            if not isinstance(spec, AgentSpec):
+                raise TypeError("it has no SPEC = AgentSpec(…)")
+        except (Exception, SystemExit) as error:
+            raise _broken(file, error) from error
+        names = [each.name for each in (spec, batch) if each is not None]
+        for n, name in enumerate(names):
+            if name in self.files or name in names[:n]:
+                where = self.files.get(name, file)
+                raise BrokenAgent(f"{file}: the name {name!r} is taken by {where}: give it one of its own")
+        _services_of([*self.agents.values(), spec])
+        self.agents[spec.name] = spec
+        if batch is not None:
+            self.batches[batch.name] = batch
+        self.files |= dict.fromkeys(names, file)
 
 
-def _load(folder: str) -> ModuleType:
-    try:
-        module = import_module(f"agents.{folder}.spec")
-        if not isinstance(getattr(module, "SPEC", None), AgentSpec):
-            raise TypeError("it has no SPEC = AgentSpec(…)")
-    except Exception as error:
-        raise _broken(f"agents/{folder}/spec.py", error) from error
-    return module
-
-
-def _broken(file: str, error: Exception) -> BrokenAgent:
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    near = str(Path(file).parent)
-    at = f" ({Path(where.filename).name}, line {where.lineno})" if f"/{near}/" in where.filename else ""
+def _broken(file: str, error: BaseException) -> BrokenAgent:
+    near = f"/{Path(file).parent}/"
+    where = [each for each in traceback.extract_tb(error.__traceback__) if near in each.filename]
+    at = f" ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else ""
     return BrokenAgent(f"{file}: {type(error).__name__}: {error}{at}")
 
 
-def load_graphs() -> None:
-    """For who runs the agents: imports the graphs that specs only name.
+@cache
+def _found() -> _Found:
+    found = _Found()
+    for folder in sorted(path.parent.name for path in Path(__file__).parent.glob("*/spec.py")):
+        try:
+            found.take(folder)
+        except BrokenAgent as error:
+            found.broken[folder] = error
+    found.agents = dict(sorted(found.agents.items()))
+    return found
 
-    Raises BrokenAgent for a graph that cannot run, and for agents that disagree about a service.
+
+def broken() -> dict[str, BrokenAgent]:
+    """What is under `agents/` and cannot be used, by the folder's name."""
+    return _found().broken
+
+
+def none_is_broken() -> None:
+    """Raises the BrokenAgent of one that is."""
+    for error in broken().values():
+        raise error
+
+
+def load_graphs() -> None:
+    """For who runs the agents: imports the graphs that specs only name. One that cannot run makes its agent broken.
+
+    Raises BrokenAgent when agents that do not live under `agents/` disagree about a service.
     """
     from holdfast.turns import compiled  # costs the import of LangGraph
 
     _services()
-    for spec in agents().values():
+    for name, spec in agents().items():
         if isinstance(spec.graph, str):
             try:
-                compiled(spec.graph, spec.name)
-            except Exception as error:
-                raise _broken(spec.graph.partition(":")[0].replace(".", "/") + ".py", error) from error
-
-
-@cache
-def _found() -> dict[str, AgentSpec]:
-    return {spec.name: spec for spec in sorted((each.SPEC for each in _named()), key=lambda spec: spec.name)}
-
-
-@cache
-def _found_batches() -> dict[str, BatchSpec]:
-    return {each.BATCH.name: each.BATCH for each in _named() if hasattr(each, "BATCH")}
-
-
-@cache
-def _named() -> list[ModuleType]:
-    """All specs. Raises BrokenAgent when a name is there twice, of agents or batches: one name starts one thing."""
-    files: dict[str, str] = {}
-    for module in _modules():
-        file = f"{module.__name__.replace('.', '/')}.py"
-        for name in (getattr(module, each).name for each in ("SPEC", "BATCH") if hasattr(module, each)):
-            if name in files:
-                raise BrokenAgent(f"{file}: the name {name!r} is taken by {files[name]}: give it one of its own")
-            files[name] = file
-    return _modules()
+                compiled(spec.graph, name)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - of somebody's code; it is kept and shown
+                found = _found()
+                found.broken[name] = _broken(spec.graph.partition(":")[0].replace(".", "/") + ".py", error)
+                for where in (_added, found.agents):
+                    where.pop(name, None)
+                for batches in (_added_batches, found.batches):
+                    for batch in [each for each in batches.values() if each.agent.name == name]:
+                        del batches[batch.name]
 
 
 def add(spec: AgentSpec) -> AgentSpec:
@@ -108,10 +147,14 @@ def service(name: str) -> Service:
 
 @cache
 def _services() -> dict[str, Service]:
+    return _services_of(agents().values())
+
+
+def _services_of(specs: Iterable[AgentSpec]) -> dict[str, Service]:
     """Raises BrokenAgent when two agents disagree: a service has one breaker and one limit for all."""
     found: dict[str, Service] = {}
     servers: dict[str, object] = {}
-    for spec in agents().values():
+    for spec in specs:
         for server in spec.mcp:
             if servers.setdefault(server.name, server.where) != server.where:
                 raise BrokenAgent(f"agent {spec.name} finds MCP server {server.name} elsewhere than another agent does")
@@ -128,34 +171,36 @@ def stages() -> list[str]:
 
 
 def agents() -> dict[str, AgentSpec]:
-    """All agents by name."""
-    return {**_found(), **_added}
+    """All agents by name, without the broken ones."""
+    return {**_found().agents, **_added}
 
 
 def agent(name: str) -> AgentSpec:
-    """The agent of that name. Raises UnknownAgent, naming those there are."""
-    try:
-        return agents()[name]
-    except KeyError:
-        raise UnknownAgent(f"no agent named {name!r}; there are: {', '.join(agents())}") from None
+    """The agent of that name. Raises UnknownAgent, naming those there are; BrokenAgent for one that is broken."""
+    return _known(name, agents(), "agent")
 
 
 def batches() -> dict[str, BatchSpec]:
     """All batches by name."""
-    return {**_found_batches(), **_added_batches}
+    return {**_found().batches, **_added_batches}
 
 
 def batch(name: str) -> BatchSpec:
-    """The batch of that name. Raises UnknownAgent, naming those there are."""
-    try:
-        return batches()[name]
-    except KeyError:
-        raise UnknownAgent(f"no batch named {name!r}; there are: {', '.join(batches())}") from None
+    """The batch of that name. Raises UnknownAgent, naming those there are; BrokenAgent for one that is broken."""
+    return _known(name, batches(), "batch")
 
 
 def startable(name: str) -> AgentSpec | BatchSpec:
-    """What a run of this name starts. Raises UnknownAgent, naming all there is."""
-    found = batches().get(name) or agents().get(name)
-    if found is None:
-        raise UnknownAgent(f"no agent named {name!r}; there are: {', '.join([*agents(), *batches()])}")
-    return found
+    """What a run of this name starts. Raises UnknownAgent, naming all there is; BrokenAgent for one that is broken."""
+    return _known(name, {**agents(), **batches()}, "agent")
+
+
+def _known(name: str, there: Mapping[str, T], what: str) -> T:
+    if name in there:
+        return there[name]
+    if name in broken():
+        raise broken()[name]
+    words = f"no {what} named {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}"
+    if broken():  # and nobody can say what those would be named
+        raise BrokenAgent(f"{words}; it may be one that is broken: {'; '.join(map(str, broken().values()))}")
+    raise UnknownAgent(words)

@@ -32,6 +32,10 @@ OURS = ("TEMPORAL_", "HOLDFAST_", "OPENAI_", "DATABASE_URL")
 """Environment variables (by prefix) that would point a process of the stack somewhere else."""
 
 
+NOT_SERVED = "not served: "
+"""What a worker begins the line with that it writes for an agent that is broken."""
+
+
 class StackFailed(Exception):
     """A process of the stack did not come up. The message names it and quotes the end of its log."""
 
@@ -100,6 +104,12 @@ class Child:
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode(errors="replace")
+
+    @property
+    def not_served(self) -> list[str]:
+        """The broken agents that a worker has met, each with where and why."""
+        lines = self.output().splitlines()
+        return [line.removeprefix(NOT_SERVED) for line in lines if line.startswith(NOT_SERVED)]
 
     async def until(self, ready: Callable[[], bool], seconds: float = READY_S) -> None:
         """Waits until `ready()`. Raises StackFailed when it ends before, or takes longer."""

@@ -10,6 +10,7 @@ from rich.text import Text
 from agents.registry import agent as find_agent
 from agents.registry import agents as all_agents
 from agents.registry import batches as all_batches
+from agents.registry import broken as broken_agents
 from holdfast.agent import AgentSpec
 from holdfast.batch import BatchSpec
 from holdfast.cli.output import counted, out, print_json
@@ -50,7 +51,8 @@ def show_agents(as_json: bool) -> None:
     found = _bound(all_agents().values())
     if as_json:
         agents = [_agent(spec, down) for spec, down in found]
-        print_json([*agents, *map(_batch, all_batches().values())])
+        broken = [{"name": name, "broken": str(error)} for name, error in broken_agents().items()]
+        print_json([*agents, *map(_batch, all_batches().values()), *broken])
         return
     for spec, down in found:
         out.print(f"[bold]{spec.name}[/bold]  [dim]version {spec.version}[/dim]")
@@ -67,6 +69,12 @@ def show_agents(as_json: bool) -> None:
         out.print(f"[bold]{batch.name}[/bold]  [dim]batch of {batch.agent.name}, {batch.window} at a time[/dim]")
         out.print(f"  {batch.description}", markup=False)
         out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(batch).items())}", markup=False)
+    _show_broken()
+
+
+def _show_broken() -> None:
+    for name, error in broken_agents().items():
+        out.print(Text.assemble((name, "bold"), "  ", ("broken", "red"), f"  {error}"))
 
 
 def _batch(spec: BatchSpec) -> Json:
@@ -127,6 +135,8 @@ def show_tools(agent: str | None, as_json: bool) -> None:
                 f"{name}: {_type(field)}" for name, field in tool.schema.get("properties", {}).items()
             )
             out.print(Text(f"      {arguments}", "dim"))
+    if agent is None:
+        _show_broken()
 
 
 def _fallbacks(tool: Tool) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.markup import escape
+
 from holdfast.cli.output import Refused, err, out
 from holdfast.cli.watch import Watch
 from holdfast.settings import stack_file
@@ -107,4 +109,6 @@ def _announce(stack: Stack) -> None:
         if name in os.environ:
             whose = "this stack leaves it alone" if what == "server" else "the other commands need it set as well"
             err.print(f"[yellow]note: {name} names a {what} of your own: {whose}[/yellow]")
+    for broken in {each: None for worker in stack.workers for each in worker.not_served}:
+        err.print(f"[yellow]broken and not served:[/yellow] {escape(broken)}; save the file and it is taken")
     out.print("[dim]ready; Ctrl-C ends all of it[/dim]")

@@ -1,7 +1,7 @@
 """What `up` does while it runs: starts again what ends, and takes a change under `agents/`.
 
-A mistake under `agents/` never ends the stack. A change that cannot be imported is not taken; a process that cannot
-start because of one waits for the next change.
+A mistake under `agents/` never ends the stack. A change that cannot be imported is not taken; a worker that has to
+start meanwhile serves the other agents, and one that cannot start at all waits for the next change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IMPORT_S = 60.0
 """How long importing `agents/` may take: an import that waits for something would hold up the watch."""
 
 AGENTS = ROOT / "agents"
-IMPORT = "from agents import registry as r; r.stages(), r.load_graphs()"
+IMPORT = "from agents import registry as r; r.load_graphs(); r.none_is_broken()"
 IMPORT_SCRIPTS = "from holdfast.simulation import script; script.scripts()"
 
 Files = dict[Path, int]
@@ -72,7 +72,7 @@ class Watch:
                 child.wait(5.0)
                 self._waiting.discard(child)
                 await self._start(child)
-        if not self._waiting:
+        if not self._waiting and not any(worker.not_served for worker in self._stack.workers):
             out.print(f"[dim]agents/ has changed ({_changed(self._taken, files)}), taken at {_clock()}[/dim]")
             self._taken = files
 
@@ -103,6 +103,8 @@ class Watch:
             if complaint or now != before:  # the files that it met may be others than those there are now
                 self._short_lives[child.name] = 0
             return False
+        for broken in child.not_served:
+            err.print(f"[yellow]{child.name} works without a broken agent:[/yellow] {escape(broken)}")
         return True
 
     async def _complaint(self, scripts: bool) -> str:

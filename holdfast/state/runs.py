@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 class KeyReused(Exception):
-    """A request key of an agent that names a run with another input, or a workflow id that is taken. The text is one line that names both."""
+    """A request key that names a run with another input, or leads to an id that is taken. The text is one line."""
 
 
 COLUMNS = ", ".join(Run._fields)
@@ -79,8 +79,8 @@ class Runs:
         assert run is not None, "the row in the way of the insert is gone, and nothing deletes rows of `runs`"
         if run.agent != agent:
             raise KeyReused(
-                f"request key {request_key!r} leads to the id {run.workflow_id}, which a run of agent {run.agent!r} has:"
-                " use another key"
+                f"request key {request_key!r} leads to the id {run.workflow_id}, which a run of agent {run.agent!r}"
+                " has: use another key"
             )
         if run.input_digest not in ("", input_digest):
             raise KeyReused(

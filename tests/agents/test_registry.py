@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -48,13 +49,19 @@ def mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
     ],
 )
-def test_a_graph_that_cannot_be_had_is_said_in_a_line(mind: Path, text: str | None, words: str) -> None:
+def test_a_graph_that_cannot_be_had_is_said_in_a_line(
+    mind: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, words: str
+) -> None:
     if text is not None:
         mind.write_text(text)
-    with pytest.raises(registry.BrokenAgent) as caught:
-        registry.load_graphs()
-    assert str(caught.value).startswith(words)
-    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(registry._found(), "broken", {})  # pyright: ignore[reportPrivateUsage]
+    registry.load_graphs()
+    said = str(registry.broken()["named"])
+    assert said.startswith(words)
+    assert "\n" not in said
+    assert "named" not in registry.agents()
+    with pytest.raises(registry.BrokenAgent, match=re.escape(said)):
+        registry.startable("named")
 
 
 def test_commands_that_only_list_agents_never_import_a_graph(mind: Path) -> None:

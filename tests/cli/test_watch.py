@@ -42,13 +42,13 @@ def test_a_broken_spec_never_takes_the_stack_down(checkout: Checkout, up: subpro
     until(lambda: checkout.said("is not taken: agents/triage/spec.py: NameError: name 'nobody' is not defined"))
     (killed,) = worker(checkout)
     killed.kill()
-    until(lambda: checkout.said("worker 1 waits: agents/triage/spec.py: NameError: name 'nobody' is not defined"))
-    assert checkout.said("(spec.py, line 1); save the file and it goes on")
+    without = "worker 1 works without a broken agent: agents/triage/spec.py: NameError: name"
+    until(lambda: checkout.said(f"{without} 'nobody' is not defined (spec.py, line 1)"))
     assert checkout.json("list") == []
 
     # The check passes, and what the worker then imports is broken.
     spec.write_text(good + BROKEN_AFTER_THE_CHECK)
-    until(lambda: checkout.said("worker 1 waits: agents/triage/spec.py: NameError: name 'nothing'"))
+    until(lambda: checkout.said(f"{without} 'nothing'"))
     assert not checkout.said("taken at ")
 
     spec.write_text(good)
@@ -58,7 +58,7 @@ def test_a_broken_spec_never_takes_the_stack_down(checkout: Checkout, up: subpro
     assert up.poll() is None
 
 
-def test_a_broken_graph_is_not_taken_and_a_worker_that_meets_one_waits_for_it_to_be_mended(
+def test_a_broken_graph_is_not_taken_and_a_worker_that_meets_one_serves_the_other_agents(
     checkout: Checkout, up: subprocess.Popen[str]
 ) -> None:
     """Specs only name their graphs: nothing but a worker imports them."""
@@ -68,11 +68,9 @@ def test_a_broken_graph_is_not_taken_and_a_worker_that_meets_one_waits_for_it_to
     graph.write_text(good.replace("GRAPH = build()", "MIND = build()"))
     missing = "agents/triage/graph.py: AttributeError: module 'agents.triage.graph' has no attribute 'GRAPH'"
     until(lambda: checkout.said(f"is not taken: {missing}"))
-    refused = checkout("worker.py")
-    assert (refused.returncode, refused.stderr) == (2, f"worker cannot start: {missing}\n")
     (killed,) = worker(checkout)
     killed.kill()
-    until(lambda: checkout.said(f"worker 1 waits: {missing}"))
+    until(lambda: checkout.said(f"worker 1 works without a broken agent: {missing}"))
 
     graph.write_text(good)
     until(lambda: checkout.said("agents/ has changed (triage/graph.py), taken at "))
