@@ -25,13 +25,14 @@ from temporalio.worker import Worker, WorkerDeploymentConfig, WorkerTuner
 import activities
 from agents import registry
 from holdfast import claims
+from holdfast.cli.app import mendable
 from holdfast.cli.ending import end_process
 from holdfast.reliability import faults
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
 from holdfast.runtime import Runtime, open_runtime
 from holdfast.settings import Settings, settings, unfit
 from holdfast.stack import NOT_SERVED
-from holdfast.state.database import StoreUnavailable, open_database
+from holdfast.state.database import StoreUnavailable, one_line, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
 from workflows.agent import AgentWorkflow
@@ -184,7 +185,12 @@ def main() -> int:
         print(f"worker cannot start: {said}; see `uv run starter.py doctor`", file=sys.stderr)
         return 2
     except (NoServer, NotReady, SchemaMismatch, StoreUnavailable, registry.BrokenAgent, ValueError) as error:
-        print(f"worker cannot start: {unfit(error) or error}", file=sys.stderr)
+        print(f"worker cannot start: {unfit(error) or one_line(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (words := mendable(error)) is None:
+            raise
+        print(f"worker cannot start: {words}", file=sys.stderr)
         return 2
 
 

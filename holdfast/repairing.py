@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import Any
 
 from temporalio.client import Client, WorkflowHandle
@@ -38,7 +39,8 @@ async def repair_of(letter: Letter, db: Database, by: str) -> Repair:
     action = action.model_copy(update=_limits(letter.agent, letter.subject))
     outcome = RunOutcome(details["outcome"]) if "outcome" in details else None
     if why := refusal(action, await Ledger(db, "").entries(letter.key_base), outcome):
-        settle = f"uv run starter.py settle {letter.workflow_id} {letter.key or action.step} --happened | --did-not"
+        which = f"{quote(letter.workflow_id)} {quote(letter.key or action.step)}"
+        settle = f"uv run starter.py settle {which} --happened | --did-not"
         raise BadRequest(f"{letter.id} cannot be replayed: {why} ({settle})")
     if letter.workflow_id != letter.key_base.rpartition("/")[0]:
         raise BadRequest(f"{letter.id} cannot be replayed: {letter.workflow_id} builds on its effect; wait for its end")
@@ -97,7 +99,8 @@ async def replay_run(client: Client, db: Database, letter: Letter, by: str, task
     if unknown := next(iter(doubtful(entries)), None):
         raise BadRequest(
             f"{letter.id} cannot be replayed: nobody knows whether {unknown.name} happened, and it could come twice: "
-            f"`uv run starter.py settle {unknown.key_base.rpartition('/')[0]} {unknown.key} --happened | --did-not`"
+            f"`uv run starter.py settle {quote(unknown.key_base.rpartition('/')[0])} {quote(unknown.key)}"
+            " --happened | --did-not`"
         )
     stands = standing(entries)
     owed = [await letters.get(letter_id(LetterKind.UNDO, f"{e.key.partition('/fb-')[0]}/undo")) for e in stands]
@@ -170,7 +173,7 @@ async def _never_started(client: Client, db: Database, letter: Letter) -> bool:
         if execution.open:
             raise BadRequest(
                 f"{letter.id} is being replayed as {letter.workflow_id}: "
-                f"`uv run starter.py follow {letter.workflow_id}`"
+                f"`uv run starter.py follow {quote(letter.workflow_id)}`"
             )
     bases = await db.all(
         "SELECT key_base FROM effects WHERE key_base LIKE ? AND kind = 'tool' AND effect <> ?",

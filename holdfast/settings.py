@@ -13,7 +13,7 @@ import re
 from base64 import b64decode
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -26,6 +26,11 @@ from pydantic_settings import (
 )
 
 from holdfast.options import OURS
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from temporalio.envconfig import ClientConfigProfile
 
 
 def _address(value: str) -> str:
@@ -87,6 +92,25 @@ class ModelTarget(BaseModel):
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     extra: Extra = {}
     """Further parameters of each request."""
+
+
+class BadStackFile(Exception):
+    """`stack.json` cannot be read. The message is one line that says what to do."""
+
+
+class _Stack(JsonConfigSettingsSource):
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
+        try:
+            found = super()._read_file(file_path)
+            if isinstance(found, dict):
+                return found
+            error = f"it holds a {type(found).__name__}"
+        except (OSError, ValueError, RecursionError) as raised:
+            error = str(raised)
+        raise BadStackFile(
+            f"{file_path}, where `starter.py up` writes its addresses, cannot be read ({error}):"
+            " remove it, and start `up` again"
+        )
 
 
 class Settings(BaseSettings):
@@ -194,7 +218,7 @@ class Settings(BaseSettings):
         stack = stack_file()
         if not stack.exists() or _names_a_server():
             return (init_settings, env_settings)
-        return (init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=stack))
+        return (init_settings, env_settings, _Stack(settings_cls, json_file=stack))
 
     @field_validator("encryption_keys")
     @classmethod
@@ -260,9 +284,24 @@ def stack_file() -> Path:
 def _names_a_server() -> bool:
     if os.environ.get("TEMPORAL_ADDRESS"):
         return True
+    return bool(temporal_profile().address)
+
+
+class BadProfile(Exception):
+    """The profile of the Temporal CLI cannot be read. The message is one line that says what to do."""
+
+
+def temporal_profile() -> ClientConfigProfile:
+    """The standard profile, with `TEMPORAL_*` over it. Raises BadProfile."""
     from temporalio.envconfig import ClientConfigProfile
 
-    return bool(ClientConfigProfile.load().address)
+    try:
+        return ClientConfigProfile.load()
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        told = {name: os.environ.get(name) for name in ("TEMPORAL_PROFILE", "TEMPORAL_CONFIG_FILE")}
+        names = ", ".join(f"{name}={value}" for name, value in told.items() if value) or "its file"
+        words = " ".join(str(error).split())
+        raise BadProfile(f"the profile of the Temporal CLI cannot be read ({words}): correct {names}") from None
 
 
 @cache

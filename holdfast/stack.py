@@ -57,15 +57,18 @@ class Child:
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         self.started_at = time.monotonic()
         with self.log.open("ab") as out:
-            self._process = subprocess.Popen(
-                self.command,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                preexec_fn=_die_with_parent(),
-            )
+            try:
+                self._process = subprocess.Popen(
+                    self.command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent(),
+                )
+            except OSError as error:
+                raise StackFailed(f"{self.name} cannot be started: {self.command[0]}: {error.strerror}") from None
 
     @property
     def pid(self) -> int:
@@ -322,7 +325,9 @@ class Stack:
 def temporal_cli() -> str:
     """The `temporal` binary: `HOLDFAST_TEMPORAL_CLI`, else the one of this environment. Raises StackFailed."""
     if named := settings().temporal_cli:
-        return named
+        if shutil.which(named):
+            return named
+        raise StackFailed(f"HOLDFAST_TEMPORAL_CLI names {named!r}, which is no program that can be run")
     beside = Path(sys.executable).parent / "temporal"
     found = str(beside) if beside.exists() else shutil.which("temporal")
     if not found:
@@ -337,10 +342,13 @@ def without_ours(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _ports(remembered: Path, names: tuple[str, ...]) -> dict[str, int]:
     """A free port for each name, the same as last time if possible: addresses that people noted down go on working."""
-    last: dict[str, int] = json.loads(remembered.read_text()) if remembered.exists() else {}
+    last: object = None
+    with suppress(FileNotFoundError, ValueError, RecursionError):  # a broken file is written anew
+        last = json.loads(remembered.read_text())
     ports: dict[str, int] = {}
     for name in names:
-        port = last.get(name, 0)
+        told = last.get(name) if isinstance(last, dict) else None
+        port = told if isinstance(told, int) and 1024 <= told <= 65_535 else 0
         # Below the ports that the kernel gives to outgoing connections, so that none of those is in the way.
         while not port or port in ports.values() or not _free(port):
             port = random.randint(20_000, 32_000)

@@ -38,7 +38,7 @@ from holdfast.ahead import Ahead
 from holdfast.claims import external_storage
 from holdfast.codec import EncryptionCodec, parse_keys
 from holdfast.connecting import no_connection
-from holdfast.settings import Settings, settings
+from holdfast.settings import Settings, settings, temporal_profile
 from holdfast.telemetry.tracing import temporal_plugins
 from holdfast.updates import without_large
 
@@ -190,7 +190,7 @@ def sandbox(versioned: bool = False, evict: Callable[[str], None] | None = None)
 
 def profile() -> ClientConfigProfile:
     """Where the server is: profile and environment first, then the embedded stack, then the default address."""
-    found = ClientConfigProfile.load()
+    found = temporal_profile()
     return found if found.address else replace(found, address=settings().stack_temporal_address or "localhost:7233")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from difflib import get_close_matches
+from shlex import quote
 
 from holdfast.contracts import Approval, Stands
 
@@ -36,6 +37,7 @@ def standing(stands: list[Stands]) -> str:
 
 def answer_commands(workflow_id: str, approval: Approval) -> tuple[str, ...]:
     """The commands that answer it, that for yes first."""
+    workflow_id = quote(workflow_id)
     if approval.kind == "outcome":
         settle = f"settle {workflow_id} {approval.id}"
         return f"{settle} --happened --comment '{DOTS}'", f"{settle} --did-not --comment '{DOTS}'"

@@ -134,7 +134,8 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
         parts.append(_how_to_answer(workflow_id))
     parts += [_question(workflow_id, approval, state) for approval in asked[:MAX_ROWS]]
     if (more := len(asked) - MAX_ROWS) > 0:
-        parts.append(f"### {more} more questions\n`uv run starter.py approvals {workflow_id}` shows them all.")
+        see = f"uv run starter.py approvals {shlex.quote(workflow_id)}"
+        parts.append(f"### {more} more questions\n`{see}` shows them all.")
     undone = _undos(state)
     undone.sort(key=lambda undo: undo.status is not UndoStatus.FAILED)
     if ending and ending.outcome.unwinds and (stands := state.stands()):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Coroutine
 from typing import Annotated, Any
 
 import typer
+from typer._click.exceptions import NoArgsIsHelpError
 from typer.exceptions import TyperException
 
 from holdfast.cli import breakers, deployments, webhooks
-from holdfast.cli.output import Refused, fail, out, print_json
+from holdfast.cli.output import Refused, fail, out, prepare_streams, print_json
 
 app = typer.Typer(
     help="Starts agents, follows them, answers what they ask, and runs the embedded stack.",
@@ -87,7 +90,7 @@ def run(
 
 @app.command("list")
 def list_runs(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="at most so many")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="at most so many")] = 20,
     batch: Annotated[str, typer.Option("--batch", metavar="RUN", help="the runs of this batch's items")] = "",
     json: Json = False,
 ) -> None:
@@ -324,7 +327,7 @@ def dlq_drop(
 def orphans(
     fix: Annotated[bool, typer.Option("--fix", help="undo what they did now, and record their end")] = False,
     older_than: Annotated[
-        float, typer.Option("--older-than", metavar="SECONDS", min=0, help="leave younger effects alone")
+        float, typer.Option("--older-than", metavar="SECONDS", min=0, max=1e9, help="leave younger effects alone")
     ] = 120.0,
     json: Json = False,
 ) -> None:
@@ -372,7 +375,7 @@ def tools(
 
 @app.command("codec-server")
 def codec_server(
-    port: Annotated[int, typer.Option("--port", help="port to listen at")] = 8234,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="port to listen at")] = 8234,
     host: Annotated[str, typer.Option("--host", help="address to listen at")] = "127.0.0.1",
     ui: Annotated[
         list[str] | None,
@@ -399,7 +402,8 @@ def new(
 @app.command()
 def claims(
     older_than: Annotated[
-        float, typer.Option("--older-than", metavar="DAYS", min=0, help="those not stored again for so long")
+        float,
+        typer.Option("--older-than", metavar="DAYS", min=0, max=36_500, help="those not stored again for so long"),
     ] = 90.0,
     drop: Annotated[bool, typer.Option("--drop", help="delete them, if no run that old is left")] = False,
     json: Json = False,
@@ -477,9 +481,21 @@ def _only_errors() -> None:
 def main() -> int:
     """Runs the command line; the exit status. Errors that a user can mend are one line and status 2."""
     try:
-        return app(standalone_mode=False) or 0
+        prepare_streams()
+        for given in sys.argv[1:]:
+            if not given.isascii() and any("\ud800" <= each <= "\udfff" for each in given):
+                raise Refused(f"{given!r} is not text in UTF-8")
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has all that it wanted, as in `starter.py list | head -1`
+        nowhere()
+        return 0
+    except NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 0 if error.ctx and error.ctx.parent is None else 2
     except TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path.partition(" ")[2] if context else ""
@@ -494,17 +510,31 @@ def main() -> int:
         return 70  # a bug of ours; 1 would read as a failed run
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+"""What writing to a stdout that cannot take it fails with."""
+
+
+def nowhere() -> None:
+    """Lets what is still buffered for stdout go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def mendable(error: Exception) -> str | None:
     """The line for an error that a user can do something about; None for a bug. Imports late: errors are rare."""
     if isinstance(error, Refused):
         return str(error)
+    if isinstance(error, OSError) and error.errno and (error.filename is not None or error.errno in NO_ROOM):
+        what = f"cannot use {os.fsdecode(error.filename)}" if error.filename is not None else "cannot write the output"
+        if error.filename is None:
+            nowhere()
+        return f"{what}: {error.strerror}"
     from temporalio.service import RPCError
 
     from agents.registry import BrokenAgent, UnknownAgent
     from holdfast import door
     from holdfast.claims import ClaimLost
     from holdfast.codec import PayloadUnreadable
-    from holdfast.settings import unfit
+    from holdfast.settings import BadProfile, BadStackFile, unfit
     from holdfast.stack import StackFailed
     from holdfast.starting import BadRequest
     from holdfast.state.database import StoreUnavailable
@@ -515,7 +545,9 @@ def mendable(error: Exception) -> str | None:
     if isinstance(
         error,
         UnknownAgent
+        | BadProfile
         | BadRequest
+        | BadStackFile
         | BrokenAgent
         | ClaimLost
         | KeyReused

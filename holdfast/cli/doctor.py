@@ -16,7 +16,6 @@ from rich.text import Text
 from temporalio.api.common.v1 import Payload
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
 from temporalio.converter import StorageDriverRetrieveContext, StorageDriverStoreContext
-from temporalio.envconfig import ClientConfigProfile
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.answers import ModelUnavailable
@@ -28,7 +27,7 @@ from holdfast.contracts import Json
 from holdfast.deployments import DeploymentError, describe, takes_new_runs, without_versions
 from holdfast.models import ModelClient
 from holdfast.orphans import is_scheduled, schedule
-from holdfast.settings import ModelTarget, settings, stack_file
+from holdfast.settings import ModelTarget, settings, stack_file, temporal_profile
 from holdfast.state.database import StoreUnavailable, one_line, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import (
@@ -89,7 +88,7 @@ async def doctor(fix: bool, as_json: bool) -> int:
 def _told_once(checks: list[Check]) -> list[Check]:
     """The checks for a reader. Where nothing runs at all, what is missing for that reason alone is one finding."""
     failed = {check.what for check in checks if not check.ok}
-    if not {"embedded stack", "Temporal server"} <= failed or ClientConfigProfile.load().address:
+    if not {"embedded stack", "Temporal server"} <= failed or temporal_profile().address:
         return checks
     follow = [what for what, variables in BROUGHT.items() if what in failed and not {*variables} & {*os.environ}]
     nothing = Check("embedded stack", False, f"nothing runs here: no {', '.join(follow)}", "uv run starter.py up")

@@ -23,6 +23,7 @@ def end_process(code: int) -> NoReturn:
 
         metrics.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):  # whoever read us has gone, as in `starter.py list | head -1`
-            stream.flush()
+        with suppress(OSError, ValueError):  # the reader has gone, or the disk is full: `main` has said so if it could
+            if stream is not None:
+                stream.flush()
     os._exit(code)

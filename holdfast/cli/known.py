@@ -135,7 +135,7 @@ async def find_running(client: Client, workflow_id: str) -> Known:
         return known
     result = await known.result()
     how = result.outcome.value if result else status_word(known.execution)
-    raise Refused(f"{workflow_id} has ended ({how}): see `uv run starter.py result {workflow_id}`")
+    raise Refused(f"{workflow_id} has ended ({how}): see `uv run starter.py result {quote(workflow_id)}`")
 
 
 def status_word(execution: Execution | None) -> str:

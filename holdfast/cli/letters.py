@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from rich.padding import Padding
@@ -147,11 +148,11 @@ def commands(letter: Letter, entry: Entry | None) -> list[str]:
     """What a person can do about it now. entry: the ledger's row of the call in question."""
     if letter.state == LetterState.REPLAYING and letter.kind == LetterKind.RUN:
         replay = f"uv run starter.py dlq replay {letter.id}"
-        return [f"uv run starter.py follow {letter.workflow_id}", f"{replay} (should that run be gone)"]
+        return [f"uv run starter.py follow {quote(letter.workflow_id)}", f"{replay} (should that run be gone)"]
     if letter.state not in (LetterState.OPEN, LetterState.REPLAYING):
         return []
     details = letter.details
-    settle = f"uv run starter.py settle {letter.workflow_id} {letter.key or details.get('step')}"
+    settle = f"uv run starter.py settle {quote(letter.workflow_id)} {quote(letter.key or str(details.get('step')))}"
     settling = [f"{settle} --happened [--result JSON] [--comment WHY]", f"{settle} --did-not --comment WHY"]
     replay = [f"uv run starter.py dlq replay {letter.id}"]
     drop = [f"uv run starter.py dlq drop {letter.id} --why WHY"]
@@ -232,14 +233,13 @@ async def _replay_one(client: Client, db: Database, letter: Letter, by: str, as_
 
 async def _run_again(client: Client, db: Database, letter: Letter, by: str) -> tuple[bool, str, str]:
     started = await replay_run(client, db, letter, by, settings().task_queue)
-    err.print(
-        f"{letter.id}: {started.workflow_id} runs; it may ask: `uv run starter.py approvals {started.workflow_id}`"
-    )
+    see = f"uv run starter.py approvals {quote(started.workflow_id)}"
+    err.print(f"{letter.id}: {started.workflow_id} runs; it may ask: `{see}`")
     handle = client.get_workflow_handle(started.workflow_id, result_type=RunResult)
     try:
         result = await temporal_result(handle)
     except asyncio.CancelledError:
-        err.print(f"left; the run goes on: uv run starter.py follow {started.workflow_id}")
+        err.print(f"left; the run goes on: uv run starter.py follow {quote(started.workflow_id)}")
         raise
     if result is None:
         return False, f"{started.workflow_id} ended without a result", started.workflow_id

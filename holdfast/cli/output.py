@@ -2,24 +2,82 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
+
+from holdfast import outside
+
+
+class Console(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """For `main` to end well. Rich would end the process with status 1, which is that of a failed run."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
 
 # Wrapped for people at a terminal, one line a line for whatever reads a pipe; tables get the width they need there.
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
+LINE = 1200
+"""Characters of an error line."""
+
+
 class Refused(Exception):
     """A command that cannot do what was asked. The message is one line that says what to do; exit status 2."""
 
 
+def prepare_streams() -> None:
+    """Makes stdin, stdout and stderr usable whatever they are. Raises Refused when there is no stdout.
+
+    A character that the terminal's encoding lacks is written as `\\u2713`. One that was closed is opened at nothing, or
+    the next file or connection would become it.
+    """
+    closed = []
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            closed.append(name)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if "stdout" in closed:
+        raise Refused("stdout is closed: there is nowhere to write to")
+
+
+def read_stdin(what: str) -> str:
+    """All of stdin, for an argument `-`. Raises Refused when it is closed, empty, or not UTF-8."""
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except (OSError, ValueError) as error:
+        raise Refused(f"{what} - reads stdin, which cannot be read as text in UTF-8: {error}") from None
+    if not text.strip():
+        raise Refused(f"{what} - reads stdin, which is closed or empty")
+    return text
+
+
+def parse_json(what: str, text: str, limit: int | None = None) -> Any:
+    """JSON that somebody typed. Raises Refused, naming what it was given for."""
+    try:
+        return outside.loads(text) if limit is None else outside.loads(text, limit)
+    except ValueError as error:
+        raise Refused(f"{what} {error}") from None
+
+
 def print_json(value: Any) -> None:
     """One JSON value on a line of its own. Models are written out in full, defaults too."""
-    print(json.dumps(value, default=_plain, ensure_ascii=False), flush=True)
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    print(json.dumps(value, default=_plain, ensure_ascii=plain), flush=True)
 
 
 def _plain(value: Any) -> Any:
@@ -27,8 +85,11 @@ def _plain(value: Any) -> Any:
 
 
 def fail(message: str) -> None:
-    """The error line of a command, on stderr and without markup."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """The error line of a command, on stderr and without markup. What was given in it may be long: its middle goes."""
+    line = " ".join(message.split())
+    if len(line) > LINE:
+        line = f"{line[: LINE // 2]} … {line[-LINE // 2 :]}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def counted(number: int, one: str, many: str = "") -> str:

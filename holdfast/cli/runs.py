@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
@@ -34,7 +35,7 @@ from holdfast.cli.known import (
     stored,
     temporal_result,
 )
-from holdfast.cli.output import Refused, err, out, print_json
+from holdfast.cli.output import Refused, err, out, parse_json, print_json, read_stdin
 from holdfast.cli.stuck import in_flight
 from holdfast.contracts import (
     Approval,
@@ -118,19 +119,16 @@ def read_input(value: str, option: str = "--input") -> Json:
     """An option's JSON object: itself, the name of a file of it, `-` for stdin, or a folder. Raises Refused."""
     text, source = value, option
     if value == "-":
-        text, source = sys.stdin.read(), "stdin"
+        text, source = read_stdin(option), "stdin"
     elif value and not value.lstrip().startswith(("{", "[", '"')):
         try:
             if Path(value).is_dir():
                 return {"folder": str(Path(value).resolve())}
             text, source = Path(value).read_text(), value
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             words = f"{option} is neither a JSON object nor a readable file or folder: {value} ({error})"
             raise Refused(words) from None
-    try:
-        data = outside.loads(text or "{}", outside.MAX_INPUT)
-    except ValueError as error:
-        raise Refused(f"{source} {error}") from None
+    data = parse_json(source, text or "{}", outside.MAX_INPUT)
     if not isinstance(data, dict):
         raise Refused(f'{source} has to be a JSON object such as \'{{"patient_id": "…"}}\', not {type(data).__name__}')
     return data
@@ -152,7 +150,7 @@ async def follow(
                 err.print(f"[yellow]note:[/yellow] {escape(workflow_id)} is {escape(words)}")
             await temporal_result(known.handle)
     except asyncio.CancelledError:
-        err.print(f"left; the run goes on: uv run starter.py follow {workflow_id}")
+        err.print(f"left; the run goes on: uv run starter.py follow {quote(workflow_id)}")
         raise
     result = await (await find(client, workflow_id, with_row=True)).result()
     if result is None:
@@ -287,7 +285,7 @@ async def ended(client: Client, workflow_id: str) -> RunResult:
     """How a run ended. Raises Refused when it has not, or nobody recorded it."""
     known = await find(client, workflow_id, with_row=True)
     if known.running:
-        how = known.paused_words or f"still running: `uv run starter.py follow {workflow_id}` waits for its end"
+        how = known.paused_words or f"still running: `uv run starter.py follow {quote(workflow_id)}` waits for its end"
         raise Refused(f"{workflow_id} is {how}")
     found = await known.result()
     if found is None:
@@ -435,7 +433,7 @@ async def decide(
             asks = "asks a question" if opened[0].kind == "question" else "asks how a call ended"
             raise Refused(f"{workflow_id} {asks}, not whether something may run: uv run starter.py {hint}")
         if not wanted:
-            raise Refused(f"{workflow_id} waits for no approval: see `uv run starter.py status {workflow_id}`")
+            raise Refused(f"{workflow_id} waits for no approval: see `uv run starter.py status {quote(workflow_id)}`")
     decisions = [checked_decision(each, verdict, approver, comment, digest=digest) for each, digest in wanted]
     return report([await send(handle, decision) for decision in decisions], as_json)
 
@@ -489,7 +487,7 @@ async def send(handle: Handle, said: ApprovalDecision | Message) -> Sent:
         pass  # below
     except RPCError as error:
         if error.status is RPCStatusCode.NOT_FOUND:
-            raise Refused(f"{handle.id} has ended: see `uv run starter.py result {handle.id}`") from None
+            raise Refused(f"{handle.id} has ended: see `uv run starter.py result {quote(handle.id)}`") from None
         if error.status is RPCStatusCode.FAILED_PRECONDITION:  # as of a paused run
             why = f"the server takes no update for the run ({error.message.rstrip('.')})", "the run goes on"
         elif error.status is not RPCStatusCode.DEADLINE_EXCEEDED:
@@ -511,5 +509,5 @@ async def cancel(workflow_id: str, as_json: bool) -> int:
     elif words := known.paused_words:
         out.print(f"asked to cancel; the run is {words}", markup=False)
     else:
-        out.print(f"asked to cancel; it undoes what it did: uv run starter.py follow {workflow_id}")
+        out.print(f"asked to cancel; it undoes what it did: uv run starter.py follow {quote(workflow_id)}")
     return 0

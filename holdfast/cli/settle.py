@@ -6,10 +6,10 @@ from typing import Any
 
 from temporalio.client import Client
 
-from holdfast import door, outside
+from holdfast import door
 from holdfast.cli.known import Handle, Known, NoAnswer, ask, find
 from holdfast.cli.letters import store, wait_for
-from holdfast.cli.output import Refused, out, print_json
+from holdfast.cli.output import Refused, out, parse_json, print_json
 from holdfast.cli.runs import checked_decision, connect, report, send
 from holdfast.contracts import Approval, RunResult, Verdict
 from holdfast.reliability.ledger import Entry, Ledger
@@ -43,9 +43,9 @@ def _parse(result: str) -> Any:
     if not result:
         return None
     try:
-        return outside.loads(result)
-    except ValueError as error:
-        raise Refused(f"--result {error}; a text needs its quotes: --result '\"done by phone\"'") from None
+        return parse_json("--result", result)
+    except Refused as error:
+        raise Refused(f"{error}; a text needs its quotes: --result '\"done by phone\"'") from None
 
 
 # ------------------------------------------------------------------ while the run is open

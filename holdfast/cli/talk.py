@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from typing import Any
 
 from pydantic import ValidationError
 
 from agents import registry
-from holdfast import door, outside
+from holdfast import door
 from holdfast.cli.known import Known, NoAnswer, ask, find_running
-from holdfast.cli.output import Refused
+from holdfast.cli.output import Refused, parse_json, read_stdin
 from holdfast.cli.runs import checked_decision, connect, read_input, report, send
 from holdfast.contracts import Approval, Json, Message, RunStatus, Verdict
 from holdfast.tools import explain
@@ -19,7 +17,7 @@ from holdfast.tools import explain
 
 async def message(run: str, text: str, by: str, as_json: bool) -> int:
     """Says something to a run. Raises Refused and Unfit."""
-    text = sys.stdin.read().strip() if text == "-" else text
+    text = read_stdin("TEXT").strip() if text == "-" else text
     said = door.checked(Message, {"text": text, "by": by})
     known = await find_running(await connect(), run)
     return report(await send(known.handle, said), as_json)
@@ -27,7 +25,7 @@ async def message(run: str, text: str, by: str, as_json: bool) -> int:
 
 async def answer(run: str, question: str, text: str, by: str, comment: str, parse: bool, as_json: bool) -> int:
     """Answers what the agent asks. parse: the answer is JSON, not a text. Raises Refused."""
-    value = _json("the answer", text) if parse else text
+    value = parse_json("the answer", text) if parse else text
     if value is None or (isinstance(value, str) and not door.visible(value)):
         raise Refused("the answer is empty")
     known = await find_running(await connect(), run)
@@ -92,10 +90,3 @@ def _check(agent: str, tool: str, arguments: Json) -> None:
             known.validate(arguments)
     except ValidationError as error:
         raise Refused(f"{tool} does not take these arguments: {explain(error)}") from None
-
-
-def _json(what: str, text: str) -> Any:
-    try:
-        return outside.loads(text)
-    except ValueError as error:
-        raise Refused(f"{what} {error}") from None

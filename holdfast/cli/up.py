@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.markup import escape
@@ -25,6 +25,7 @@ async def up() -> int:
     home.mkdir(parents=True, exist_ok=True)
     scripted = not (os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
     with only_one(home):
+        stack_file().unlink(missing_ok=True)  # of an `up` that was killed: it says where nothing is any more
         # Whatever is in flight at Ctrl-C goes on after the next `up`: no need to wait for it.
         stack = Stack(home, {"HOLDFAST_DRAIN_S": "2", **os.environ}, scripted_model=scripted)
         try:
@@ -74,7 +75,7 @@ def only_one(home: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             where = f"process {lock.read().strip()}"
-            if stack_file().exists():
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not there yet, or broken
                 where += f", Web UI {json.loads(stack_file().read_text())['HOLDFAST_UI_URL']}"
             raise Refused(
                 f"a stack runs here already ({where}, state in {home}): use it, stop it with Ctrl-C, "

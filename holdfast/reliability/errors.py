@@ -321,7 +321,9 @@ def _message(error: BaseException, type: ErrorType) -> str:
             text = f"{text} ({place})"
     else:
         url = urlsplit(str(response.request.url))
-        text = f"{response.request.method} {url.scheme}://{url.hostname}{url.path} answered {response.status_code}"
+        # Without a user and password, with the port: which of two services on one host it was.
+        at = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+        text = f"{response.request.method} {at} answered {response.status_code}"
         # An answer that refuses credentials likes to repeat them.
         body = "" if type is ErrorType.UNAUTHORIZED else _body(error, response)
         text = f"{text}: {body}".removesuffix(": ")

@@ -22,7 +22,7 @@ from sqlalchemy import (
     event,
     make_url,
 )
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from holdfast.state.database import StoreUnavailable, one_line, sqlite_path
@@ -195,7 +195,10 @@ def migrate(url: str) -> tuple[str | None, str]:
     does the work in one transaction, the others wait for it.
     Raises StoreUnavailable when it cannot be reached, SchemaMismatch when it is newer than the code.
     """
-    connector = engine(url)
+    try:
+        connector = engine(url)
+    except (OSError, SQLAlchemyError, ValueError) as error:
+        raise StoreUnavailable(f"cannot migrate the store: {one_line(error)}") from error
     try:
         with connector.begin() as connection:
             if connection.dialect.name == "postgresql":
@@ -206,7 +209,7 @@ def migrate(url: str) -> tuple[str | None, str]:
                 refuse_newer(before)
             if before != VERSION:
                 upgrade(connection)
-    except OperationalError as error:
+    except DBAPIError as error:
         raise StoreUnavailable(f"cannot migrate the store: {one_line(error.orig or error)}") from error
     finally:
         connector.dispose()
@@ -235,7 +238,11 @@ def engine(url: str) -> Engine:
     """A synchronous SQLAlchemy engine for migrations and admin queries, without a pool."""
     path = sqlite_path(url)
     if path is None:
-        return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+        from holdfast.state.postgres import NETWORK
+
+        address = make_url(url).set(drivername="postgresql+psycopg")
+        mine = {name: value for name, value in NETWORK.items() if name not in address.query}
+        return create_engine(address, poolclass=NullPool, connect_args=mine)
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"timeout": 30.0, "isolation_level": None}
     made = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool, connect_args=options)
