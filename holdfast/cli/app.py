@@ -490,7 +490,10 @@ def main() -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has all that it wanted, as in `starter.py list | head -1`
+    except (BrokenPipeError, SystemExit) as error:
+        # Typer and rich end the process with status 1, a failed run's, when the reader has all that it wanted.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         nowhere()
         return 0
     except NoArgsIsHelpError as error:

@@ -14,6 +14,26 @@ from rich.console import Console as RichConsole
 from holdfast import outside
 
 
+def _reopen() -> list[str]:
+    """Opens those of stdin, stdout and stderr at nothing that are closed; their names.
+
+    Otherwise the next file or connection would become one of them.
+    """
+    closed = []
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            closed.append(name)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    return closed
+
+
+CLOSED = _reopen()
+
+
 class Console(RichConsole):
     def on_broken_pipe(self) -> None:
         """For `main` to end well. Rich would end the process with status 1, which is that of a failed run."""
@@ -34,24 +54,14 @@ class Refused(Exception):
 
 
 def prepare_streams() -> None:
-    """Makes stdin, stdout and stderr usable whatever they are. Raises Refused when there is no stdout.
+    """For the start of a command. Raises Refused when there is no stdout.
 
-    A character that the terminal's encoding lacks is written as `\\u2713`. One that was closed is opened at nothing, or
-    the next file or connection would become it.
+    A character that the terminal's encoding lacks is written as `\\u2713`.
     """
-    closed = []
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            closed.append(name)
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if "stdout" in closed:
+    if "stdout" in CLOSED:
         raise Refused("stdout is closed: there is nowhere to write to")
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from holdfast.stack import ROOT, Stack
+from holdfast.cli.known import link
+from holdfast.contracts import Approval
+from holdfast.stack import ROOT, Stack, without_ours
+from holdfast.wording import answer_commands
 from tests.fixtures.clock import PATIENCE_S
+from tests.fixtures.stack import Cli
 
 DEEP = '{"a":' * 3000 + "1" + "}" * 3000
 LONG = "x" * 100_000
@@ -196,13 +202,11 @@ def test_a_corrupt_store(tmp_path: Path, command: str) -> None:
     one_line(shell(f"$starter {command}", nowhere(tmp_path)), "file is not a database")
 
 
-@pytest.mark.parametrize("command", ["up", "migrate", "demo --yes"])
+@pytest.mark.parametrize("command", ["up", "migrate"])
 @pytest.mark.parametrize("home", ["file", "under a file", "not ours"])
 def test_a_home_that_cannot_be(tmp_path: Path, command: str, home: str) -> None:
     (tmp_path / "file").write_text("")
     at = {"file": tmp_path / "file", "under a file": tmp_path / "file" / "home", "not ours": Path("/proc/home")}[home]
-    if command == "demo --yes":
-        pytest.skip("the demo has a folder of its own")
     one_line(shell(f"$starter {command}", nowhere(at)), str(at))
 
 
@@ -241,7 +245,7 @@ def test_a_temporal_cli_that_is_none(tmp_path: Path, program: str, says: str) ->
 
 
 def test_ids_are_quoted_in_commands_and_encoded_in_links() -> None:
-    approval = Approval(id="a1", step="s", subject="book", arguments={}, digest="d", why="")
+    approval = Approval.model_construct(id="a1", subject="book", kind="tool")
     assert answer_commands("discharge-a b'c", approval)[0] == """approve 'discharge-a b'"'"'c' a1"""
 
     class Namespace:
