@@ -14,10 +14,10 @@ from holdfast.mcp.hub import Hub
 from holdfast.models import ModelClient
 from holdfast.reliability.chain import Guards
 from holdfast.reliability.ledger import Ledger
+from holdfast.reliability.waiting import NotYet
 from holdfast.settings import Settings
 from holdfast.state.database import Database, open_database
 from holdfast.state.version import check_schema
-from holdfast.tools import ToolFailed
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Runtime:
         return self.guards.ledger
 
     def service_url(self, service: str) -> str:
-        """Base address of a service. Raises ToolFailed for one that has no setting."""
+        """Base address of a service. Raises NotYet for one that has no setting: the call waits until it has."""
         try:
             return {"hospital": self.settings.hospital_url, **self.settings.services}[service]
         except KeyError:
             setting = f'HOLDFAST_SERVICES=\'{{"{service}": "http://…"}}\''
             words = f"no address of service {service!r}: set {setting} for the workers (or `up`), and start them again"
-            raise ToolFailed(words) from None
+            raise NotYet(self.settings.park_s, words) from None
 
     def workspace(self, agent: str) -> Path:
         """The folder of an agent, made when missing."""
