@@ -35,11 +35,7 @@ from holdfast.stack import NOT_SERVED
 from holdfast.state.database import StoreUnavailable, one_line, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
-from workflows.agent import AgentWorkflow
-from workflows.batch import BatchWorkflow
-from workflows.delivery import DeliveryWorkflow
-from workflows.orphans import OrphanSweep
-from workflows.repair import RepairWorkflow
+from workflows.kinds import WORKFLOWS
 
 MAIN = "main"
 SETTINGS: dict[str, Any] = {
@@ -83,7 +79,7 @@ def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", *
         "workflow_runner": sandbox(versioned=bool(runtime.settings.deployment), evict=evict),
         **versioning(runtime.settings),
         **slots(runtime.settings),
-        "workflows": [] if stage else [AgentWorkflow, BatchWorkflow, RepairWorkflow, OrphanSweep, DeliveryWorkflow],
+        "workflows": [] if stage else WORKFLOWS,
         "activities": activities.of_stage(runtime) if stage else activities.activities(runtime),
     }
     settled |= options

@@ -23,6 +23,7 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
     from activities.hooks import Hooks
     from activities.plan import Plan
     from activities.repairs import Repairs
+    from activities.resets import Resets
     from activities.runs import RunRecords
     from activities.tools import Tools
 
@@ -41,6 +42,7 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
         repairs.begin_repair,
         repairs.record_repair,
         repairs.find_orphans,
+        Resets(runtime).reset_stuck,
         repairs.survey,
         repairs.in_doubt,
         repairs.ask_probe,

@@ -27,6 +27,9 @@ async def repair_of(letter: Letter, db: Database, by: str) -> Repair:
     """The replay of a letter of kind `call` or `undo`. Raises BadRequest when it must not be replayed."""
     _refuse_closed(letter)
     details = letter.details
+    if letter.kind == LetterKind.STUCK:
+        see = f"`uv run starter.py dlq show {letter.id}`"
+        raise BadRequest(f"{letter.id} cannot be replayed: its run has not ended; {see} says what to do")
     action = Action(
         do="undo" if letter.kind == LetterKind.UNDO else "call",
         key=letter.key,

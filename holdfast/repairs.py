@@ -142,6 +142,8 @@ class Swept(BaseModel):
     """Result of `OrphanSweep`: ids of the workflows that unwind the runs it found."""
 
     found: list[str] = []
+    stuck: list[str] = []
+    """A line about each run whose history does not replay."""
 
 
 def unwind_id(base: str) -> str:

@@ -18,6 +18,7 @@ from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.workflow import ContinueAsNewVersioningBehavior
 
 with workflow.unsafe.imports_passed_through():
+    from holdfast import resets
     from holdfast.aio import to_the_end
     from holdfast.contracts import (
         AgentInput,
@@ -429,6 +430,18 @@ class AgentWorkflow:
     @workflow.update(name="message", description="The same as the Signal, answered with what becomes of it")
     async def message_now(self, *payload: Any) -> DecisionReply:
         return await self._inbox.take(lambda: self._hear(*payload))
+
+    @workflow.signal(name=resets.SIGNAL, description="The sweep tells that it has reset this run")
+    async def was_reset(self, *payload: Any) -> None:
+        await self._inbox.take(lambda: self._reset(*payload))
+
+    def _reset(self, *payload: Any) -> None:
+        if told := resets.told_of(payload):
+            self._note(told.words)
+            self._approvals.recall()
+        else:
+            self._note(f"Signal {resets.SIGNAL} ignored: it is the sweep's own, and this one is not readable")
+        self._display.page()
 
     @workflow.signal(dynamic=True, description="Any other name: noted, and nothing else")
     async def other(self, name: str, _: Sequence[RawValue]) -> None:

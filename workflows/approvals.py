@@ -38,6 +38,9 @@ MAX_DECISION = 2_000_000
 """Bytes of a decision as JSON. What Temporal itself takes: so no history holds a larger one that was accepted."""
 
 
+MAX_EARLY = 20
+
+
 class ApprovalsState(BaseModel):
     open: dict[str, Approval] = {}
     decided: dict[str, DecidedApproval] = {}
@@ -49,6 +52,10 @@ class ApprovalsState(BaseModel):
     """Requests of kind `outcome` that the run cannot end without."""
     withdrawn: dict[str, str] = {}
     """Requests of kind `outcome` that have answered themselves, and how."""
+    early: dict[str, ApprovalDecision] = {}
+    """The last decisions about requests that were not open. They count only if the run was reset after them."""
+    recalled: dict[str, ApprovalDecision] = {}
+    """Those that the server has sent again after a reset: each counts as soon as its request is open again."""
 
     @property
     def blocking(self) -> list[Approval]:
@@ -84,8 +91,26 @@ class Approvals:
         if not self.asked(approval.id):
             self.state.open[approval.id] = approval
             self._keep_time()
+            if self._answered_before(approval.id):
+                return
             self.changed()
             self._opened(approval)
+
+    def recall(self) -> None:
+        """After a reset: what people have answered before it counts."""
+        self.state.recalled |= self.state.early
+        self.state.early.clear()
+        for name in list(self.state.open):
+            self._answered_before(name)
+
+    def _answered_before(self, name: str) -> bool:
+        """Takes the answer that was given before the reset. It is bound to what was shown like any other."""
+        if (decision := self.state.recalled.pop(name, None)) is None:
+            return False
+        reply = self._take(decision)
+        self._note(f"{reply.message} (by {decision.approver}, before the reset)" if reply.accepted else reply.message)
+        self.changed()
+        return reply.accepted
 
     async def answer(self, approval_id: str) -> ApprovalDecision | None:
         """The decision; None when the request was withdrawn."""
@@ -122,6 +147,9 @@ class Approvals:
         decision = _parse(payload)
         if isinstance(decision, str):
             return DecisionReply(accepted=False, message=f"decision ignored: {decision}")
+        return self._take(decision)
+
+    def _take(self, decision: ApprovalDecision) -> DecisionReply:
         name, state = decision.approval_id, self.state
         if done := state.decided.get(name):
             was = f"{PAST[done.decision.verdict]} by {done.decision.approver}"
@@ -133,6 +161,9 @@ class Approvals:
             message = f"decision of {decision.approver} ignored: the run withdrew the question {name}, because {why}"
             return DecisionReply(accepted=False, message=message)
         if approval is None:
+            state.early[name] = decision
+            if len(state.early) > MAX_EARLY:
+                del state.early[next(iter(state.early))]
             waiting = ", ".join(state.open) or "none"
             message = f"decision of {decision.approver} ignored: no approval {name!r} is open (open: {waiting})"
             return DecisionReply(accepted=False, message=message)

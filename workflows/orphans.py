@@ -1,4 +1,7 @@
-"""The sweep: finds runs that ended without undoing what they did, and starts the workflow that does it for each."""
+"""The sweep: finds runs that ended without undoing what they did, and starts the workflow that does it for each.
+
+It also resets the runs that cannot go on because their history does not replay.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ with workflow.unsafe.imports_passed_through():
     from holdfast.repairs import Repair, Sweep, Swept, unwind_id
     from workflows.calls import Calls
     from workflows.given import one
+    from workflows.progress import plain
 
 FIND_S = 120.0
+RESET_S = 300.0
 
 
 # Undoing must never wait for a build whose workers are gone, so any build goes on with it.
@@ -41,5 +46,15 @@ class OrphanSweep:
                 )
             except WorkflowAlreadyStartedError:
                 continue  # an earlier sweep's, and at work
-        workflow.set_current_details("\n".join(f"- `{id}`" for id in ids) or "nothing to do")
-        return Swept(found=ids)
+        stuck: list[str] = []
+        if workflow.patched("resets-stuck-runs"):
+            stuck = await Calls(lambda wait: None).run(
+                "reset_stuck",
+                given,
+                list[str],
+                summary="reset runs whose history does not replay",
+                timeout_s=RESET_S,
+            )
+        lines = [f"- `{id}`" for id in ids] + [f"- {plain(line)}" for line in stuck]
+        workflow.set_current_details("\n".join(lines) or "nothing to do")
+        return Swept(found=ids, stuck=stuck)

@@ -268,7 +268,7 @@ def settle(
 Letter = Annotated[str, typer.Argument(metavar="LETTER", help="as `dlq list` names it")]
 Agent = Annotated[str, typer.Option("--agent", help="only of this agent")]
 ToolName = Annotated[str, typer.Option("--tool", help="only of this tool")]
-Kind = Annotated[str, typer.Option("--kind", metavar="call|undo|run|hook", help="only of this kind")]
+Kind = Annotated[str, typer.Option("--kind", metavar="call|undo|run|stuck|hook", help="only of this kind")]
 
 
 @dlq.command("list")

@@ -18,7 +18,7 @@ from temporalio.exceptions import ApplicationError
 from holdfast.cli.known import temporal_result
 from holdfast.cli.output import Refused, counted, err, out, print_json
 from holdfast.cli.runs import clock, connect
-from holdfast.contracts import Effect, Json, RunResult
+from holdfast.contracts import Effect, Json, RunResult, key_base
 from holdfast.executions import result_of
 from holdfast.hooks import Delivered
 from holdfast.reliability.ledger import Entry, Ledger, State
@@ -140,6 +140,8 @@ def headline(letter: Letter) -> str:
             return f"The effect of {letter.subject} in {letter.workflow_id} still stands: its compensation failed"
         case LetterKind.HOOK:
             return f"Nobody was told {letter.subject} of {letter.workflow_id}: {letter.details['arguments']['url']}"
+        case LetterKind.STUCK:
+            return f"{letter.workflow_id} is stuck: its history does not replay, and the sweep has given up on it"
         case _:
             return f"A run of agent {letter.subject} failed: {letter.workflow_id}"
 
@@ -152,6 +154,8 @@ def commands(letter: Letter, entry: Entry | None) -> list[str]:
     if letter.state not in (LetterState.OPEN, LetterState.REPLAYING):
         return []
     details = letter.details
+    if letter.kind == LetterKind.STUCK:
+        return [*details["commands"], f"uv run starter.py dlq drop {letter.id} --why WHY"]
     settle = f"uv run starter.py settle {quote(letter.workflow_id)} {quote(letter.key or str(details.get('step')))}"
     settling = [f"{settle} --happened [--result JSON] [--comment WHY]", f"{settle} --did-not --comment WHY"]
     replay = [f"uv run starter.py dlq replay {letter.id}"]
@@ -283,21 +287,29 @@ async def drop(ids: list[str], why: str, by: str, as_json: bool) -> int:
 async def orphans(fix: bool, grace_s: float, as_json: bool) -> int:
     """Runs that ended without undoing what they did. 0 when there are none, or all of them were undone; else 1."""
     from holdfast.orphans import find_orphans
+    from holdfast.resets import find_stuck
 
     client = await connect()
     if fix:
         return await _sweep(client, grace_s, as_json)
     async with store() as db:
         found = await find_orphans(db, client, grace_s)
+    stuck = await find_stuck(client)
     if as_json:
-        print_json([{"workflow_id": each.workflow_id, "key_base": each.key_base} for each in found])
-    elif not found:
+        orphaned = [{"workflow_id": each.workflow_id, "key_base": each.key_base, "stuck": False} for each in found]
+        waiting = [{"workflow_id": e.id, "key_base": key_base(e.id, e.first_run_id), "stuck": True} for e in stuck]
+        print_json(orphaned + waiting)
+        return 1 if found or stuck else 0
+    for each in stuck:
+        words = f"its history does not replay, and its workflow task has failed {each.task_attempt} times"
+        out.print(f"{each.id}: {words}; `uv run starter.py orphans --fix` resets it now", markup=False)
+    if not found:
         out.print("no run was left with effects that nobody undoes")
     else:
         for each in found:
             out.print(f"{each.workflow_id}: its workflow is over, its effects stand", markup=False)
         out.print("→ uv run starter.py orphans --fix undoes them now; the sweep does within five minutes")
-    return 1 if found else 0
+    return 1 if found or stuck else 0
 
 
 async def _sweep(client: Client, grace_s: float, as_json: bool) -> int:
@@ -322,6 +334,9 @@ async def _sweep(client: Client, grace_s: float, as_json: bool) -> int:
             out.print(Text("✓" if ok else "✗", "green" if ok else "red"), Text(f"{id}: {words}"))
     if as_json:
         print_json(ends)
-    elif not ends:
+        return 0 if all(end["ok"] for end in ends) else 1
+    for line in swept.stuck:
+        out.print(line, markup=False)
+    if not ends and not swept.stuck:
         out.print("nothing to undo")
     return 0 if all(end["ok"] for end in ends) else 1

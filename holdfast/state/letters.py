@@ -27,6 +27,8 @@ class LetterKind(StrEnum):
     """A compensation that failed: the effect still stands."""
     RUN = "run"
     """A run that failed."""
+    STUCK = "stuck"
+    """A run whose history does not replay, and that the sweep has reset in vain."""
     HOOK = "hook"
     """A webhook that nobody took."""
 
