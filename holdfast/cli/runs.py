@@ -252,8 +252,12 @@ async def look(client: Client, known: Known) -> tuple[RunStatus | None, str, str
     if not known.running and (result := await known.result()):
         # What was repaired after the end is only there.
         return from_result(result), "store", ""
-    if known.execution is None or not known.running:
+    if known.execution is None:
         return None, "workflow", ""
+    if not known.running:
+        how = known.execution.status.replace("_", " ")
+        undo = "the sweep undoes what it did within some minutes, `uv run starter.py orphans --fix` does it now"
+        return None, "workflow", f"the run is {how} and recorded no end: {undo}"
     try:
         return await ask(client, known.handle, "status", RunStatus), "workflow", ""
     except NoAnswer as error:
