@@ -53,7 +53,7 @@ UNDO_WORDS = {
 
 def status_view(workflow_id: str, status: RunStatus, ask: bool = True) -> RenderableType:
     """The live picture of a run. ask: with the open approvals and the commands that answer them."""
-    word = str(status.outcome or status.phase)
+    word = word_of(status)
     head = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=100, completed=status.percent, width=24, complete_style="green", finished_style="green")
     head.add_row(Text(workflow_id, "bold"), Text(word, COLOURS.get(word, "cyan")), bar, Text(f"{status.percent} %"))
@@ -76,6 +76,11 @@ def asking_view(asking: list[str], see: str) -> list[RenderableType]:
         return []
     more = f" and {len(asking) - 3} more" if len(asking) > 3 else ""
     return [Text(f"waits for a person: {', '.join(asking[:3])}{more}", "bold yellow"), Text(f"answer {see}", "yellow")]
+
+
+def word_of(status: RunStatus) -> str:
+    """What a run is: its outcome, once it has undone what it did."""
+    return str(status.phase if status.phase is Phase.COMPENSATING else status.outcome or status.phase)
 
 
 def steps_view(steps: list[StepState]) -> RenderableType:
@@ -186,4 +191,4 @@ def result_view(workflow_id: str, result: RunResult) -> RenderableType:
 
 def plain_line(status: RunStatus) -> str:
     """A status as one line, for output that is not a terminal."""
-    return f"{status.percent:3d} %  {status.outcome or status.phase}: {status.line}"
+    return f"{status.percent:3d} %  {word_of(status)}: {status.line}"
