@@ -79,10 +79,10 @@ VALUES = {
 }
 
 
-@pytest.fixture(scope="module")
-def away(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+@pytest.fixture
+def away(stack: Stack, tmp_path: Path) -> Mapping[str, str]:
     """The environment of the shared stack, in a folder where a value cannot name a file of the project."""
-    return {**stack.environment, "PWD": str(tmp_path_factory.mktemp("away"))}
+    return {**stack.environment, "PWD": str(tmp_path)}
 
 
 EACH = """
