@@ -44,6 +44,7 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
         repairs.find_orphans,
         Resets(runtime).reset_stuck,
         repairs.survey,
+        repairs.look_back,
         repairs.in_doubt,
         repairs.ask_probe,
         repairs.record_orphan,

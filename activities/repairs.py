@@ -44,6 +44,8 @@ from holdfast.reliability.waiting import NotYet
 from holdfast.repairs import (
     IN_DOUBT,
     Action,
+    LookBack,
+    LookedBack,
     Repair,
     RepairEnd,
     RepairResult,
@@ -53,6 +55,7 @@ from holdfast.repairs import (
     amended,
     doubtful,
     left_behind,
+    looked_back,
     record_of,
     refusal,
     standing,
@@ -128,6 +131,13 @@ class Repairs:
                 webhook=await webhook_of(activity.client(), repair.workflow_id),
             )
 
+    @activity.defn(name="look_back")
+    async def look_back(self, of: LookBack) -> LookedBack:
+        """What became of the effects of a run that was reset."""
+        with boundary():
+            base = absolute(of.key_base, this_workflow())
+            return looked_back(of, await self._ledger.entries(base))
+
     @activity.defn(name="in_doubt")
     async def in_doubt(self, of: RunRef) -> list[ToolRequest]:
         """The calls of a run that may have happened and that their service can be asked about, the newest first."""
@@ -185,6 +195,8 @@ class Repairs:
         """Records the end of a run in its place, with the letters that follow. Idempotent."""
         repair = end.repair
         with boundary():
+            if not await is_over(activity.client(), repair.workflow_id, repair.key_base):
+                return RepairResult(ok=True, words="no end was recorded: the run goes on after a Reset")
             entries = await self._ledger.entries(repair.key_base)
             result = _orphans_result(end, entries)
             result.webhook = end.webhook

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from temporalio import activity
+from temporalio.service import RPCError
 
 from activities.boundary import boundary, this_workflow
 from activities.model import Wanted, ask_model, spent
@@ -35,15 +36,17 @@ from holdfast.contracts import (
 )
 from holdfast.keys import outside
 from holdfast.options import ModelOptions
+from holdfast.orphans import goes_on
 from holdfast.reliability import faults, heartbeat
-from holdfast.reliability.chain import no_bound, protected, unsettled
+from holdfast.reliability.chain import StandDown, no_bound, protected, unsettled
 from holdfast.reliability.errors import RETRIES, ErrorType
 from holdfast.reliability.faults import Point
-from holdfast.reliability.ledger import Call, KeyConflict, Settled, State, tool_call
+from holdfast.reliability.ledger import UNDONE, Call, KeyConflict, Settled, State, tool_call
 from holdfast.reliability.waiting import NotYet
 from holdfast.runtime import Runtime
 from holdfast.services import Limit, Service
 from holdfast.state.last_good import LastGoodResults
+from holdfast.state.runs import Runs
 from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
 from holdfast.tools import LastGood, Tool, ToolContext, ToolFailed, Undo, explain
@@ -115,7 +118,7 @@ class Tools:
             closed = [(f"{request.key}/fb-{n}", each) for n, each in enumerate(tool.fallback, 1)]
             keys = [*((key, each) for key, each in closed if isinstance(each, Tool)), (request.key, tool)]
             for key, each in keys:
-                await self._runtime.ledger.seize(_call(request, each, key), given.why)
+                await self._runtime.ledger.seize(_call(request, each, key), given.why, "gave_up")
             ends = [(key, await self._runtime.ledger.known(key)) for key, _ in keys]
             key, settled = next(((key, end) for key, end in ends if end and end.state is not State.FAILED), ends[-1])
             assert settled is not None, "closed just now"
@@ -221,6 +224,8 @@ class Tools:
                 return _by(tool, settled.result, other.name, why)
             if settled.state is State.UNKNOWN:
                 return await self._unknown(call.key, settled)
+            if settled.state is State.COMPENSATED:
+                return _outcome(settled)
         if tool.template_function:
             made = await tool.run_template(self._context(request, request.key, tool, 1, asked), arguments)
             return _by(tool, made, "template", why)
@@ -263,6 +268,9 @@ class Tools:
         undo_call = replace(undo_call, settles_s=None if keyed else call.settles_s)
 
         async def act(attempt: int) -> str | None:
+            # Under the reservation: a run that is reset looks for it, so one of the two sees the other.
+            if await _goes_on(self._runtime, request):
+                raise StandDown
             done = await tool.run_undo(self._context(request, undo_call.key, tool, attempt, []), undo)
             if done is None and blind:
                 raise ToolFailed(f"nothing was there to undo; {no_bound(call)}. Find out, and undo it by hand")
@@ -270,6 +278,8 @@ class Tools:
 
         try:
             settled = await protected(self._runtime.guards, undo_call, act)
+        except StandDown:
+            return UndoOutcome(status=UndoStatus.NOTHING, note="not undone: the run was reset and goes on")
         except NotYet as wait:
             return UndoOutcome(status=UndoStatus.REGISTERED, wait=wait.wait(await self._runtime.guards.clock.now()))
         if settled.state is not State.DONE:
@@ -313,6 +323,15 @@ class Tools:
             advance=partial(heartbeat.advance, key),
             mcp=self._runtime.mcp,
         )
+
+
+async def _goes_on(runtime: Runtime, request: ToolRequest) -> bool:
+    """Whether a Reset has given the run another life. Raises NotYet while the server does not say."""
+    own = activity.info().workflow_run_id or ""
+    try:
+        return await goes_on(activity.client(), Runs(runtime.db), request.key_base, own)
+    except RPCError as error:
+        raise NotYet(1.0, f"the server does not say whether the run goes on: {error.message}") from None
 
 
 def _here(request: ToolRequest) -> ToolRequest:
@@ -375,10 +394,10 @@ def _outcome(settled: Settled) -> Outcome:
     reason = settled.error
     if settled.state is State.DONE:
         status, content = OutcomeStatus.OK, _text(settled.result)
-    elif settled.state is State.COMPENSATED:
-        # A run that was unwound and then reset: its old result no longer holds.
-        status, reason = OutcomeStatus.FAILED, "it was undone when the run was unwound"
-        content = f"failed for good: {reason}; it is not done again under the same key"
+    elif settled.state is State.COMPENSATED or settled.error_type == UNDONE:
+        # A run that was unwound and then reset: its old result no longer holds, and its key is used up.
+        status, reason = OutcomeStatus.ERROR, "it was undone when the run was unwound"
+        content = f"not done: {reason}. Call it again if it is still needed: it is done anew"
     elif settled.state is State.UNKNOWN:
         status, reason = OutcomeStatus.UNKNOWN, f"{settled.error}; it may have happened"
         content = (

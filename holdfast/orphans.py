@@ -21,10 +21,11 @@ from temporalio.client import (
 )
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast.contracts import AgentInput, key_base
+from holdfast.contracts import AgentInput, RunOutcome, key_base
 from holdfast.executions import describe
 from holdfast.repairs import Repair, Sweep
 from holdfast.state.database import Database
+from holdfast.state.runs import Runs
 
 SCHEDULE_ID = "holdfast-orphans"
 WORKFLOW_ID = "orphan-sweep"
@@ -81,6 +82,27 @@ async def is_over(client: Client, workflow_id: str, base: str, ours: bool = True
             return ours
         raise
     return key_base(workflow_id, execution.first_run_id) != base or execution.status in _OVER
+
+
+async def goes_on(client: Client, runs: Runs, base: str, own: str) -> bool:
+    """Whether a Reset has made another execution of this run, which lives or has ended well: it builds on its effects.
+
+    own: the execution that asks. Raises RPCError, StoreUnavailable.
+    """
+    workflow_id = base[:-_SUFFIX]
+    try:
+        execution = await describe(client, workflow_id)
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            return False
+        raise
+    if execution.run_id == own or key_base(workflow_id, execution.first_run_id) != base:
+        return False
+    if execution.open:
+        return True
+    run = await runs.by_workflow(workflow_id)
+    outcome = RunOutcome(run.outcome) if run and run.outcome else RunOutcome.CANCELLED
+    return execution.status == "completed" and not outcome.unwinds
 
 
 async def webhook_of(client: Client, workflow_id: str) -> str:

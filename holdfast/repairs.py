@@ -124,6 +124,40 @@ class RunRef(BaseModel):
     tenant: str = "default"
 
 
+class Past(BaseModel):
+    """A call of a run that was reset, as the ledger has it."""
+
+    seq: int
+    tool: str
+    version: str = "1"
+    arguments: Json = {}
+    why: str = ""
+    """What is odd about it."""
+
+
+class LookBack(BaseModel):
+    """Input of the activity `look_back`. seq: the last key that the run has allotted; open: those not begun."""
+
+    key_base: str
+    seq: int = 0
+    open: list[int] = []
+
+
+class LookedBack(BaseModel):
+    """What became of the effects of a run that was reset. Empty when nothing of it was undone."""
+
+    gone: list[Past] = []
+    """They no longer stand."""
+    undoing: list[Past] = []
+    """Their undo was begun."""
+    doubtful: list[Past] = []
+    """They may have happened, and the run does not know of them."""
+    standing: list[Standing] = []
+    """They stand, and the run does not know of them."""
+    last: int = 0
+    """The last key in use."""
+
+
 class Survey(BaseModel):
     """What a run without a recorded end has left, the newest first. `alive`: it is none of that kind any more."""
 
@@ -197,6 +231,41 @@ def also_pending(result: RunResult, entries: list[Entry], roles: dict[str, str])
         for e in doubtful(entries)
         if e.seq not in owed and not said.intersection((e.key, e.key.partition("/fb-")[0]))
     ]
+
+
+def looked_back(of: LookBack, entries: list[Entry]) -> LookedBack:
+    """What a run that was reset has to know of its effects, and only if some were undone: else its keys answer."""
+    calls = {e.key: e for e in effects(entries)}
+    undos = {e.key.removesuffix("/undo"): e.state for e in entries if e.kind == "undo"}
+    begun = {key for key, state in undos.items() if key in calls and state in (State.RESERVED, State.UNKNOWN)}
+    gone = (undone(entries) & calls.keys()) | {e.key for e in calls.values() if e.state is State.COMPENSATED}
+    if not begun | gone:
+        return LookedBack()
+    ahead = [e for e in calls.values() if e.key not in begun | gone and ((e.seq or 0) > of.seq or e.seq in of.open)]
+    names = {e.key: e.name for e in calls.values()}
+
+    def past(keys: Iterable[str], why: str = "") -> list[Past]:
+        rows = {e.seq: e for e in sorted((calls[key] for key in keys), key=lambda e: e.key, reverse=True)}
+        return [
+            # What stood in for a call is one with it.
+            Past(
+                seq=seq,
+                tool=names.get(f"{e.key_base}/{seq}", e.name),
+                version=e.version,
+                arguments=e.arguments or {},
+                why=why,
+            )
+            for seq, e in sorted(rows.items(), key=lambda each: each[0] or 0)
+            if seq is not None
+        ]
+
+    return LookedBack(
+        gone=[each for each in past(gone) if each.seq not in {calls[key].seq for key in begun}],
+        undoing=past(begun),
+        doubtful=past((e.key for e in doubtful(ahead)), IN_DOUBT),
+        standing=standing(ahead),
+        last=max(e.seq or 0 for e in calls.values()),
+    )
 
 
 def left_behind(key_base: str, entries: list[Entry]) -> list[Entry]:

@@ -53,6 +53,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.hooks import Hooks
     from workflows.inbox import Inbox
     from workflows.judgement import gone, judge_final, judge_turn, offer_again, out_of_patience, out_of_turns
+    from workflows.lookback import Lookback, void
     from workflows.parent import Parent
     from workflows.saga import unwind
     from workflows.state import CallState, Ending, RunState
@@ -90,6 +91,7 @@ class AgentWorkflow:
         self._state.waits = self._calls.waits
         self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
         self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
+        self._lookback = Lookback(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
         self._gate = Gate(self._state, given.standing, self._approvals, self._acts, self._note)
         self._display = progress.Display(given, self._page)
         self._ending: Ending | None = None
@@ -128,10 +130,13 @@ class AgentWorkflow:
         """Works until the run ends, or should continue as new (None). Effects in flight are settled by then."""
         work = asyncio.create_task(self._work())
         watch = asyncio.create_task(self._watch_deadline())
+        look = asyncio.create_task(self._lookback.watch())
         self._aside.resume()
         try:
             await workflow.wait_condition(
-                lambda: bool(work.done() or self._ending or self._continues_idle() or self._aside.broken())
+                lambda: bool(
+                    work.done() or self._ending or self._continues_idle() or self._aside.broken() or look.done()
+                )
             )
         except asyncio.CancelledError:
             reason = workflow.cancellation_reason()
@@ -139,13 +144,13 @@ class AgentWorkflow:
             self._ending = Ending(RunOutcome.CANCELLED, words)
         watch.cancel()
         try:
-            if broken := self._aside.broken():
+            if broken := self._aside.broken() or (look.exception() if look.done() else None):
                 raise broken
             ending = self._ending or (work.result() if work.done() else None)
         except ActivityError as error:
             # One that nothing stands in for, such as `check` or `settle`. The run ends by its own hand, and unwinds.
             ending = self._ending = Ending(RunOutcome.FAILED, f"gave up: {why(error)}")
-        rest = [task for task in (work, *self._aside.unfinished()) if not task.done()]
+        rest = [task for task in (work, look, *self._aside.unfinished()) if not task.done()]
         for task in rest:
             task.cancel()
         if not work.done() or self._calls.open:
@@ -207,6 +212,7 @@ class AgentWorkflow:
     async def _plan(self) -> Ending | None:
         """One turn. Sets the calls that it decided, or judges the final words."""
         state = self._state
+        await self._lookback.done()
         if not state.planning:
             if ending := out_of_turns(state):
                 return ending
@@ -246,6 +252,7 @@ class AgentWorkflow:
         except ActivityError as error:
             state.spent["turn"] = spent_by(error) or state.spent.get("turn", Usage())
             return Ending(RunOutcome.FAILED, f"turn {state.turn}: {why(error)}")
+        await self._lookback.done()  # before the turn's calls get their keys
         self._tried(request, planned)
         if planned.wait and state.lost():
             out_of_patience(state, planned.wait, workflow.now())
@@ -317,6 +324,7 @@ class AgentWorkflow:
         state.final = final
         if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
             await self._open_ends(last)
+        await self._lookback.done()
         state.final = None
         if state.notices and not last:  # something has ended that the model does not know of: it finishes anew
             return None
@@ -356,7 +364,11 @@ class AgentWorkflow:
 
     async def _one(self, item: CallState) -> None:
         """Takes one call of a decision to its outcome."""
-        outcome = await self._gate.outcome(item) or await self._act(item)
+        await self._lookback.done()
+        outcome = await self._gate.outcome(item)
+        if outcome is None:
+            await self._lookback.done()
+            outcome = void(self._state, item) or await self._act(item)
         if item.edited_by:
             given = json.dumps(item.call.arguments, ensure_ascii=False)
             text = f"[{item.edited_by} changed the arguments to {given}]\n{outcome.content}"
@@ -373,6 +385,7 @@ class AgentWorkflow:
         self._changed()
 
     async def _act(self, item: CallState) -> Outcome:
+        item.acting = True
         outcome = await self._acts.tool(item.call, item.seq, workflow.now())
         if outcome.wait is None:
             return outcome
@@ -411,7 +424,7 @@ class AgentWorkflow:
         return bool(idle) and self._at_rest() and self._is_long()
 
     def _at_rest(self) -> bool:
-        return self._calls.open == 0 and self._hooks.idle
+        return self._calls.open == 0 and self._hooks.idle and not self._lookback.due
 
     # ------------------------------------------------------------ what the world says and sees
 

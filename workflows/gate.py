@@ -10,6 +10,7 @@ from holdfast.contracts import ApprovalDecision, Effect, Outcome, OutcomeStatus,
 from workflows import questions
 from workflows.acts import Acts
 from workflows.approvals import Approvals
+from workflows.lookback import void
 from workflows.state import CallState, RunState
 
 
@@ -27,11 +28,11 @@ class Gate:
 
     async def outcome(self, item: CallState) -> Outcome | None:
         """The outcome of a call that must not run, or None when it may, perhaps with other arguments."""
-        return self._standing(item.call) or await self._pass(item)
+        return void(self._state, item) or self._standing(item.call) or await self._pass(item)
 
     def _standing(self, call: ToolCall) -> Outcome | None:
         """What a call did in the failed run that this one replays, and what was not undone: it is not done twice."""
-        for each in self._all_standing:
+        for each in (*self._all_standing, *self._state.standing):
             if each.tool == call.tool and each.key not in self._state.stood:
                 self._state.stood.append(each.key)
                 return Outcome(content=each.content, origin=f"done before, under key {each.key}")
@@ -51,7 +52,11 @@ class Gate:
 
     async def _ask(self, item: CallState) -> Outcome | None:
         while True:
-            decision = await self._approvals.ask(questions.may_run(self._state, item, workflow.now()))
+            approval = questions.may_run(self._state, item, workflow.now())
+            self._approvals.open(approval)
+            decision = await self._approvals.answer(approval.id)
+            if decision is None:
+                return void(self._state, item)
             match decision.verdict:
                 case Verdict.REJECT:
                     text = f"rejected by {decision.approver}: {decision.comment}"

@@ -19,6 +19,7 @@ from holdfast.contracts import (
     Profile,
     Reply,
     RunOutcome,
+    Standing,
     Stands,
     StepSpec,
     StepState,
@@ -55,6 +56,8 @@ class CallState(BaseModel):
     edits: list[str] = []
     """What was wrong with each edit of the arguments that the tool did not take."""
     edited_by: str = ""
+    acting: bool = False
+    """It has passed the gate."""
 
 
 class ToolEnd(BaseModel):
@@ -139,6 +142,10 @@ class RunState(BaseModel):
     """Tools that were withdrawn and are offered again, because the model wanted to end without them; since when."""
     waits: list[Wait] = Field(default=[], exclude=True)
     """What activities wait for right now. Not carried: who waits asks again."""
+    standing: list[Standing] = []
+    """Effects beyond the point of a Reset that still stand: each answers a call of its tool."""
+    void_turn: int = 0
+    """The turn whose calls were decided before the run knew what was undone before a Reset."""
     told: int = 0
     """What the batch that started this run was told: odd that it stands still, even that it goes on."""
 

@@ -54,6 +54,10 @@ _LEASE_GRACE_S = 2.0
 _ADVICE_S = 1.0
 
 
+class StandDown(Exception):
+    """Raised by an act that finds, holding its reservation, that it must not be done for now. It did nothing."""
+
+
 class RetryLater(Exception):
     """A real failure, counted, that may be tried again after `delay` seconds."""
 
@@ -274,6 +278,11 @@ async def _act(
         raise
     except NotReady as later:
         return await _not_ready(entry, grant, later)
+    except StandDown:
+        state, ended = (State.UNKNOWN, grant.ended) if doubtful else (State.FAILED, None)
+        await ledger.record(call, grant.attempt, state, grant.failures, None, None, ended)
+        await entry.left()
+        raise
     except (RetryLater, NotYet, StoreUnavailable):
         # A model call inside this one did not come to its answer, or the store is away. Whether this one had acted by
         # then only the tool knows: a `manual` one is taken at its word (`ToolContext.ask_model`), the others can afford
@@ -304,7 +313,7 @@ async def _ask(entry: _Entry, grant: Grant, probe: Act, tokens: Callable[[Any], 
         raise
     except NotReady as later:
         return await _not_ready(entry, grant, later)
-    except (RetryLater, NotYet):
+    except (RetryLater, NotYet, StoreUnavailable):
         await guards.ledger.record(call, grant.attempt, State.UNKNOWN, grant.failures, None, None, grant.ended)
         await entry.left()
         raise

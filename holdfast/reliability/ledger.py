@@ -36,6 +36,10 @@ LOST_S, AGAIN_S = 20.0, 0.2
 """For so long, and with this pause, a reservation or a record is sent again whose answer was lost."""
 
 
+UNDONE = "undone"
+"""`error_type` of a call that was closed by its undo before it began."""
+
+
 class State(StrEnum):
     RESERVED = "RESERVED"
     DONE = "DONE"
@@ -187,8 +191,16 @@ FROM effects WHERE key = ? AND state = 'RESERVED' AND worker = ? AND reserved_at
 _MINE = "SELECT 1 FROM effects WHERE key = ? AND attempt = ? AND state <> 'RESERVED'"
 """Only the attempt that holds a key writes to its row without raising the attempt."""
 
-_LOOK = """
-SELECT e.state, e.digest, e.result, e.failures, b.failures, b.state, b.paused_until
+_STANDS = """CASE WHEN EXISTS (
+    SELECT 1 FROM effects u WHERE u.key = e.key || '/undo'
+    AND (u.state = 'DONE' OR (u.state <> 'FAILED' AND e.state <> 'FAILED')))
+    THEN 'COMPENSATED' ELSE e.state END"""
+"""The state of row `e`. An effect whose undo was begun does not stand: the undo may be ahead of its record."""
+
+_FOUND = f"SELECT {_STANDS}, digest, result, failures FROM effects e WHERE key = ?"
+
+_LOOK = f"""
+SELECT {_STANDS}, e.digest, e.result, e.failures, b.failures, b.state, b.paused_until
 FROM (SELECT 1 AS one) AS always LEFT JOIN effects e ON e.key = ? LEFT JOIN breakers b ON b.target = ?"""
 
 # The log of failures is bounded: the model call of a parked run may fail for days.
@@ -272,7 +284,7 @@ class Ledger:
             # A row of an older build has the time of its worker, whose clock may be wrong.
             ended = min(ended or 0.0, now + 2 * longest)
             return Grant(attempt, failures, doubtful, breaker_failures or 0, ended, at)
-        found = await self._db.one("SELECT state, digest, result, failures FROM effects WHERE key = ?", call.key)
+        found = await self._db.one(_FOUND, call.key)
         if found is None or (found[1] == call.digest and found[2] is None):
             if not admitted:
                 return None
@@ -377,7 +389,7 @@ class Ledger:
         row = await self._db.one(sql, call.timeout_s + _SLACK_S, call.key)
         return row[0] if row else None
 
-    async def seize(self, call: Call, why: str) -> tuple[State, Any, float]:
+    async def seize(self, call: Call, why: str, kind: str = UNDONE) -> tuple[State, Any, float]:
         """Closes a key before its undo: from here on no attempt of the call can act or record.
 
         Returns the state, the recorded result, and when the last attempt had ended, at the latest. Whatever was not
@@ -385,7 +397,7 @@ class Ledger:
         or a retry that comes late, does not act. A second time it changes nothing.
         """
         now, longest = await self._clock.now(), call.timeout_s + _SLACK_S
-        never = Settled(State.FAILED, error=why, error_type="undone").dump()
+        never = Settled(State.FAILED, error=why, error_type=kind).dump()
         row = await self._db.one(_SEIZE, *self._columns(call), now, now, never, longest)
         assert row is not None
         state, result, ended = row

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import ActivityEnvironment
 
+import activities.tools
 from holdfast.reliability import faults
 from holdfast.reliability.faults import Point
 from holdfast.runtime import Runtime
@@ -43,6 +44,11 @@ async def process(store_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     def strike(*_: Any) -> None:
         raise Killed
 
+    async def goes_on(*_: Any) -> bool:
+        return False  # there is no server here that could have reset the run
+
+    monkeypatch.setattr(activities.tools, "goes_on", goes_on)
+    monkeypatch.setattr(activities.tools.activity, "client", lambda: None)
     monkeypatch.setattr(faults, "strike", strike)
     monkeypatch.setattr(faults, "_armed", None)  # put back at the end, fired or not
     async with a_runtime(store_url) as (runtime, model):

@@ -11,7 +11,7 @@ from temporalio.client import WorkflowHandle
 
 from holdfast.contracts import RunOutcome, RunResult
 from tests.fixtures.model import call, say, sequence
-from tests.fixtures.temporal import Stage, cancelled, failure, until
+from tests.fixtures.temporal import Stage, until
 from tests.fixtures.world import World, agent
 
 
@@ -58,17 +58,3 @@ async def test_into_the_middle_goes_on_from_there(lite: Stage) -> None:
     assert result.outcome is RunOutcome.COMPLETED
     assert len(lite.model.requests) == 3
     assert world.log == ["begin book#1", "done book#1", "begin send#2", "done send#2"]
-
-
-async def test_of_a_run_that_was_unwound_does_not_take_the_undone_for_done(lite: Stage) -> None:
-    world = World()
-    spec = agent(world.tool("book"), world.tool("send", approval=True))
-    lite.model.script = sequence(call(("book", {})), call(("send", {})), say("ended"))
-    async with lite.worker():
-        handle = await lite.start(spec)
-        await until(handle, lambda s: bool(s.approvals))
-        await handle.cancel()
-        await cancelled(handle)
-        result = await failure(await reset(lite, handle, 1))
-    assert "it was undone when the run was unwound" in result.reason
-    assert world.log == ["begin book#1", "done book#1", "undo book#1"]
