@@ -309,7 +309,7 @@ async def test_a_call_that_did_it_itself_is_undone_itself_and_nobody_stands_in_a
     assert (await at.undo()).note == "cancelled by online"
     assert outside.log == ["online 7", "undo online 7"]
     late = await at.run()
-    assert late.status is FAILED
+    assert late.status is OutcomeStatus.ERROR
     assert outside.log == ["online 7", "undo online 7"]
 
 
@@ -318,7 +318,7 @@ async def test_after_the_undo_of_a_call_that_never_was_nobody_stands_in_for_it(
 ) -> None:
     at = desk(process, outside.tool("online", fallback=(outside.tool("phone"),)))
     assert (await at.undo()).status is UndoStatus.NOTHING
-    assert (await at.run()).status is FAILED
+    assert (await at.run()).status is OutcomeStatus.ERROR
     assert outside.log == []
 
 
