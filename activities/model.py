@@ -132,7 +132,7 @@ async def _ask(
             cut()
             times = await runtime.ledger.cut(call, sent_as, gone.failure, gone.usage.model_dump(mode="json"))
             if gone.failure.type is ErrorType.RAMBLING and times >= MOST_CUT:
-                words = f"{gone.failure.message}; so it was {times} times, and it is not asked again"
+                words = f"{gone.failure.message}. This happened {times} times, so this model is not asked again"
                 raise ModelUnavailable(replace(gone.failure, message=words, retry=False)) from None
             raise
         return answer.to_json()

@@ -243,7 +243,7 @@ def _question(asked: Interrupt) -> Question:
     """
     value = asked.value
     if wrong := outside.problem(value, MAX_SAID):
-        raise graph.BadGraph(f"what interrupt() asks is more than a person can read: it {wrong}")
+        raise graph.BadGraph(f"interrupt() takes JSON that a person can read; got {type(value).__name__}, and it {wrong}")
     if isinstance(value, str):
         return Question(id=asked.id, text=value)
     try:

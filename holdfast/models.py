@@ -36,7 +36,7 @@ LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=200)
 USUAL_OUTPUT = 500
 COMPACT_TO = 500
 """Characters that stay of an older tool result in a compacted conversation."""
-MOST_SAID = 4_000_000
+MOST_SAID = 8_000_000
 """Bytes of an answer's words and arguments, after which the model is cut."""
 MOST_SENT = 16_000_000
 """Bytes of a whole stream, or `SENT_PER_TOKEN` for each token that it may have, whichever is more."""

@@ -153,8 +153,8 @@ async def test_a_model_that_never_began_has_cost_nothing_that_is_known() -> None
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        pytest.param(delta("x" * 100_000), "said more than 4,000,000 bytes", id="words"),
-        pytest.param(calls(part(0, arguments="x" * 100_000)), "said more than 4,000,000 bytes", id="arguments"),
+        pytest.param(delta("x" * 100_000), "said more than 8,000,000 bytes", id="words"),
+        pytest.param(calls(part(0, arguments="x" * 100_000)), "said more than 8,000,000 bytes", id="arguments"),
         pytest.param(piece(b": " + b"x" * 100_000 + b"\n\n"), "sent more than 16,000,000 bytes", id="comments"),
         pytest.param(piece(b"x" * 100_000), "sent more than 16,000,000 bytes", id="one line"),
     ],

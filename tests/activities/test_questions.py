@@ -184,7 +184,7 @@ async def test_a_question_belongs_to_its_turn(process: Process, plan: Any) -> No
     ("value", "words"),
     [
         ({1, 2}, r"interrupt\(\) takes JSON, for a person reads it; got dict: .*set is not"),
-        (float("nan"), r"interrupt\(\) takes JSON, for a person reads it; got dict: .*not JSON compliant"),
+        (float("nan"), r"interrupt\(\) takes JSON that a person can read; got dict, and it has nan, which is no JSON"),
         (object(), "what a graph keeps or asks has to be data that can be stored"),
     ],
 )

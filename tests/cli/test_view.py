@@ -26,7 +26,7 @@ def test_what_services_and_people_write_is_shown_as_it_is() -> None:
     console = Console(width=200)
     with console.capture() as shown:
         console.print(approval_view("[run]", approval))
-    for each in (*words.values(), "[s]", "settle [run] o1"):
+    for each in (*words.values(), "[s]", "settle '[run]' o1"):
         assert each in shown.get()
 
 
