@@ -243,7 +243,8 @@ def _question(asked: Interrupt) -> Question:
     """
     value = asked.value
     if wrong := outside.problem(value, MAX_SAID):
-        raise graph.BadGraph(f"interrupt() takes JSON that a person can read; got {type(value).__name__}, and it {wrong}")
+        kind = type(value).__name__
+        raise graph.BadGraph(f"interrupt() takes JSON that a person can read; got {kind}, and it {wrong}")
     if isinstance(value, str):
         return Question(id=asked.id, text=value)
     try:
