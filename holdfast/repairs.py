@@ -221,8 +221,8 @@ def doubtful(entries: list[Entry]) -> list[Entry]:
 def also_pending(result: RunResult, entries: list[Entry], roles: dict[str, str]) -> list[Pending]:
     """Calls in doubt at the end of a run of which its result says nothing. roles: who settles a tool's calls.
 
-    The workflow knows a call by its tool's last end, and a call that was cut off has none. A compensation that failed
-    has a dead letter of its own.
+    The workflow does not know how a call ended that was cut off. A compensation that failed has a dead letter of its
+    own.
     """
     said = {pending.key for pending in result.pending}
     owed = {undo.seq for undo in result.undone if undo.status is UndoStatus.FAILED}

@@ -89,6 +89,7 @@ class Lookback:
         state, seqs = self._state, {past.seq for past in gone}
         believed = [past for past in gone if past.seq <= state.seq]
         state.ends = {tool: end for tool, end in state.ends.items() if end.seq not in seqs}
+        state.doubts = [each for each in state.doubts if each.seq not in seqs]
         state.saga[:] = [record for record in state.saga if record.seq not in seqs]
         for past in believed:
             self._approvals.withdraw(f"o{past.seq}", f"call #{past.seq} of {past.tool} was undone")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pydantic import BaseModel, Field
+from temporalio import workflow
 
 from holdfast.contracts import (
     NO_UNDO,
@@ -69,6 +70,14 @@ class ToolEnd(BaseModel):
     origin: str = ""
 
 
+class Doubt(BaseModel):
+    """A call that may have happened, while its tool has ended otherwise since: of two calls side by side."""
+
+    tool: str
+    seq: int
+    detail: str = ""
+
+
 def tried_again(wait: Wait | Deferred) -> str:
     return f"{wait.why}; tried again at {wait.until:%H:%M:%S} UTC"
 
@@ -112,6 +121,8 @@ class RunState(BaseModel):
     profile: Profile | None = None
     ends: dict[str, ToolEnd] = {}
     """By tool."""
+    doubts: list[Doubt] = []
+    """Calls in doubt that `ends` does not show."""
     refused: dict[str, str] = {}
     """By tool: what the last call was told that ended in an error, while there is no end."""
     saga: list[UndoRecord] = []
@@ -172,10 +183,27 @@ class RunState(BaseModel):
         if outcome.status is not OutcomeStatus.ERROR:
             detail = "" if outcome.status is OutcomeStatus.OK else (outcome.reason or outcome.content)[:300]
             end = ToolEnd(status=outcome.status, seq=item.seq, detail=detail, origin=outcome.origin)
-            self.ends[item.call.tool] = end
+            self.ended(item.call.tool, end)
             self.refused.pop(item.call.tool, None)
         else:
             self.refused[item.call.tool] = outcome.content[:300]
+
+    def ended(self, tool: str, end: ToolEnd) -> None:
+        """Keeps the end of a call as its tool's. Another call of the tool that is in doubt stays so."""
+        before = self.ends.get(tool)
+        other = before and before.status is OutcomeStatus.UNKNOWN and before.seq != end.seq
+        # Runs from before forgot it.
+        if before and other and workflow.patched("doubts-apart"):
+            self.doubts.append(Doubt(tool=tool, seq=before.seq, detail=before.detail))
+        self.resolved(end.seq)
+        self.ends[tool] = end
+
+    def resolved(self, seq: int) -> bool:
+        """Takes a call out of `doubts`. False when it is not among them."""
+        kept = [each for each in self.doubts if each.seq != seq]
+        found = len(kept) < len(self.doubts)
+        self.doubts = kept
+        return found
 
     def lasts(self, tool: str, seq: int, origin: str) -> None:
         """Keeps in mind that a call is done, if it has an effect that the saga does not undo."""
@@ -206,6 +234,8 @@ class RunState(BaseModel):
     def found_out(self, tool: str, seq: int, status: OutcomeStatus) -> None:
         """Takes what a service says of a call in doubt: OK, FAILED, or still UNKNOWN."""
         end = self.ends.get(tool)
+        if status is not OutcomeStatus.UNKNOWN:
+            self.resolved(seq)
         if end and end.seq == seq and status is OutcomeStatus.FAILED:
             del self.ends[tool]
         elif status is OutcomeStatus.OK:
@@ -215,8 +245,13 @@ class RunState(BaseModel):
 
     def unknown(self, tool: str) -> int | None:
         """The call of this tool whose outcome is unknown, if there is one."""
-        end = self.ends.get(tool)
-        return end.seq if end and end.status is OutcomeStatus.UNKNOWN else None
+        return next((each.seq for each in self.in_doubt() if each.tool == tool), None)
+
+    def in_doubt(self) -> list[Doubt]:
+        """All calls that may have happened and that nobody has settled."""
+        ends = self.ends.items()
+        last = [Doubt(tool=t, seq=e.seq, detail=e.detail) for t, e in ends if e.status is OutcomeStatus.UNKNOWN]
+        return last + self.doubts
 
     def put_off(self, tool: str) -> Deferred | None:
         """The call of this tool that is put off, if there is one."""
@@ -238,11 +273,11 @@ class RunState(BaseModel):
             for s in steps
             if s.status is StepStatus.PENDING or (s.status is StepStatus.TODO and not s.critical)
         ]
-        ends = [(tool, self.ends[tool]) for tool in self.stray_tools()]
+        said = {each.key for each in left}
         return left + [
-            Pending(step=tool, role="", what=end.detail, key=self._key(end.seq))
-            for tool, end in ends
-            if end.status is OutcomeStatus.UNKNOWN
+            Pending(step=each.tool, role=self._role(each.tool), what=each.detail, key=key)
+            for each in self.in_doubt()
+            if (key := self._key(each.seq)) not in said
         ]
 
     def missing(self) -> dict[str, list[str]]:
@@ -299,12 +334,21 @@ class RunState(BaseModel):
     def _specs(self) -> list[StepSpec]:
         return self.profile.steps if self.profile else []
 
+    def _role(self, tool: str) -> str:
+        step = self.step_of(tool)
+        return step.role if step else ""
+
     def _key(self, seq: int | None) -> str:
         return f"{self.key_base}/{seq}" if seq else ""
 
     def _step(self, spec: StepSpec, running: set[str]) -> StepState:
         ends = [self.ends[tool] for tool in spec.tools if tool in self.ends]
-        worst = next((e for bad in _BAD for e in ends if e.status is bad), None)
+        doubts = [
+            ToolEnd(status=OutcomeStatus.UNKNOWN, seq=each.seq, detail=each.detail)
+            for each in self.doubts
+            if each.tool in spec.tools
+        ]
+        worst = next((e for bad in _BAD for e in ends + doubts if e.status is bad), None)
         done = sum(end.status is OutcomeStatus.OK for end in ends)
         failed = [worst.detail] if worst else []
         if spec.one_of and worst and worst.status is OutcomeStatus.FAILED and (done or len(ends) < len(spec.tools)):
