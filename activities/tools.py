@@ -132,11 +132,26 @@ class Tools:
         with boundary():
             note = f"{finding.by} says that it did not happen" + (f": {finding.comment}" if finding.comment else "")
             await self._runtime.ledger.settle(finding.key, finding.happened, finding.result, note)
+            await self._settle_undo(finding)
             faults.reached(Point.FINDING_RECORDED, "outcome")
             settled = await self._runtime.ledger.known(finding.key)
             if settled is None:
                 return Outcome(status=OutcomeStatus.FAILED, content=note)
             return _outcome(settled)
+
+    async def _settle_undo(self, finding: Finding) -> None:
+        """Of a call whose undo was begun and is not known to be done, a person says whether the call stands."""
+        ledger, key = self._runtime.ledger, finding.key
+        note = f"settled by {finding.by}" + (f": {finding.comment}" if finding.comment else "")
+        for entry in await ledger.entries(key.rpartition("/")[0]):
+            call = entry.key.removesuffix("/undo")
+            if entry.kind != "undo" or entry.state is State.DONE or not (call == key or call.startswith(f"{key}/fb-")):
+                continue
+            if not finding.happened:
+                await ledger.compensated(call)
+            await ledger.settle(entry.key, not finding.happened, note, note)
+            if finding.happened:
+                await ledger.reopen(entry.key)  # what stands may be undone again
 
     async def _cannot(self, request: ToolRequest, problem: str) -> Outcome:
         """The model's mistake, unless an earlier version of the code took the call: then what is known of it counts."""

@@ -82,6 +82,8 @@ class Lookback:
             call = ToolCall(tool=past.tool, arguments=past.arguments, version=past.version)
             words = f"{past.why}; it may stand"
             outcome = Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown: {words}", reason=words)
+            told = f"Call #{past.seq} of {past.tool}: {outcome.content}. A person finds out"
+            state.notices.append(f"{told}. Do not call it again until then.")
             self._concluded(CallState(call=call, seq=past.seq, outcome=outcome))
 
     def _forget(self, gone: list[Past]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
-from holdfast.contracts import Effect, RunOutcome, RunResult, RunStatus
+from holdfast.contracts import Effect, RunOutcome, RunResult, RunStatus, StepStatus, UndoStatus
 from holdfast.reliability.ledger import State
 from holdfast.repairs import Action, Repair
 from holdfast.tools import Tool, ToolFailed
@@ -32,6 +32,8 @@ def model(*names: str) -> Any:
                 done.append(asked)
             if "no longer standing" in text:
                 done = [name for name in done if f" {name}" not in text.partition("no longer standing")[2]]
+            if "it did not happen" in text:
+                done = [name for name in done if f" of {name}:" not in text]
         left = [name for name in names or ("book", "send") if name not in done]
         return call((left[0], {})) if left else say("ended")
 
@@ -213,23 +215,59 @@ async def test_a_second_reset_looks_again(lite: Stage) -> None:
     assert len(standing(world, "book")) == len(standing(world, "send")) == 1
 
 
-async def test_an_undo_that_failed_half_way_goes_to_a_person(lite: Stage) -> None:
-    """The undo may have acted before it failed, so nobody knows whether the effect stands."""
+@pytest.mark.parametrize("verdict", ["happened", "did_not"])
+async def test_an_undo_that_failed_half_way_goes_to_a_person(stage: Stage, verdict: str) -> None:
+    """The undo may have acted before it failed, so only a person can say whether the effect stands."""
+    world = World()
+    book = world.tool("book", undo=[RuntimeError("a bug in the middle")])
+    async with stage.worker():
+        handle, tasks = await waits_at_send(stage, world, book)
+        await handle.cancel()
+        await cancelled(handle)
+        before = await stage.stored(handle)
+        assert [undo.status for undo in before.undone] == [UndoStatus.FAILED]
+        row = await stage.runtime.ledger.entry(f"{before.key_base}/1/undo")
+        assert row is not None
+        assert row.state is State.UNKNOWN
+
+        fresh = await reset(stage, handle, tasks)
+        now = await until(fresh, lambda s: any(a.kind == "outcome" for a in s.approvals))
+        (asked,) = [a for a in now.approvals if a.kind == "outcome"]
+        assert (asked.id, asked.subject, asked.key) == ("o1", "book", f"{before.key_base}/1")
+        assert "its undo was begun and did not end" in asked.why
+        assert "a bug in the middle" in asked.why
+        assert {step.name: step.status for step in now.steps}["book"] is StepStatus.PENDING
+        await fresh.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})
+        now = await until(fresh, lambda s: [a.id for a in s.approvals] == ["o1"])
+        assert now.outcome is None
+        await fresh.signal("decide", {"approval_id": "o1", "verdict": verdict, "approver": "ada"})
+        result = await fresh.result()
+        assert (result.outcome, result.pending) == (RunOutcome.COMPLETED, [])
+        assert "Call #1 of book: outcome unknown" in str(stage.model.requests)
+        booked = [entry for entry in world.log if entry.startswith("done book")]
+        again = [] if verdict == "happened" else [f"done book#{result.calls}"]
+        assert booked == ["done book#1", *again]
+        # What the person has said holds for whoever asks the ledger later.
+        rows = {e.key: e.state for e in await stage.runtime.ledger.entries(result.key_base)}
+        assert rows[f"{result.key_base}/1"] is (State.DONE if verdict == "happened" else State.COMPENSATED)
+
+
+async def test_what_stands_after_such_an_undo_is_undone_when_the_run_is_cancelled_again(lite: Stage) -> None:
     world = World()
     book = world.tool("book", undo=[RuntimeError("a bug in the middle")])
     async with lite.worker():
         handle, tasks = await waits_at_send(lite, world, book)
         await handle.cancel()
-        await world.saw("undo of book#1 fails")
         await cancelled(handle)
-        row = await lite.runtime.ledger.entry(f"{(await lite.stored(handle)).key_base}/1/undo")
-        assert row is not None
         fresh = await reset(lite, handle, tasks)
-        now = await until(fresh, lambda s: bool(s.approvals))
-        if row.state is State.DONE:
-            return
-        assert any(a.kind == "outcome" and a.subject == "book" for a in now.approvals) or row.state is State.FAILED
-        await fresh.terminate()
+        await until(fresh, lambda s: any(a.kind == "outcome" for a in s.approvals))
+        await fresh.signal("decide", {"approval_id": "o1", "verdict": "happened", "approver": "ada"})
+        await until(fresh, lambda s: [a.id for a in s.approvals] == ["a2"] and "settled by ada" in s.line)
+        await fresh.cancel()
+        await cancelled(fresh)
+        result = await lite.stored(fresh)
+    assert standing(world, "book") == []
+    assert ([undo.status for undo in result.undone], result.stands) == ([UndoStatus.UNDONE], [])
 
 
 async def test_a_message_that_was_sent_beyond_it_and_stands_is_not_sent_twice(lite: Stage) -> None:
