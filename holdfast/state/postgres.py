@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
@@ -23,6 +24,8 @@ CONNECT_S = 5
 MOST = 10
 GRACE_S = 1.0
 """The server ends a statement at the limit and says why; a connection on which it says nothing is cut so much later."""
+ASK_S = 5.0
+"""How often a second connection asks whether the server is there, while a migration waits for it."""
 LIFE_S = 1800.0
 """Seconds after which a connection is replaced, so that all of them find a server that has moved."""
 
@@ -164,15 +167,64 @@ def _cut_after(
     def shut() -> None:
         if cut is not None:
             cut.append(True)
-        if not connection.closed:
-            with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as copy:
-                copy.shutdown(socket.SHUT_RDWR)  # OSError: the peer was faster
+        _shut(connection)
 
     timer = asyncio.get_running_loop().call_later(seconds, shut)
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _shut(connection: psycopg.AsyncConnection[Any] | psycopg.Connection[Any]) -> None:
+    """Shuts its socket: whoever waits for an answer gets the error of a server that hung up."""
+    # One of these: it was closed meanwhile, by the peer or by its owner.
+    with suppress(OSError, psycopg.OperationalError), socket.socket(fileno=os.dup(connection.fileno())) as copy:
+        copy.shutdown(socket.SHUT_RDWR)
+
+
+class Silence:
+    """Whether the server stopped answering."""
+
+    def __init__(self) -> None:
+        self.met = False
+        self._minded: list[psycopg.Connection[Any]] = []
+
+    def mind(self, connection: psycopg.Connection[Any]) -> None:
+        """Shuts this connection when the server stops answering."""
+        self._minded.append(connection)
+
+    def hang_up(self) -> None:
+        self.met = True
+        for each in self._minded:
+            _shut(each)
+
+
+@contextmanager
+def noticing_silence(url: str) -> Iterator[Silence]:
+    """Ends the wait of blocking connections for a server that is silent.
+
+    A migration may take long, so its statements have no limit. A second connection is made every few seconds instead:
+    when it gets no answer in its time, neither will the first.
+    """
+    silence, done = Silence(), threading.Event()
+
+    def ask() -> None:
+        while not done.wait(ASK_S):
+            try:
+                psycopg.connect(with_limits(url)).close()
+            except psycopg.errors.ConnectionTimeout:
+                if not done.is_set():
+                    silence.hang_up()
+                return
+            except psycopg.Error:
+                continue  # an answer too, or an error that the connection that works gets as well
+
+    threading.Thread(target=ask, name="is the store there", daemon=True).start()
+    try:
+        yield silence
+    finally:
+        done.set()
 
 
 _TOKEN = re.compile(r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | --[^\n]* | /\*.*?\*/ | \?""", re.VERBOSE | re.DOTALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import (
@@ -200,7 +202,7 @@ def migrate(url: str) -> tuple[str | None, str]:
     except (OSError, SQLAlchemyError, ValueError) as error:
         raise StoreUnavailable(f"cannot migrate the store: {one_line(error)}") from error
     try:
-        with connector.begin() as connection:
+        with _answering(connector, url), connector.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
@@ -214,6 +216,28 @@ def migrate(url: str) -> tuple[str | None, str]:
     finally:
         connector.dispose()
     return before, VERSION
+
+
+@contextmanager
+def _answering(connector: Engine, url: str) -> Iterator[None]:
+    """Raises StoreUnavailable for a Postgres server that stops answering meanwhile."""
+    if connector.dialect.name != "postgresql":
+        yield
+        return
+    from holdfast.state.postgres import noticing_silence
+
+    with noticing_silence(url) as silence:
+        # Before SQLAlchemy's own listener, which asks the server already.
+        event.listen(connector, "connect", lambda made, _: silence.mind(made), insert=True)
+        try:
+            yield
+        except DBAPIError:
+            if not silence.met:
+                raise
+            raise StoreUnavailable(
+                "cannot migrate the store: Postgres stopped answering. A migration is done whole or not at all: "
+                "run it again when the server answers"
+            ) from None
 
 
 def upgrade(connection: Connection) -> None:

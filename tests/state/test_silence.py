@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import psycopg
 import pytest
 
 from holdfast.contracts import Effect
 from holdfast.reliability.chain import Guards, protected
 from holdfast.reliability.errors import ErrorType, classify
 from holdfast.reliability.ledger import Fenced, Grant, Ledger, Settled, State, tool_call
+from holdfast.state import postgres
 from holdfast.state.database import Database, StoreUnavailable, open_database
+from holdfast.state.schema import migrate
+from holdfast.state.version import VERSION
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.proxy import Proxy
 
@@ -288,3 +293,51 @@ async def test_the_stores_failure_is_not_the_services(db: Database, where: str) 
     assert await db.all("SELECT state, failures FROM effects") == [("FAILED", 0)]
     assert await db.all("SELECT failures FROM breakers") == []
     assert await Ledger(db, "w2").reserve(call) == Grant(attempt=2, failures=0, doubtful=False)
+
+
+def test_a_migration_ends_when_postgres_says_nothing(silent: Silent) -> None:
+    proxy, url = silent
+    proxy.silence()
+    with pytest.raises(StoreUnavailable, match="cannot migrate the store") as raised:
+        migrate(url)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_migration_ends_when_postgres_falls_silent_while_it_works(silent: Silent, postgres_url: str) -> None:
+    proxy, url = silent
+    with psycopg.connect(postgres_url) as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
+        migration = pool.submit(migrate, url)
+        waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        until = time.monotonic() + PATIENCE_S
+        with psycopg.connect(postgres_url, autocommit=True) as other:
+            while other.execute(waits).fetchone() != (1,):
+                assert time.monotonic() < until
+        proxy.silence()
+        error = migration.exception(timeout=PATIENCE_S)
+    assert isinstance(error, StoreUnavailable) and "Postgres stopped answering" in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_long_migration_goes_on_while_postgres_answers(
+    silent: Silent, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "ASK_S", 0.05)
+    _, url = silent
+    asked = 0
+    address = postgres.with_limits
+
+    def counted(url: str) -> str:
+        nonlocal asked
+        asked += 1
+        return address(url)
+
+    monkeypatch.setattr(postgres, "with_limits", counted)
+    with psycopg.connect(postgres_url) as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
+        migration = pool.submit(migrate, url)
+        until = time.monotonic() + PATIENCE_S
+        while asked < 5:
+            assert time.monotonic() < until and not migration.done()
+        holder.rollback()
+        assert migration.result(timeout=PATIENCE_S) == (VERSION, VERSION)
