@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from holdfast.agent import AgentSpec, Effect, StepSpec
 from holdfast.tools import ToolContext, Undo, tool
 
 
 class Meeting(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     topic: str = "Roadmap"
     people: list[str] = ["ada@example.com", "bo@example.com"]
 

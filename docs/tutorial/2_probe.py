@@ -1,12 +1,14 @@
 """What meetings is: it reserves a room over HTTP, and can ask whether an invitation went out."""
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from holdfast.agent import AgentSpec, Effect, StepSpec
 from holdfast.tools import ToolContext, Undo, tool
 
 
 class Meeting(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     topic: str = "Roadmap"
     people: list[str] = ["ada@example.com", "bo@example.com"]
 
