@@ -1,6 +1,6 @@
 """The one place that reads the environment.
 
-Precedence: environment variables, then the addresses of the embedded stack (`.holdfast/stack.json`, written by
+Precedence: environment variables, then what the embedded stack uses (`.holdfast/stack.json`, written by
 `starter.py up`), then defaults. The stack is left out of account when `TEMPORAL_*` or the Temporal profile names a
 server: whoever talks to another cluster must not get the embedded stack's store. The Temporal connection itself is read
 by `holdfast.temporal`.
@@ -108,7 +108,7 @@ class _Stack(JsonConfigSettingsSource):
         except (OSError, ValueError, RecursionError) as raised:
             error = str(raised)
         raise BadStackFile(
-            f"{file_path}, where `starter.py up` writes its addresses, cannot be read ({error}):"
+            f"{file_path}, where `starter.py up` writes what it uses, cannot be read ({error}):"
             " remove it, and start `up` again"
         )
 
@@ -203,6 +203,8 @@ class Settings(BaseSettings):
 
     stack_temporal_address: str = ""
     """Where the embedded stack's server is; only ever read from `stack.json`."""
+    stack_secrets: tuple[str, ...] = ()
+    """Variables whose secrets only the embedded stack's workers have; only ever read from `stack.json`."""
     ui_url: Annotated[Address, Field(alias="HOLDFAST_UI_URL")] = "http://localhost:8233"
     """Base address of the Temporal Web UI, for links."""
 
@@ -270,6 +272,12 @@ class Settings(BaseSettings):
         )
         return (first, *self.model_fallbacks)
 
+    def kept_by_the_stack(self, variable: str) -> str:
+        """What to do where a secret is missing that the embedded stack does not hand on; empty when it has none."""
+        if variable not in self.stack_secrets or os.environ.get(variable):
+            return ""
+        return f"`up` has a {variable} with a secret, which it writes nowhere: set {variable} here as it is set there"
+
     @property
     def store_url(self) -> str:
         """The store's address: `DATABASE_URL`, or the SQLite file under `home`."""
@@ -277,7 +285,7 @@ class Settings(BaseSettings):
 
 
 def stack_file() -> Path:
-    """Where `starter.py up` writes its addresses: a JSON object of the environment variables' names."""
+    """Where `starter.py up` writes what it uses: a JSON object of the environment variables' names."""
     return Path(os.environ.get("HOLDFAST_HOME", ".holdfast")) / "stack.json"
 
 

@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from holdfast.publishing import published
 from holdfast.settings import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,7 +181,7 @@ class Stack:
 
     @property
     def addresses(self) -> dict[str, str]:
-        """What `stack.json` says to the other commands, by the names of `Settings`."""
+        """What leads to the processes of the stack, by the names of `Settings`."""
         found = {
             "stack_temporal_address": self.temporal_address,
             "HOLDFAST_UI_URL": self.ui_url,
@@ -190,10 +191,18 @@ class Stack:
             found |= {"OPENAI_BASE_URL": self.model_url, "OPENAI_API_KEY": "scripted", "HOLDFAST_MODEL": "scripted-1"}
         return found
 
+    @property
+    def published(self) -> dict[str, Any]:
+        """What `stack.json` says: the addresses, and what else the workers use."""
+        brought = self.addresses
+        return {**published({k: v for k, v in self.environment.items() if k not in brought}), **brought}
+
     def publish(self) -> None:
-        """Writes the addresses where the other commands look for them: `stack.json`, whole or not at all."""
+        """Writes what the workers use where the other commands look for it: `stack.json`, whole or not at all."""
         draft = self.home / "stack.tmp"
-        draft.write_text(json.dumps(self.addresses, indent=2) + "\n")
+        draft.unlink(missing_ok=True)
+        draft.touch(mode=0o600)
+        draft.write_text(json.dumps(self.published, indent=2) + "\n")
         draft.replace(self.home / "stack.json")
 
     @property

@@ -66,7 +66,7 @@ def run(
     agent: Annotated[str, typer.Argument(metavar="AGENT", help="an agent or a batch: see `starter.py agents`")],
     input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|FILE|FOLDER|-", help="what it works on")] = "",
     id: Annotated[
-        str, typer.Option("--id", metavar="KEY", help="request key: the same one again is the same run")
+        str, typer.Option("--id", metavar="KEY", help="request key: the same one again is the same run of this agent")
     ] = "",
     webhook: Annotated[
         str, typer.Option("--webhook", metavar="URL", help="is told, signed, when the run needs input and when it ends")
@@ -537,7 +537,7 @@ def mendable(error: Exception) -> str | None:
     from holdfast import door
     from holdfast.claims import ClaimLost
     from holdfast.codec import PayloadUnreadable
-    from holdfast.settings import BadProfile, BadStackFile, unfit
+    from holdfast.settings import BadProfile, BadStackFile, settings, unfit
     from holdfast.stack import StackFailed
     from holdfast.starting import BadRequest
     from holdfast.state.database import StoreUnavailable
@@ -561,7 +561,8 @@ def mendable(error: Exception) -> str | None:
         | StoreUnavailable
         | door.Unfit,
     ):
-        return str(error)
+        lacks = {StoreUnavailable: "DATABASE_URL", PayloadUnreadable: "HOLDFAST_ENCRYPTION_KEYS"}.get(type(error))
+        return "; ".join(filter(None, (str(error), lacks and settings().kept_by_the_stack(lacks))))
     if isinstance(error, RPCError):
         return (
             f"the Temporal server answered {error.status.name.lower()}: {error.message}; see `uv run starter.py doctor`"

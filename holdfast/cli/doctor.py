@@ -179,6 +179,8 @@ async def _sweep(client: Client, fix: bool) -> Check:
 
 def _encryption() -> Check:
     keys = list(parse_keys(settings().encryption_keys.get_secret_value()))
+    if not keys and (lacking := settings().kept_by_the_stack("HOLDFAST_ENCRYPTION_KEYS")):
+        return Check("encryption", False, "the stack encrypts, and there is no key here", lacking)
     if not keys:
         to_do = "set HOLDFAST_ENCRYPTION_KEYS to have nothing of a run readable in Temporal's database"
         return Check("encryption", False, "off: payloads are in clear text", to_do, needed=False)
@@ -215,7 +217,10 @@ async def _store() -> Check:
     try:
         database = await open_database(settings().store_url)
     except StoreUnavailable as error:
-        return Check("store", False, str(error), "uv run starter.py migrate (with DATABASE_URL set, for Postgres)")
+        to_do = settings().kept_by_the_stack("DATABASE_URL")
+        return Check(
+            "store", False, str(error), to_do or "uv run starter.py migrate (with DATABASE_URL set, for Postgres)"
+        )
     try:
         await check_schema(database)
     except SchemaMismatch as error:
@@ -232,7 +237,8 @@ async def _model() -> Check:
     if isinstance(found, str):
         return Check("model", False, f"{where}: {found}", "check OPENAI_BASE_URL and the network")
     if found.status_code in (401, 403):
-        return Check("model", False, f"{where} refuses the key", "set OPENAI_API_KEY, or OPENAI_BASE_URL")
+        to_do = settings().kept_by_the_stack("OPENAI_API_KEY") or settings().kept_by_the_stack("OPENAI_BASE_URL")
+        return Check("model", False, f"{where} refuses the key", to_do or "set OPENAI_API_KEY, or OPENAI_BASE_URL")
     if found.is_error:
         return Check("model", False, f"{where}/models answers {found.status_code}", "check OPENAI_BASE_URL")
     names = [str(each.get("id")) for each in found.json().get("data", [])]

@@ -59,7 +59,8 @@ async def stored(workflow_id: str) -> Run | None:
         async with open_runs() as runs:
             return await runs.by_workflow(workflow_id)
     except StoreUnavailable as error:
-        err.print(f"[dim]note: {error}[/dim]")
+        words = filter(None, (str(error), settings().kept_by_the_stack("DATABASE_URL")))
+        err.print(f"note: {'; '.join(words)}", style="dim", markup=False)
         return None
 
 

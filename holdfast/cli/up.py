@@ -106,10 +106,11 @@ def _announce(stack: Stack) -> None:
     out.print(f"hospital   {stack.hospital_url} (simulated)")
     out.print(f"model      {model if stack.scripted_model else 'as OPENAI_* and HOLDFAST_MODEL say'}")
     out.print("""try        uv run starter.py run discharge --input '{"patient_id": "pat-1"}' --follow""")
-    for name, what in (("TEMPORAL_ADDRESS", "server"), ("DATABASE_URL", "store")):
-        if name in os.environ:
-            whose = "this stack leaves it alone" if what == "server" else "the other commands need it set as well"
-            err.print(f"[yellow]note: {name} names a {what} of your own: {whose}[/yellow]")
+    if "TEMPORAL_ADDRESS" in os.environ:
+        err.print("[yellow]note: TEMPORAL_ADDRESS names a server of your own: this stack leaves it alone[/yellow]")
+    if secrets := " and ".join(stack.published["stack_secrets"]):
+        words = f"secrets of {secrets} are written nowhere: commands in other terminals need them set as well"
+        err.print(f"[yellow]note: {words}[/yellow]")
     for broken in {each: None for worker in stack.workers for each in worker.not_served}:
         err.print(f"[yellow]broken and not served:[/yellow] {escape(broken)}; save the file and it is taken")
     out.print("[dim]ready; Ctrl-C ends all of it[/dim]")

@@ -1,5 +1,6 @@
 """`up`: one at a time, watched over, gone without a trace at Ctrl-C, and back with the same runs."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
 
+import psycopg
 import pytest
 
 from holdfast.stack import without_ours
 from tests.fixtures.clock import PATIENCE_S
+from tests.fixtures.model import FakeModel, call
 from tests.fixtures.stack import Cli, processes_of, until
 
 
@@ -86,3 +89,33 @@ def test_nothing_outlives_a_parent_that_is_killed(cli: Cli, home: Path) -> None:
     up.kill()
     up.communicate()
     until(lambda: not processes_of(home))
+
+
+async def test_commands_beside_it_use_what_it_uses(home: Path, cli: Cli, postgres_url: str) -> None:
+    """Its model, its store and its task queue, though only its own terminal has them set; and no secret of them."""
+    async with FakeModel.serve() as model:
+        model.script = lambda messages: call(("report_ready", {"word": "ready"}))
+        of_up = {
+            "OPENAI_BASE_URL": model.url,
+            "OPENAI_API_KEY": "hunter2",
+            "HOLDFAST_MODEL": "house-1",
+            "HOLDFAST_TASK_QUEUE": "ours",
+            "DATABASE_URL": f"{postgres_url}&password=hunter2",
+        }
+        with running(Cli({**cli.environment, **of_up}), home):
+            assert "hunter2" not in (home / "stack.json").read_text()
+            done = await asyncio.to_thread(cli, "doctor", "--json")
+            checks = {each["what"]: each for each in json.loads(done.stdout)}
+            assert checks["store"]["ok"] and checks["store"]["found"].startswith("Postgres")
+            assert "house-1 at" in checks["model"]["found"] and model.url in checks["model"]["found"]
+            assert checks["tool calls of house-1"]["ok"]
+            assert done.returncode == 0
+
+            started = await asyncio.to_thread(cli, "run", "triage", "-i", '{"text": "dizzy"}', "--id", "a", "--json")
+            assert started.returncode == 0, started.stderr
+            async with await psycopg.AsyncConnection.connect(postgres_url) as connection:
+                rows = await (await connection.execute("SELECT workflow_id FROM runs")).fetchall()
+            assert rows == [("triage-a",)]
+            assert not (home / "holdfast.db").exists()
+            cancelled = await asyncio.to_thread(cli, "cancel", "triage-a")
+            assert cancelled.returncode == 0, cancelled.stderr

@@ -1,0 +1,81 @@
+"""What the embedded stack tells the other commands of the settings that its workers have: all that is no secret."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+PLAIN = (
+    "HOLDFAST_TASK_QUEUE",
+    "HOLDFAST_DEPLOYMENT",
+    "HOLDFAST_MODEL",
+    "HOLDFAST_MODEL_WINDOW",
+    "HOLDFAST_MODEL_MAX_TOKENS",
+    "HOLDFAST_MODEL_LIMIT_NAME",
+    "HOLDFAST_MODEL_TEMPERATURE",
+    "HOLDFAST_PAYLOAD_LIMIT",
+    "HOLDFAST_PAYLOAD_STORE",
+)
+"""Settings that hold no secret, told as they are."""
+SECRET = ("OPENAI_API_KEY", "HOLDFAST_ENCRYPTION_KEYS")
+"""Settings of which only the name is told, so that a command can say what it lacks."""
+STORE_SECRETS = ("password", "sslpassword")
+"""Connection parameters of Postgres."""
+FALLBACK = ("model", "base_url", "key_env", "window", "max_tokens", "limit_name", "temperature")
+"""What is told of a model that stands in: not `extra`, in which anything may be."""
+
+
+def published(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The workers' environment as `stack.json` holds it, by the names of `Settings`."""
+    told: dict[str, Any] = {name: value for name in PLAIN if (value := environment.get(name))}
+    kept = [name for name in SECRET if environment.get(name)]
+
+    def tell(variable: str, value: Any, whole: bool) -> None:
+        told[variable] = value
+        if not whole:
+            kept.append(variable)
+
+    if store := environment.get("DATABASE_URL"):
+        address = without_password(store)
+        tell("DATABASE_URL", address, address == store or store.startswith("sqlite"))
+    if model := environment.get("OPENAI_BASE_URL"):
+        address = without_credentials(model)
+        tell("OPENAI_BASE_URL", address, address == model)
+    if services := json.loads(environment.get("HOLDFAST_SERVICES") or "{}"):
+        addresses = {name: without_credentials(value) for name, value in services.items()}
+        tell("HOLDFAST_SERVICES", addresses, addresses == services)
+    if models := json.loads(environment.get("HOLDFAST_MODEL_FALLBACKS") or "[]"):
+        told["HOLDFAST_MODEL_FALLBACKS"] = [_fallback(each) for each in models]
+    return {**told, "stack_secrets": kept}
+
+
+def _fallback(model: Mapping[str, Any]) -> dict[str, Any]:
+    told = {name: model[name] for name in FALLBACK if name in model}
+    if address := told.get("base_url"):
+        told["base_url"] = without_credentials(address)
+    return told
+
+
+def without_password(store: str) -> str:
+    """The store's address for somebody in any directory, with the user but without a password.
+
+    Taken apart as libpq does it, which finds a password also where a general parser does not.
+    """
+    scheme, separator, rest = store.partition("://")
+    if scheme == "sqlite":
+        return f"sqlite:///{Path(rest.removeprefix('/')).resolve()}"
+    end = next((n for n, each in enumerate(rest) if each in "@/"), len(rest))
+    if rest[end : end + 1] == "@":
+        rest = rest[:end].partition(":")[0] + rest[end:]
+    where, question, parameters = rest.partition("?")
+    kept = [each for each in parameters.split("&") if unquote(each.partition("=")[0]) not in STORE_SECRETS]
+    return f"{scheme}{separator}{where}{question if any(kept) else ''}{'&'.join(kept)}"
+
+
+def without_credentials(address: str) -> str:
+    """An http address without a user, a password and parameters."""
+    parts = urlsplit(address)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
