@@ -13,7 +13,13 @@ settings.register_profile("short", max_examples=40, deadline=None)
 settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("short")
 
-pytest_plugins = ["tests.fixtures.store", "tests.fixtures.temporal", "tests.fixtures.stack", "tests.fixtures.checkout"]
+pytest_plugins = [
+    "tests.fixtures.store",
+    "tests.fixtures.temporal",
+    "tests.fixtures.stack",
+    "tests.fixtures.checkout",
+    "tests.fixtures.ward",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

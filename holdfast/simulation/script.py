@@ -96,14 +96,13 @@ def _words(name: str, error: Exception) -> str:
 
 def ask(talk: Talk, *calls: Call) -> Json:
     """The message that calls these tools at once."""
-    before = sum(len(tries) for tries in talk.tries.values())
     tool_calls = [
         {
             "id": f"call_{number}",
             "type": "function",
             "function": {"name": tool, "arguments": json.dumps(arguments, ensure_ascii=False)},
         }
-        for number, (tool, arguments) in enumerate(calls, before + 1)
+        for number, (tool, arguments) in enumerate(calls, talk.made + 1)
     ]
     return {"role": "assistant", "tool_calls": tool_calls}
 
@@ -177,18 +176,21 @@ class Talk:
     data: Json
     """The JSON of the first user message."""
     tries: dict[str, list[Try]]
+    """By tool. A call that was undone, or that was decided before that was known, is as if it had not been made."""
     notice: str
     """What the platform said since the model last spoke its final words, e.g. that steps have no outcome."""
     noticed_at: int
     messages: list[str] = field(default_factory=list)
     """What people said to the run: 'dr.lee: …'."""
+    made: int = 0
+    """How many calls were made in all."""
 
     @classmethod
     def of(cls, messages: Sequence[Json]) -> Talk:
         answers = {each["tool_call_id"]: _text(each) for each in messages if each["role"] == "tool"}
         first = next((_text(each) for each in messages if each["role"] == "user"), "")
         tries: dict[str, list[Try]] = {}
-        ended, users = -1, 0
+        ended, users, number = -1, 0, 0
         notice, noticed_at = "", -1
         for at, each in enumerate(messages):
             for call in each.get("tool_calls") or ():
@@ -197,7 +199,9 @@ class Talk:
                 made = Try(
                     function["name"], arguments if isinstance(arguments, dict) else {}, at, answers.get(call["id"], "")
                 )
-                tries.setdefault(made.tool, []).append(made)
+                number += 1
+                if not made.answer.startswith("not done:"):
+                    tries.setdefault(made.tool, []).append(made)
             if each["role"] == "assistant" and not each.get("tool_calls"):
                 ended = at
             if each["role"] == "user":
@@ -208,7 +212,7 @@ class Talk:
                         notice, noticed_at = _text(each), at
         data = _json(first)
         said = [_text(each).removeprefix(PERSON) for each in messages if _text(each).startswith(PERSON)]
-        return cls(data if isinstance(data, dict) else {}, tries, notice, noticed_at, said)
+        return cls(data if isinstance(data, dict) else {}, tries, notice, noticed_at, said, number)
 
     def last(self, tool: str) -> Try | None:
         return self.tries[tool][-1] if tool in self.tries else None
@@ -221,16 +225,24 @@ class Talk:
 _NEWS = re.compile(
     r"(?:Call #\d+ of (?P<late>\w+), put off before, has ended: (?P<answer>.*))"
     r"|(?:.+ settled call #\d+ of (?P<settled>\w+): (?P<finding>.*))"
+    r"|(?:Undone while this run was stopped, and no longer standing: (?P<undone>[^.]*))"
     r"|(?:Not available for now|Available again)|(?:Message from )",
     re.S,
 )
 """What the platform tells of calls made earlier, of tools that come and go, and of people who say something."""
+_NAMED = re.compile(r"#\d+ (\w+)")
 PERSON = "Message from "
 
 
 def _hear(text: str, at: int, tries: dict[str, list[Try]]) -> bool:
     """Takes the end of an earlier call for its answer. True when the call is to be made again."""
     news = _NEWS.match(text)
+    if news and news["undone"]:
+        for tool in _NAMED.findall(news["undone"]):
+            tries[tool] = tries.get(tool, [])[:-1]
+            if not tries[tool]:
+                del tries[tool]
+        return True
     tool = news and (news["late"] or news["settled"])
     if not news or not tool or tool not in tries:
         return False

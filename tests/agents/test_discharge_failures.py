@@ -5,13 +5,10 @@ see of it: status line, Web UI page, result, the operator's commands, and the ho
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,171 +16,22 @@ from uuid import uuid4
 
 import httpx2
 import pytest
-import pytest_asyncio
-from pydantic import SecretStr
-from temporalio.api.sdk.v1 import WorkflowMetadata
 from temporalio.client import WorkflowFailureError
 
 from agents import registry
 from agents.discharge.prompts import SUMMARY_INSTRUCTIONS
-from holdfast.contracts import ApprovalDecision, DecisionReply, Json, Phase, RunOutcome, RunResult, RunStatus, Verdict
-from holdfast.runtime import Runtime, open_runtime
+from holdfast.contracts import Json, Phase, RunOutcome, Verdict
 from holdfast.services import BreakerRule, Service
-from holdfast.settings import Settings
-from holdfast.simulation.hospital import HospitalRecord
 from holdfast.simulation.script import decide
 from holdfast.simulation.scripted_model import ModelRecord
-from holdfast.stack import Stack
-from holdfast.starting import start_run
-from holdfast.state.database import open_database
-from holdfast.state.runs import Runs
-from holdfast.temporal import DATA_CONVERTER, Client
 from tests.fixtures.model import FakeModel, error
-from tests.fixtures.stack import Cli
+from tests.fixtures.ward import PATIENCE_S, Ward, put_fault
 from tests.simulation.processes import service
-from worker import make_worker
 
 SOON = BreakerRule(probe_after_s=6.0)
 """A breaker as every other one, but for the wait of half a minute. It is longer than the pauses before a call's fourth
 and fifth try (2 s and 4 s, 20 % more at most), or these would be the probes.
 """
-PATIENCE_S = 45.0
-
-
-@dataclass
-class Run:
-    """One discharge, as the people around it see it."""
-
-    ward: Ward
-    handle: Any
-    id: str
-
-    async def status(self) -> RunStatus:
-        return await self.handle.query("status", result_type=RunStatus)
-
-    async def page(self) -> str:
-        """What the Web UI shows as the run's current details."""
-        shown = await self.handle.query("__temporal_workflow_metadata", result_type=WorkflowMetadata)
-        return shown.current_details.replace("\\", "")
-
-    async def until(self, holds: Callable[[RunStatus], bool]) -> RunStatus:
-        async with asyncio.timeout(PATIENCE_S):
-            while not holds(now := await self.status()):
-                await asyncio.sleep(0.05)
-            return now
-
-    async def until_messages_wait(self) -> RunStatus:
-        """All that needs no approval has ended or is left to somebody."""
-        return await self.until(lambda now: sum(each.kind == "tool" for each in now.approvals) == 2)
-
-    async def decide(self, approval_id: str, verdict: Verdict, comment: str = "") -> None:
-        decision = ApprovalDecision(approval_id=approval_id, verdict=verdict, approver="dr.lee", comment=comment)
-        reply = await self.handle.execute_update("decide", decision, result_type=DecisionReply)
-        assert reply.accepted, reply.message
-
-    async def approve(self) -> None:
-        for each in (await self.until_messages_wait()).approvals:
-            if each.kind == "tool":
-                await self.decide(each.id, Verdict.APPROVE)
-
-    async def ended(self) -> RunResult:
-        async with asyncio.timeout(PATIENCE_S):
-            return await self.handle.result()
-
-    async def stored(self) -> RunResult:
-        """The result as it stands now, repairs after the end included."""
-        return RunResult.model_validate((await self.ward.told("result", self.id))["result"])
-
-    async def letter(self) -> str:
-        """Id of the only dead letter of this run."""
-        (found,) = [each["id"] for each in await self.ward.told("dlq", "list") if each["workflow_id"] == self.id]
-        return found
-
-    def effects(self, service: str) -> list[tuple[str, str]]:
-        """What the hospital did: kind, and number of the call."""
-        found = self.ward.record.effects(f"{self.id}/")
-        return [(each.kind, each.key.split("/")[2]) for each in found if each.service == service]
-
-    def requests(self, service: str) -> list[int | None]:
-        """The status of each answer that the hospital gave; None: it gave none."""
-        return [each.status for each in self.ward.record.requests(f"{self.id}/") if each.service == service]
-
-
-@dataclass
-class Ward:
-    """The stack from outside. Each run has a tenant of its own, so that it meets no breaker of another."""
-
-    stack: Stack
-    client: Client
-    cli: Cli
-    record: HospitalRecord = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.record = HospitalRecord(self.stack.home / "hospital.db")
-
-    async def admit(self, queue: str = "holdfast", tenant: str = "", key: str = "") -> Run:
-        store = await open_database(self.stack.store_url)
-        try:
-            value = {"patient_id": "pat-1"}
-            tenant = tenant or f"t-{uuid4().hex[:8]}"
-            started = await start_run(
-                self.client,
-                Runs(store),
-                "discharge",
-                value,
-                task_queue=queue,
-                request_key=key,
-                requested_by="ward 3",
-                tenant=tenant,
-            )
-        finally:
-            await store.close()
-        handle = self.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
-        return Run(self, handle, started.workflow_id)
-
-    async def fault(self, service: str, **fault: Any) -> None:
-        await asyncio.to_thread(_put, f"{self.stack.hospital_url}/faults/{service}", fault)
-
-    async def well_again(self) -> None:
-        await asyncio.to_thread(httpx2.delete, f"{self.stack.hospital_url}/faults")
-
-    async def told(self, *command: str) -> Any:
-        """What a command of the operator's answers."""
-        done = await asyncio.to_thread(self.cli, *command, "--json")
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout)
-
-    @asynccontextmanager
-    async def worker(self, **settings: Any) -> AsyncIterator[tuple[str, Runtime]]:
-        """A worker in this process with a task queue of its own, hence with this process's rules."""
-        known = self.stack.environment
-        given = {
-            "database_url": self.stack.store_url,
-            "hospital_url": self.stack.hospital_url,
-            "openai_base_url": known["OPENAI_BASE_URL"],
-            "openai_api_key": SecretStr("scripted"),
-            "model": "scripted-1",
-        }
-        runtime = await open_runtime(Settings(**(given | settings)))
-        queue = f"q-{uuid4().hex[:8]}"
-        try:
-            async with make_worker(self.client, queue, runtime):
-                yield queue, runtime
-        finally:
-            await runtime.close()
-
-
-def _put(url: str, fault: Json) -> None:
-    httpx2.put(url, json=fault, timeout=PATIENCE_S).raise_for_status()
-
-
-@pytest_asyncio.fixture
-async def ward(stack: Stack, cli: Cli) -> AsyncIterator[Ward]:
-    client = await Client.connect(stack.temporal_address, data_converter=DATA_CONVERTER)
-    ward = Ward(stack, client, cli)
-    await ward.well_again()
-    yield ward
-    await ward.well_again()
 
 
 # ------------------------------------------------------------------ request keys that are no ASCII
@@ -400,7 +248,7 @@ async def test_without_a_model_the_template_writes_the_summary_and_the_run_waits
             async with asyncio.timeout(PATIENCE_S):
                 while not any("/turn-3." in call.key for call in record.calls(f"{run.id}/")):
                     await asyncio.sleep(0.02)
-            await asyncio.to_thread(_put, f"{model.url}/faults/model", {"mode": "fail"})
+            await asyncio.to_thread(put_fault, f"{model.url}/faults/model", {"mode": "fail"})
 
             status = await run.until(lambda now: now.phase is Phase.PARKED)
             assert "Discharge summary by template" in status.line

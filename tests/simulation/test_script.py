@@ -193,6 +193,20 @@ def test_a_notice_about_a_tool_that_is_not_offered_is_answered_by_finishing_agai
     assert "not done: providers notified" in (talk.turn() or "")
 
 
+def test_what_no_longer_stands_and_what_was_not_done_for_that_is_called_again():
+    void = "not done: what was done before was undone while this run was stopped, so decide again."
+    talk = Conversation(notify_patient=[void, {"status": "sent"}], notify_providers=[void, {"status": "sent"}])
+    for _ in range(4):
+        assert talk.turn() is None
+    gone = "#4 order_medication, #5 book_appointment"
+    text = f"Undone while this run was stopped, and no longer standing: {gone}. Call again what is still needed."
+    talk.messages.append({"role": "user", "content": text})
+    talk.play()
+    assert talk.turns[4:] == [{"order_medication", "book_appointment"}, {"notify_patient", "notify_providers"}]
+    ids = [each["id"] for message in talk.messages for each in message.get("tool_calls", [])]
+    assert len(set(ids)) == len(ids) == 12
+
+
 def test_arguments_that_are_refused_are_mended_and_the_others_sent_again():
     """As the platform puts it: one wrong call keeps the others of the same answer from running."""
     skipped = "error: not run, because another call of the same answer was invalid; send all the calls again"

@@ -87,7 +87,8 @@ def standing(world: World, name: str) -> list[str]:
 @pytest.mark.parametrize("uncached", [False, True], ids=["cached", "uncached"])
 async def test_cancelled_and_undone(stage: Stage, uncached: bool) -> None:
     world = World()
-    async with stage.worker(**({"max_cached_workflows": 0} if uncached else {})):
+    options: dict[str, Any] = {"max_cached_workflows": 0} if uncached else {}
+    async with stage.worker(**options):
         handle, tasks = await waits_at_send(stage, world)
         await handle.cancel()
         await cancelled(handle)
