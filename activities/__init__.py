@@ -29,6 +29,7 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
 
     tools, records = Tools(runtime), RunRecords(runtime)
     repairs, batches, hooks = Repairs(runtime, records), Batches(runtime), Hooks(runtime)
+    resets = Resets(runtime)
     return [
         Plan(runtime).plan,
         tools.tool,
@@ -42,7 +43,8 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
         repairs.begin_repair,
         repairs.record_repair,
         repairs.find_orphans,
-        Resets(runtime).reset_stuck,
+        resets.find_stuck,
+        resets.mend,
         repairs.survey,
         repairs.look_back,
         repairs.in_doubt,

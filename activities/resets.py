@@ -12,9 +12,9 @@ from temporalio.workflow import NondeterminismError
 
 from activities.boundary import boundary
 from holdfast.contracts import key_base
-from holdfast.executions import Execution
+from holdfast.executions import Execution, describe
 from holdfast.repairs import Sweep
-from holdfast.resets import Mended, Replays, find_stuck, mend
+from holdfast.resets import ENDED, Mended, Replays, Stuck, find_stuck, mend
 from holdfast.runtime import Runtime
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState, dump, letter_id
 from holdfast.telemetry import metrics
@@ -25,26 +25,35 @@ class Resets:
     def __init__(self, runtime: Runtime) -> None:
         self._letters = Letters(runtime.db)
 
-    @activity.defn(name="reset_stuck")
-    async def reset_stuck(self, _: Sweep) -> list[str]:
-        """Resets the runs that are stuck; a line about each."""
+    @activity.defn(name="find_stuck")
+    async def find_stuck(self, _: Sweep) -> list[Stuck]:
         with boundary():
-            client = activity.client()
-            return [await self._mend(client, each) for each in await find_stuck(client)]
+            return [Stuck(workflow_id=each.id, run_id=each.run_id) for each in await find_stuck(activity.client())]
 
-    async def _mend(self, client: Client, execution: Execution) -> str:
+    @activity.defn(name="mend")
+    async def mend(self, stuck: Stuck) -> str:
+        """Resets a run that is stuck, or leaves it to a person; a line about it. Idempotent."""
+        with boundary():
+            return f"{stuck.workflow_id}: {await self._mend(activity.client(), stuck)}"
+
+    async def _mend(self, client: Client, stuck: Stuck) -> str:
         try:
-            mended = await mend(client, execution, _replays(client))
+            execution = await describe(client, stuck.workflow_id, stuck.run_id)
         except RPCError as error:
-            # One that cannot be reset must not keep the sweep from the others.
+            if error.status is not RPCStatusCode.NOT_FOUND:
+                raise
+            return ENDED
+        try:
+            mended = await mend(client, execution, replays_with(client))
+        except RPCError as error:
             if error.status is RPCStatusCode.NOT_FOUND:
-                return f"{execution.id}: has ended meanwhile"
+                return ENDED
             if error.status is not RPCStatusCode.INVALID_ARGUMENT:
                 raise
             mended = Mended(f"its history does not replay, and it cannot be reset: {error.message}", given_up=True)
         if mended.given_up:
             await self._give_up(execution, mended.words)
-        return f"{execution.id}: {mended.words}"
+        return mended.words
 
     async def _give_up(self, execution: Execution, words: str) -> None:
         """Leaves the run to a person, once."""
@@ -82,7 +91,7 @@ def _commands(workflow_id: str) -> list[str]:
     ]
 
 
-def _replays(client: Client) -> Replays:
+def replays_with(client: Client) -> Replays:
     from workflows.kinds import WORKFLOWS
 
     replayer = Replayer(

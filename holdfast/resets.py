@@ -1,30 +1,38 @@
 """Runs whose history does not replay: their workflow task fails again and again, and no cancel gets through.
 
 A run is reset to the workflow task whose commands differ, so that everything before it stays and everything after it
-is done again, under the same keys: the ledger answers what is recorded. The server sends the Signals and Updates that
-came since once more, and a cancel request is repeated. A Signal tells the run, is kept by the next reset, and so
-counts the resets.
+is done again, under the same keys: the ledger answers what is recorded. The server sends the Signals that came since
+once more. It does not repeat a cancel request, so the sweep does. It would repeat the Updates, but Temporal's Python
+SDK (1.35) replays such an Update after the Signals of its workflow task also when it came before them, so the run would
+be stuck again: the sweep sends each Update as the Signal of the same name instead.
+
+A Signal tells the run; the next reset keeps it, so it counts the resets. Each run has an activity of its own, which
+Temporal tries again after a crash.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from temporalio.api.common.v1 import WorkflowExecution
-from temporalio.api.enums.v1 import ResetReapplyType, WorkflowTaskFailedCause
+from temporalio.api.enums.v1 import ResetReapplyExcludeType, ResetReapplyType, WorkflowTaskFailedCause
 from temporalio.api.history.v1 import HistoryEvent
+from temporalio.api.update.v1 import Request
 from temporalio.api.workflowservice.v1 import (
     GetWorkflowExecutionHistoryReverseRequest,
     ResetWorkflowExecutionRequest,
+    SignalWorkflowExecutionRequest,
 )
 from temporalio.client import Client, WorkflowHistory
 from temporalio.service import RPCError, RPCStatusCode
 
+from holdfast.codec import PayloadUnreadable
+from holdfast.contracts import DecisionReply
 from holdfast.executions import OPEN, PROBLEMS, Execution, describe, listed
 
 MAX_RESETS = 2
@@ -37,9 +45,18 @@ ATTEMPTS = 3
 RECENT = 100
 """Events among which the last failure is looked for: Signals may have come since."""
 SIGNAL = "was_reset"
+ENDED = "has ended meanwhile"
 
 _TYPES = 'WorkflowType IN ("AgentWorkflow", "BatchWorkflow", "RepairWorkflow", "DeliveryWorkflow")'
 _REPORTED = f'{PROBLEMS} IN ("cause=WorkflowTaskFailedCauseNonDeterministicError")'
+
+
+class Stuck(BaseModel):
+    """Input of the activity `mend`: the execution that is stuck."""
+
+    workflow_id: str
+    run_id: str
+
 
 Replays = Callable[[WorkflowHistory], Awaitable[bool]]
 """Whether a history, or the beginning of one, replays on the code of this worker."""
@@ -134,35 +151,98 @@ async def _stuck(client: Client, execution: Execution) -> Execution | None:
 
 
 async def mend(client: Client, stuck: Execution, replays: Replays) -> Mended:
-    """Resets a run that is stuck, or says why it does not. Idempotent: the same execution is reset once."""
+    """Resets a run that is stuck, or says why it does not. Idempotent: the same execution is reset once, and what an
+    earlier try has left undone is made up for. Raises RPCError.
+    """
     handle = client.get_workflow_handle(stuck.id, run_id=stuck.run_id)
     history = await handle.fetch_history()
     before = await _resets(client, history.events)
-    done = [each for each in before if each.run_id != stuck.run_id]
-    if len(done) >= MAX_RESETS:
-        return Mended(f"its history does not replay, after {len(done)} resets by the sweep", given_up=True)
-    event_id = await breaks_at(history, replays)
-    if event_id is None:
-        return Mended("its history replays on the sweep's worker: a worker of another build fails at it")
     told = next((each for each in before if each.run_id == stuck.run_id), None)
-    if told is None:
-        told = WasReset(run_id=stuck.run_id, number=len(done) + 1, event_id=event_id)
-        # Before the reset, which keeps it: should this be cut off in between, the next sweep finds it and goes on.
-        await handle.signal(SIGNAL, told)
-    request = ResetWorkflowExecutionRequest(
+    current = await describe(client, stuck.id)
+    if current.run_id == stuck.run_id and current.open:
+        done = [each for each in before if each.run_id != stuck.run_id]
+        if len(done) >= MAX_RESETS:
+            return Mended(f"its history does not replay, after {len(done)} resets by the sweep", given_up=True)
+        event_id = await breaks_at(history, replays)
+        if event_id is None:
+            return Mended("its history replays on the sweep's worker: a worker of another build fails at it")
+        if told is None:
+            told = WasReset(run_id=stuck.run_id, number=len(done) + 1, event_id=event_id)
+            for id, request in _updates(history.events, event_id):
+                if not await _refused(client, history.events, id):
+                    await _as_signal(client, stuck, id, request)
+            # Before the reset, which keeps it: should this be cut off in between, the next sweep finds it and goes on.
+            await handle.signal(SIGNAL, told)
+        reset = ResetWorkflowExecutionRequest(
+            namespace=client.namespace,
+            workflow_execution=WorkflowExecution(workflow_id=stuck.id, run_id=stuck.run_id),
+            reason=told.words,
+            workflow_task_finish_event_id=event_id,
+            request_id=f"{SIGNAL}-{stuck.run_id}",
+            # Nothing that people have said is lost: the Updates have become Signals.
+            reset_reapply_type=ResetReapplyType.RESET_REAPPLY_TYPE_ALL_ELIGIBLE,
+            reset_reapply_exclude_types=[ResetReapplyExcludeType.RESET_REAPPLY_EXCLUDE_TYPE_UPDATE],
+        )
+        await client.workflow_service.reset_workflow_execution(reset, retry=True)
+    elif told is None or current.run_id == stuck.run_id or current.first_run_id != stuck.first_run_id:
+        return Mended(ENDED)
+    await _cancel_again(client, stuck)
+    return Mended(f"reset to event {told.event_id} (reset {told.number} of {MAX_RESETS})")
+
+
+def _updates(events: Sequence[HistoryEvent], event_id: int) -> Iterator[tuple[str, Request]]:
+    """The Updates since that event, with their ids. A run that is stuck takes no more of them."""
+    for event in events:
+        if event.event_id <= event_id:
+            continue
+        if event.HasField("workflow_execution_update_admitted_event_attributes"):  # as after a reset by hand
+            admitted = event.workflow_execution_update_admitted_event_attributes.request
+            yield admitted.meta.update_id, admitted
+        elif event.HasField("workflow_execution_update_accepted_event_attributes"):
+            accepted = event.workflow_execution_update_accepted_event_attributes.accepted_request
+            if accepted.input.name:  # else it was admitted before, and is above
+                yield accepted.meta.update_id, accepted
+
+
+async def _refused(client: Client, events: Sequence[HistoryEvent], update_id: str) -> bool:
+    """Whether the run has answered that it does not take it."""
+    for event in events:
+        completed = event.workflow_execution_update_completed_event_attributes
+        if completed.meta.update_id == update_id and completed.outcome.HasField("success"):
+            with suppress(ValidationError, PayloadUnreadable):
+                (reply,) = await client.data_converter.decode(completed.outcome.success.payloads, [DecisionReply])
+                return not reply.accepted
+    return False
+
+
+async def _as_signal(client: Client, stuck: Execution, update_id: str, update: Request) -> None:
+    """Sends an Update again as the Signal of that name, as it is, encrypted or not. Once: the server knows the id."""
+    signal = SignalWorkflowExecutionRequest(
         namespace=client.namespace,
         workflow_execution=WorkflowExecution(workflow_id=stuck.id, run_id=stuck.run_id),
-        reason=told.words,
-        workflow_task_finish_event_id=event_id,
-        request_id=f"{SIGNAL}-{stuck.run_id}",
-        # Nothing that people have said, and no cancel, is lost.
-        reset_reapply_type=ResetReapplyType.RESET_REAPPLY_TYPE_ALL_ELIGIBLE,
+        signal_name=update.input.name,
+        input=update.input.args,
+        header=update.input.header,
+        request_id=f"{SIGNAL}-{update_id}",
     )
-    fresh = await client.workflow_service.reset_workflow_execution(request, retry=True)
-    if any(e.HasField("workflow_execution_cancel_requested_event_attributes") for e in history.events):
-        # The server may leave a cancel request out of what it sends again.
-        await client.get_workflow_handle(stuck.id, run_id=fresh.run_id).cancel()
-    return Mended(f"reset to event {event_id} (reset {told.number} of {MAX_RESETS})")
+    await client.workflow_service.signal_workflow_execution(signal, retry=True)
+
+
+async def _cancel_again(client: Client, stuck: Execution) -> None:
+    """Repeats the cancel request of an execution that was reset; the server does not. One too many does nothing.
+
+    The history is read once more: the request may have come while the reset was prepared.
+    """
+    async for event in client.get_workflow_handle(stuck.id, run_id=stuck.run_id).fetch_history_events():
+        if event.HasField("workflow_execution_cancel_requested_event_attributes"):
+            reason = event.workflow_execution_cancel_requested_event_attributes.cause
+            run = client.get_workflow_handle(stuck.id, first_execution_run_id=stuck.first_run_id)
+            try:
+                await run.cancel(reason=reason)
+            except RPCError as error:
+                if error.status is not RPCStatusCode.NOT_FOUND:  # it has ended meanwhile
+                    raise
+            return
 
 
 async def _resets(client: Client, events: Sequence[HistoryEvent]) -> list[WasReset]:

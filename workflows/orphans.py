@@ -5,21 +5,27 @@ It also resets the runs that cannot go on because their history does not replay.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from temporalio import workflow
 from temporalio.common import VersioningBehavior, WorkflowIDReusePolicy
-from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.exceptions import ActivityError, WorkflowAlreadyStartedError
 from temporalio.workflow import ParentClosePolicy
 
 with workflow.unsafe.imports_passed_through():
     from holdfast.repairs import Repair, Sweep, Swept, unwind_id
-    from workflows.calls import Calls
+    from holdfast.resets import Stuck
+    from workflows.calls import Calls, why
     from workflows.given import one
     from workflows.progress import plain
 
 FIND_S = 120.0
 RESET_S = 300.0
+RESET_DEADLINE_S = 3600.0
+"""For one run, over all attempts: the next sweep begins when this one has ended."""
+AT_A_TIME = 4
+"""Runs that are reset at a time: each is replayed several times."""
 
 
 # Undoing must never wait for a build whose workers are gone, so any build goes on with it.
@@ -48,13 +54,30 @@ class OrphanSweep:
                 continue  # an earlier sweep's, and at work
         stuck: list[str] = []
         if workflow.patched("resets-stuck-runs"):
-            stuck = await Calls(lambda wait: None).run(
-                "reset_stuck",
-                given,
-                list[str],
-                summary="reset runs whose history does not replay",
-                timeout_s=RESET_S,
-            )
+            stuck = await self._mend(given)
         lines = [f"- `{id}`" for id in ids] + [f"- {plain(line)}" for line in stuck]
         workflow.set_current_details("\n".join(lines) or "nothing to do")
         return Swept(found=ids, stuck=stuck)
+
+    async def _mend(self, given: Sweep) -> list[str]:
+        """Resets the runs that are stuck; a line about each. One that cannot be mended keeps no other waiting."""
+        calls = Calls(lambda wait: None, places=lambda: AT_A_TIME)
+        found = await calls.run(
+            "find_stuck", given, list[Stuck], summary="look for runs whose history does not replay", timeout_s=FIND_S
+        )
+        return list(await asyncio.gather(*(_mended(calls, each) for each in found)))
+
+
+async def _mended(calls: Calls, stuck: Stuck) -> str:
+    try:
+        return await calls.run(
+            "mend",
+            stuck,
+            str,
+            summary=f"reset {stuck.workflow_id}, whose history does not replay",
+            timeout_s=RESET_S,
+            deadline_s=RESET_DEADLINE_S,
+            begins=lambda: None,
+        )
+    except ActivityError as error:
+        return f"{stuck.workflow_id}: could not be reset: {why(error)}"

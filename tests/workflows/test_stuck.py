@@ -88,14 +88,19 @@ async def swept(stage: Stage) -> list[str]:
             await asyncio.sleep(0.2)
 
 
-@pytest.mark.parametrize("how", ["signal", "update"])
+@pytest.mark.parametrize("how", ["signal", "update", "both"])
 async def test_a_run_that_does_not_replay_is_reset_and_ends_with_each_effect_once(stage: Stage, how: str) -> None:
-    """What a person has decided before the reset counts; recorded turns and calls are not made again."""
+    """What a person has decided before the reset counts; recorded turns and calls are not made again.
+
+    both: what the run has accepted counts, and not what it has refused or what came after.
+    """
     world = World()
     yes = {"approval_id": "a3", "verdict": "approve", "approver": "dr.lee"}
-    handle = await begin(stage, world, *([("decide", yes)] if how == "update" else []))
-    if how == "signal":
-        await handle.signal("decide", yes)
+    no = {"approval_id": "a3", "verdict": "reject", "approver": "dr.no", "comment": "no"}
+    updates = {"update": [("decide", yes)], "both": [("decide", yes), ("decide", no)]}
+    handle = await begin(stage, world, *updates.get(how, []))
+    if how != "update":
+        await handle.signal("decide", yes if how == "signal" else no)
     async with stage.worker():
         await until_stuck(stage, handle)
         (line,) = await swept(stage)
@@ -121,6 +126,34 @@ async def test_a_stuck_run_that_was_cancelled_undoes_everything_after_its_reset(
         await swept(lite)
         await cancelled(handle)
     assert [entry for entry in world.log if entry.startswith("undo")] == ["undo order#2", "undo book#1"]
+
+
+async def test_a_crash_between_the_reset_and_the_repeated_cancel_loses_no_cancel(
+    lite: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing outside can kill the sweep's worker at that very moment, so its first cancel raises instead."""
+    world = World()
+    handle = await begin(lite, world)
+    await handle.cancel(reason="the patient has left")
+    really, crashed = WorkflowHandle.cancel, list[str]()
+
+    async def cancel(self: WorkflowHandle[Any, Any], **more: Any) -> None:
+        if not crashed:
+            crashed.append(self.id)
+            raise ConnectionError("the worker is gone")
+        await really(self, **more)
+
+    monkeypatch.setattr(WorkflowHandle, "cancel", cancel)
+    async with lite.worker():
+        await until_stuck(lite, handle)
+        (line,) = await swept(lite)
+        assert line.startswith(f"{handle.id}: reset to event ")
+        await cancelled(handle)
+    assert crashed == [handle.id]
+    assert [entry for entry in world.log if entry.startswith("undo")] == ["undo order#2", "undo book#1"]
+    result = await lite.stored(handle)
+    assert result.reason == "cancelled: the patient has left"
+    assert len([note for note in result.notes if "the sweep has reset the run" in note]) == 1
 
 
 async def test_after_two_resets_a_person_is_asked_and_there_is_no_third(lite: Stage) -> None:
