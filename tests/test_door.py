@@ -22,7 +22,7 @@ REFUSED: dict[str, tuple[Any, Json, str]] = {
     "a long comment": (ApprovalDecision, {**YES, "comment": "x" * 4001}, "comment: String should have at most 4000"),
     "only marks": (ApprovalDecision, {**YES, "approver": "\u0301\ufe0f"}, "approver is blank"),
     "only control characters": (ApprovalDecision, {**YES, "approver": "\x00\x1b\n"}, "approver is blank"),
-    "half a character": (ApprovalDecision, {**YES, "approver": "\ud800"}, "approver"),
+    "half a character": (ApprovalDecision, {**YES, "approver": "\ud800"}, "half of a character"),
     "a blank comment": (ApprovalDecision, {**YES, "comment": "\u2028 "}, "comment is blank"),
     "printed reason": (ApprovalDecision, {**YES, "comment": "WHAT WAS DONE"}, "comment is still 'WHAT WAS DONE'"),
     "printed dots": (ApprovalDecision, {**YES, "comment": "…"}, "comment is still '…'"),

@@ -107,7 +107,7 @@ def test_a_graph_that_decides_or_asks_what_is_hostile_is_told_so(value: Any) -> 
     ):
         with pytest.raises(BadGraph, match="the graph decided"):
             decision_of({"decision": decision}, spec)
-    with pytest.raises(BadGraph, match=r"what interrupt\(\) asks is more than a person can read: it (is|has) "):
+    with pytest.raises(BadGraph, match=r"interrupt\(\) takes JSON that a person can read; got dict, and it (is|has) "):
         _question(Interrupt(value={"question": value}, id="q"))
 
 

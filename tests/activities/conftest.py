@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import ActivityEnvironment
 
+import activities.repairs
 import activities.tools
 from holdfast.reliability import faults
 from holdfast.reliability.faults import Point
@@ -44,10 +45,15 @@ async def process(store_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     def strike(*_: Any) -> None:
         raise Killed
 
+    # There is no server here that could have reset the run.
     async def goes_on(*_: Any) -> bool:
-        return False  # there is no server here that could have reset the run
+        return False
+
+    async def is_over(*_: Any) -> bool:
+        return True
 
     monkeypatch.setattr(activities.tools, "goes_on", goes_on)
+    monkeypatch.setattr(activities.repairs, "is_over", is_over)
     monkeypatch.setattr(activities.tools.activity, "client", lambda: None)
     monkeypatch.setattr(faults, "strike", strike)
     monkeypatch.setattr(faults, "_armed", None)  # put back at the end, fired or not

@@ -42,7 +42,7 @@ def record(hospital: Running) -> HospitalRecord:
 @pytest.fixture
 def key(request: pytest.FixtureRequest) -> str:
     """A key of this test, with all that a workflow id may hold."""
-    return f"wf {request.node.name}/run-1?#%2F/3"
+    return f"wf {request.node.name}/run-1?#%/3"
 
 
 def kinds(record: HospitalRecord, key: str) -> list[str]:
