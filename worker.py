@@ -35,6 +35,7 @@ from holdfast.stack import NOT_SERVED
 from holdfast.state.database import StoreUnavailable, one_line, open_database
 from holdfast.state.version import SchemaMismatch, check_schema
 from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
+from holdfast.wording import did_you_mean
 from workflows.kinds import WORKFLOWS
 
 MAIN = "main"
@@ -123,7 +124,8 @@ def chosen(queue: str | None) -> list[str]:
         return ["", *stages]
     if queue != MAIN and queue not in stages:
         there = ", ".join([MAIN, *stages]) + "".join(f"; broken: {error}" for error in registry.broken().values())
-        raise NotReady(f"--queue {queue}: there is no such stage; the agents' tools name: {there}")
+        meant = did_you_mean(queue, [MAIN, *stages])
+        raise NotReady(f"--queue {queue}: there is no such stage; the agents' tools name: {there}{meant}")
     return ["" if queue == MAIN else queue]
 
 

@@ -17,6 +17,7 @@ from holdfast.mcp.tool import RemoteTool, remote_tool
 from holdfast.options import AS_SET, ModelOptions
 from holdfast.services import BreakerRule, Service
 from holdfast.tools import Tool
+from holdfast.wording import did_you_mean
 
 if TYPE_CHECKING:
     from langgraph.graph import StateGraph
@@ -78,7 +79,8 @@ class AgentSpec:
         check_servers(self.name, self.mcp, [each.name for each in self.tools if not isinstance(each, RemoteTool)])
         for step in self.steps:
             if unknown := [name for name in step.tools if self.tool(name) is None]:
-                raise TypeError(f"agent {self.name}: step {step.name} names unknown tools {unknown}")
+                meant = did_you_mean(unknown[0], self.by_name)
+                raise TypeError(f"agent {self.name}: step {step.name} names unknown tools {unknown}{meant}")
         if isinstance(self.graph, str):
             if not re.fullmatch(r"[\w.]+:\w+", self.graph):
                 raise TypeError(f"agent {self.name}: its graph is named {self.graph!r}, not like package.module:name")

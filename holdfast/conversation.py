@@ -12,6 +12,7 @@ from holdfast import outside
 from holdfast.agent import AgentSpec
 from holdfast.contracts import Decision, Json, ToolCall
 from holdfast.tools import explain
+from holdfast.wording import did_you_mean
 
 MAX_REASKS = 2
 CUT = "cut"
@@ -106,8 +107,8 @@ def _parse_call(call: Json, spec: AgentSpec, offered: set[str] | None) -> tuple[
     name = call["function"]["name"]
     tool = spec.by_name.get(name)
     if tool is None or (offered is not None and name not in offered):
-        known = ", ".join(each for each in spec.by_name if offered is None or each in offered)
-        return None, f"there is no tool named {name!r}; the tools are: {known}"
+        known = [each for each in spec.by_name if offered is None or each in offered]
+        return None, f"there is no tool named {name!r}; the tools are: {', '.join(known)}{did_you_mean(name, known)}"
     if (size := len(call["function"]["arguments"].encode())) > MAX_ARGUMENTS:
         return None, f"the arguments of {name} have {size:,} bytes, and at most {MAX_ARGUMENTS:,} are taken: send less"
     try:

@@ -17,6 +17,7 @@ from holdfast.contracts import Decision, Json, OutcomeStatus, ToolCall
 from holdfast.conversation import MAX_ARGUMENTS, MAX_FINAL, MAX_TOGETHER, as_json, said
 from holdfast.graph import BadGraph, Begin, Tools, TurnState, calls
 from holdfast.tools import explain
+from holdfast.wording import did_you_mean
 
 DECISION = calls().keys()
 
@@ -87,7 +88,8 @@ def _by_code(call: Json, spec: AgentSpec) -> ToolCall:
         return ToolCall.model_validate(call)
     tool = spec.tool(call["tool"])
     if tool is None:
-        raise BadGraph(f"node {call['by']} calls the tool {call['tool']!r}; the tools are: {', '.join(spec.by_name)}")
+        there = f"{', '.join(spec.by_name)}{did_you_mean(call['tool'], spec.by_name)}"
+        raise BadGraph(f"node {call['by']} calls the tool {call['tool']!r}; the tools are: {there}")
     try:
         return ToolCall(tool=tool.name, arguments=tool.validate(call["arguments"]), version=tool.version)
     except ValidationError as error:

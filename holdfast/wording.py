@@ -13,10 +13,16 @@ YOUR_NAME, WHY, WHAT_WAS_DONE, YOUR_ANSWER, DOTS = "YOUR NAME", "WHY", "WHAT WAS
 """What our commands print where a person has to put words. `holdfast.door` does not take them for an answer."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+ID = 0.85
+"""How alike two ids have to be: many begin with the same words."""
+
+
+def did_you_mean(name: str, known: Iterable[str], alike: float = 0.6) -> str:
     """`; did you mean digest?`, or nothing when none of the known names is like it."""
-    close = get_close_matches(name.lower(), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    there = {each.lower(): each for each in known}
+    # A name that is longer is none, and to compare it would take long.
+    close = get_close_matches(name.lower(), there, n=1, cutoff=alike) if len(name) <= 200 else ()
+    return f"; did you mean {quote(there[close[0]])}?" if close else ""
 
 
 def in_words(value: object, between: str = "; ") -> str:

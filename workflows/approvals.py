@@ -18,6 +18,7 @@ from temporalio import workflow
 from holdfast import door
 from holdfast.contracts import Approval, ApprovalDecision, DecidedApproval, DecisionReply, Verdict
 from holdfast.door import T
+from holdfast.wording import did_you_mean
 
 PAST = {
     Verdict.APPROVE: "approved",
@@ -166,6 +167,7 @@ class Approvals:
                 del state.early[next(iter(state.early))]
             waiting = ", ".join(state.open) or "none"
             message = f"decision of {decision.approver} ignored: no approval {name!r} is open (open: {waiting})"
+            message += did_you_mean(name, state.open)
             return DecisionReply(accepted=False, message=message)
         if decision.verdict not in (fitting := VERDICTS[approval.kind]):
             words = " or ".join(fitting)

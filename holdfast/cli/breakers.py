@@ -72,6 +72,7 @@ async def _list(as_json: bool) -> None:
 
 async def _trip(target: str, why: str, by: str, as_json: bool) -> None:
     from agents.registry import agents
+    from holdfast.wording import did_you_mean
 
     async with _store() as (breaker, _):
         known = {row.target for row in await breaker.rows()}
@@ -85,15 +86,20 @@ async def _trip(target: str, why: str, by: str, as_json: bool) -> None:
     undo = f"uv run starter.py breakers reset {shlex.quote(target)}"
     out.print(f"{target} is tripped: no call goes out to it until `{undo}`", markup=False)
     if not is_known:
-        names = ", ".join(sorted(known | used - {"", "model"}))
-        out.print(f"note: no tool uses {target!r} and it has never failed; there are: {names}", markup=False)
+        names = sorted(known | used - {"", "model"})
+        meant = did_you_mean(target, names)
+        words = f"no tool uses {target!r} and it has never failed; there are: {', '.join(names)}{meant}"
+        out.print(f"note: {words}", markup=False)
 
 
 async def _reset(target: str, by: str, as_json: bool) -> None:
+    from holdfast.wording import did_you_mean
+
     async with _store() as (breaker, _):
         if not await breaker.reset(target, by):
-            known = ", ".join(repr(row.target) for row in await breaker.rows())
-            raise Refused(f"no breaker named {target!r}; {f'there are: {known}' if known else 'there is none yet'}")
+            known = [row.target for row in await breaker.rows()]
+            there = f"there are: {', '.join(map(repr, known))}" if known else "there is none yet"
+            raise Refused(f"no breaker named {target!r}; {there}{did_you_mean(target, known)}")
     if as_json:
         print_json({"target": target, "state": "closed"})
     else:

@@ -108,11 +108,14 @@ async def _promote(build: str, percent: float | None, as_json: bool) -> int:
 
 
 async def _drained(build: str, as_json: bool) -> int:
+    from holdfast.wording import did_you_mean
+
     deployment = await _describe()
     found = next((each for each in deployment.builds if each.build == build), None)
     if found is None:
-        names = ", ".join(each.build for each in deployment.builds)
-        raise Refused(f"there is no build {build!r} of {deployment.name}; there are: {names}")
+        builds = [each.build for each in deployment.builds]
+        meant = did_you_mean(build, builds)
+        raise Refused(f"there is no build {build!r} of {deployment.name}; there are: {', '.join(builds)}{meant}")
     if as_json:
         print_json({**asdict(found), "may_go": found.may_go})
     else:

@@ -29,9 +29,13 @@ from holdfast.executions import Execution, describe, result_of
 from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.runs import Run, Runs
+from holdfast.wording import ID, did_you_mean
 
 ANSWER = timedelta(seconds=5)
 """How long a worker may take to answer a query or an update before we go on without it."""
+
+COMPARED = 500
+"""Runs, the latest ones, among which one is looked for whose id is like one that is not there."""
 
 LOOK_S = 0.1
 """How often a run is described while its next step waits for a worker."""
@@ -126,6 +130,8 @@ async def _meant(key: str) -> str:
         async with open_runs() as runs:
             if found := await runs.of_key(key):
                 return f"did you mean {' or '.join(quote(row.workflow_id) for row in found)}?"
+            like = did_you_mean(key, [row.workflow_id for row in await runs.recent(COMPARED)], ID)
+            return f"`uv run starter.py list` shows those there are{like}"
     return "`uv run starter.py list` shows those there are"
 
 

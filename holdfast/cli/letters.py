@@ -29,7 +29,7 @@ from holdfast.starting import BadRequest
 from holdfast.state.database import Database, open_database
 from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
 from holdfast.state.version import check_schema
-from holdfast.wording import in_words
+from holdfast.wording import ID, did_you_mean, in_words
 
 COLOURS = {
     LetterState.OPEN: "yellow",
@@ -53,7 +53,7 @@ class Filter:
         """Raises Refused for a kind or a state that there is not."""
         for name, value, known in (("kind", self.kind, list(LetterKind)), ("state", self.state, list(LetterState))):
             if value and value not in known:
-                raise Refused(f"--{name} {value}: there are {', '.join(known)}")
+                raise Refused(f"--{name} {value}: there are {', '.join(known)}{did_you_mean(value, known)}")
 
     def __bool__(self) -> bool:
         return any((self.agent, self.tool, self.kind, self.state))
@@ -76,12 +76,13 @@ async def store() -> AsyncIterator[Database]:
 async def listing(wanted: Filter, as_json: bool) -> int:
     async with store() as db:
         found = await Letters(db).find(agent=wanted.agent, tool=wanted.tool, kind=wanted.kind, state=wanted.state)
+        meant = "" if found else _meant(wanted, await Letters(db).find())
     found = [letter for letter in found if wanted.state or letter.closed_at is None]
     if as_json:
         print_json([as_data(letter) for letter in found])
         return 0
     if not found:
-        out.print("no dead letters" + (" that fit" if wanted else ""))
+        out.print("no dead letters" + (f" that fit{meant}" if wanted else ""), markup=False)
         return 0
     for each in found:
         state = Text(each.state, COLOURS[LetterState(each.state)])
@@ -92,6 +93,12 @@ async def listing(wanted: Filter, as_json: bool) -> int:
             out.print(Padding(Text(line), (0, 0, 0, 2)))
     out.print("[dim]uv run starter.py dlq show LETTER[/dim]")
     return 0
+
+
+def _meant(wanted: Filter, there: list[Letter]) -> str:
+    """What a filter may mean that names no agent or tool which has letters."""
+    known = ((wanted.agent, {each.agent for each in there}), (wanted.tool, {each.subject for each in there}))
+    return "".join(did_you_mean(name, names) for name, names in known if name not in names)
 
 
 async def show(id: str, as_json: bool) -> int:
@@ -176,7 +183,8 @@ async def find(letters: Letters, id: str) -> Letter:
     """Raises Refused when there is none."""
     letter = await letters.get(id)
     if letter is None:
-        raise Refused(f"no dead letter {id!r}: `uv run starter.py dlq list` shows those there are")
+        meant = did_you_mean(id, [each.id for each in await letters.find()], ID)
+        raise Refused(f"no dead letter {id!r}: `uv run starter.py dlq list` shows those there are{meant}")
     return letter
 
 

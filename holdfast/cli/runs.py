@@ -17,6 +17,7 @@ from rich.text import Text
 from temporalio.client import Client, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.service import RPCError, RPCStatusCode
 
+from agents import registry
 from holdfast import door, outside
 from holdfast.cli import columns, view
 from holdfast.cli.columns import clock
@@ -53,7 +54,7 @@ from holdfast.settings import settings
 from holdfast.state.database import StoreUnavailable, open_database
 from holdfast.state.runs import Runs
 from holdfast.temporal import connect
-from holdfast.wording import answer_commands
+from holdfast.wording import answer_commands, did_you_mean
 
 if TYPE_CHECKING:
     from holdfast.starting import Started
@@ -382,7 +383,9 @@ async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
     if as_json:
         print_json([{"workflow_id": each, "approval": approval, "url": pages[each]} for each, approval in found])
     elif not found:
-        out.print(f"nothing waits for {role} review" if role else "nothing waits for a human", markup=False)
+        out.print(
+            f"nothing waits for {role} review{_role(role)}" if role else "nothing waits for a human", markup=False
+        )
     else:
         for each, approval in found:
             out.print(Text(each, "bold"))
@@ -390,6 +393,12 @@ async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
         for url in pages.values():
             out.print(Text(f"in the Web UI: {url}", "dim"), soft_wrap=True)
     return 0
+
+
+def _role(role: str) -> str:
+    """What is meant by a role that no agent here names."""
+    there = {each.role for spec in registry.agents().values() for each in (*spec.tools, *spec.steps)} - {""}
+    return "" if role in there else did_you_mean(role, there)
 
 
 async def waiting(

@@ -18,6 +18,7 @@ from holdfast.repairs import Action, Repair, concerns, doubtful
 from holdfast.settings import settings
 from holdfast.starting import BadRequest
 from holdfast.state.letters import LetterKind, Letters, letter_id
+from holdfast.wording import did_you_mean
 
 
 async def settle(run: str, what: str, *, happened: bool, result: str, by: str, comment: str, as_json: bool) -> int:
@@ -63,7 +64,8 @@ async def _answer(
     if len(meant) != 1:
         there = ", ".join(f"{a.step or a.subject} ({a.id})" for a in questions) or "none"
         how = "several calls" if meant else "no call"
-        raise Refused(f"{handle.id} asks about {how} {what!r}; open questions: {there}")
+        like = did_you_mean(what, [name for a in questions for name in (a.step, a.subject, a.key)])
+        raise Refused(f"{handle.id} asks about {how} {what!r}; open questions: {there}{'' if meant else like}")
     verdict = Verdict.HAPPENED if happened else Verdict.DID_NOT
     decision = checked_decision(meant[0].id, verdict, by, comment, result=value)
     return report(await send(handle, decision), as_json)
@@ -122,7 +124,9 @@ def _open_end(run: str, what: str, result: RunResult, entries: list[Entry]) -> A
     meant = [a for key, a in ends.items() if what in (key, a.step, a.tool, key.removeprefix(f"{result.key_base}/"))]
     if len(meant) != 1:
         there = ", ".join(f"{action.step or action.tool} ({key})" for key, action in ends.items()) or "nothing"
-        raise Refused(f"{run} has {'several calls' if meant else 'no call'} {what!r} to settle; there is: {there}")
+        how = "several calls" if meant else "no call"
+        like = did_you_mean(what, [name for key, a in ends.items() for name in (a.step, a.tool, key) if name])
+        raise Refused(f"{run} has {how} {what!r} to settle; there is: {there}{'' if meant else like}")
     return meant[0]
 
 

@@ -13,6 +13,7 @@ from holdfast.cli.output import Refused, parse_json, read_stdin
 from holdfast.cli.runs import checked_decision, connect, read_input, report, send
 from holdfast.contracts import Approval, Json, Message, RunStatus, Verdict
 from holdfast.tools import explain
+from holdfast.wording import did_you_mean
 
 
 async def message(run: str, text: str, by: str, as_json: bool) -> int:
@@ -62,7 +63,8 @@ def _meant(known: Known, opened: list[Approval], approval_id: str) -> Approval:
     if len(meant) == 1:
         return meant[0]
     there = ", ".join(f"{a.id} ({a.subject})" for a in calls) or "none"
-    raise Refused(f"{known.workflow_id}: which call is to be edited? open approvals of calls: {there}")
+    like = did_you_mean(approval_id, [a.id for a in calls])
+    raise Refused(f"{known.workflow_id}: which call is to be edited? open approvals of calls: {there}{like}")
 
 
 def _changes(pairs: list[str]) -> Json:
