@@ -79,8 +79,9 @@ def commands(page: Page) -> list[str]:
 
 
 def paste(command: str, stack: Stack, name: str) -> None:
-    """Runs a command of the page as a reader does who puts in his name."""
+    """Runs a command of the page as a reader does, who puts in a name and, where the page wants one, a reason."""
     assert "YOUR NAME" in command
+    command = command.replace("WHAT WAS DONE", "ordered by telephone").replace('"WHY"', '"not in the record"')
     ran = subprocess.run(
         ["sh", "-c", f"{command.strip().replace('YOUR NAME', name)} --address {stack.temporal_address}"],
         env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(stack.home)},
