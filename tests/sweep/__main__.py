@@ -26,9 +26,9 @@ from rich.table import Table
 
 from holdfast.reliability.faults import Point
 from tests.fixtures.store import STOP, PostgresForTests
-from tests.sweep.cases import Case, Mode, cases, unreached
+from tests.sweep.cases import BOUND_S, Case, Mode, cases, unreached
 from tests.sweep.ground import Ground, Lane
-from tests.sweep.sweep import RECOVERY_S, SIGNAL_S, Report, traces, try_case
+from tests.sweep.sweep import RECOVERY_S, SETTLED_S, SIGNAL_S, Report, traces, try_case
 
 STORES = ("sqlite", "postgresql")
 PAGE = Path("docs/kill-sweep.md")
@@ -201,6 +201,9 @@ def _recoveries(reports: Sequence[Report]) -> Iterator[str]:
     start = f", where the other worker took {late.ready_s:.1f} s to start" if late and late.ready_s else ""
     yield f"Slowest recovery of work in flight after a kill: {_slowest(working)} (to reach: {RECOVERY_S:g} s){start}"
     yield f"Slowest answer of a parked run to a Signal after a kill: {_slowest(parked)} (to reach: {SIGNAL_S:g} s)"
+    if doubts := [r.settled_s for r in kills if r.settled_s is not None]:
+        after = f"{min(doubts):.1f} to {max(doubts):.1f} s after a kill"
+        yield f"A message in doubt is settled {after} (bound: {BOUND_S:g} s; to reach: {SETTLED_S:g} s)"
 
 
 def _json(report: Report) -> dict[str, object]:

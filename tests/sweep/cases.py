@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from agents.discharge.tools import notify_providers
 from holdfast.contracts import Json, RunOutcome, RunResult, StepStatus
 from holdfast.reliability.breaker import Row
 from holdfast.reliability.faults import Point
@@ -23,6 +24,12 @@ from holdfast.state.letters import Letter, LetterState
 READS = ("records", "insurance")
 MESSAGES = ("notify_providers", "notify_patient")
 """In this order the physician approves them when something is to go wrong with one of them."""
+
+
+BOUND_S = notify_providers.timeout_s + (notify_providers.settles_s or 0.0)
+"""After its reservation a message to the providers in doubt is sent again, or retracted again, only after this long:
+until then a service that says no may still be at work on it.
+"""
 
 
 def waiting(kind: str) -> str:
@@ -118,6 +125,13 @@ class Case:
         """The value of HOLDFAST_FAULT for a run of this tenant, which has breakers of its own."""
         where = Service(self.where).target(tenant) if self.point is Point.PROBING else self.where
         return f"{self.mode}:{self.point}@{where}"
+
+    @property
+    def in_doubt(self) -> bool:
+        """It leaves a request in doubt to which the service says no, so that the run has to wait for the bound."""
+        # The retraction of an undo that was done is found, but an undo looks only after the bound.
+        points = (Point.RESERVED, Point.UNDO_RESERVED, Point.UNDO_DONE)
+        return self.where == "notify_providers" and self.point in points
 
     @property
     def place(self) -> str:

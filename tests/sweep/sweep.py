@@ -20,6 +20,7 @@ from holdfast.stack import Child, StackFailed
 from holdfast.temporal import STATUS
 from tests.fixtures.replay import replay_all
 from tests.sweep.cases import (
+    BOUND_S,
     MESSAGES,
     PLOTS,
     Case,
@@ -42,6 +43,10 @@ BEGIN_S = 2.0
 """The other worker is started at the kill; when the machine is so busy that it is ready late, it has this long."""
 SIGNAL_S = 1.0
 """From the Signal that answers a parked run, whose worker was just killed, to its next task on another one."""
+SENT_S = BOUND_S + 15.0
+"""From its approval until the message to the providers has gone out, also when a worker is hit in the middle of it."""
+SETTLED_S = BOUND_S + RECOVERY_S
+"""From a kill until the call is settled that it left in doubt: the bound, and the recovery."""
 LIVES_S = 1.5
 """How long a worker that woke may go on before it is told to stop."""
 
@@ -61,6 +66,8 @@ class Report:
     recovery_s: float | None = None
     ready_s: float | None = None
     """From the kill until the other worker, started then, polled."""
+    settled_s: float | None = None
+    """From the hit until the message to the providers was settled that the hit left in doubt."""
     seconds: float = 0.0
     log: str = ""
     """The end of the workers' logs, when something is wrong."""
@@ -128,7 +135,7 @@ class People:
         if plot and plot.tool in MESSAGES:
             # One after the other, so that the fault meets the right one.
             if approval.subject == MESSAGES[1]:
-                await until(lambda: sent(self._run), 20, "message to the providers")
+                await until(lambda: sent(self._run), SENT_S, "message to the providers")
             if approval.subject == plot.tool and not self._ordered:
                 self._ordered = True
                 await self._run.lane.order(plot.service, plot.fault)
@@ -172,9 +179,10 @@ async def try_case(ground: Ground, lane: Lane, store: str, case: Case) -> Report
     async with ground.run(lane, store) as run:
         try:
             async with asyncio.timeout(CASE_S):
-                hit = await (_hit_waiting if case.point is Point.WAITING else _hit_armed)(run, case, report)
+                hit, at = await (_hit_waiting if case.point is Point.WAITING else _hit_armed)(run, case, report)
                 found = await run.evidence()
                 report.violations += violations(case, found)
+                _settles(report, found, at)
                 if case.mode is Mode.FREEZE:
                     await _wake(hit)
                     report.violations += awakened(found, found := await run.evidence())
@@ -195,8 +203,26 @@ def _count(report: Report, found: Evidence) -> None:
     report.repeats = repeats(found)
 
 
-async def _hit_armed(run: Run, case: Case, report: Report) -> Child:
-    """The fault is in the worker: it dies or stops by itself at the point."""
+def _settles(report: Report, found: Evidence, at: float) -> None:
+    """A call that the hit has left in doubt is settled not before the service's bound, and soon after it."""
+    case = report.case
+    if not case.in_doubt:
+        return
+    kind = "tool" if case.point is Point.RESERVED else "undo"
+    row = next(e for e in found.ledger if (e.kind, e.name) == (kind, case.where))
+    if row.settled_at is None:
+        report.violations.append(f"{row.key} was never settled")
+        return
+    report.settled_s = row.settled_at - at
+    # It was reserved a moment before the hit.
+    if report.settled_s < BOUND_S - 1.0:
+        report.violations.append(f"settled after {report.settled_s:.1f} s, earlier than its bound of {BOUND_S:g} s")
+    if case.mode is Mode.KILL and report.settled_s > SETTLED_S:
+        report.violations.append(f"settled after {report.settled_s:.1f} s, more than {SETTLED_S:g} s")
+
+
+async def _hit_armed(run: Run, case: Case, report: Report) -> tuple[Child, float]:
+    """The fault is in the worker: it dies or stops by itself at the point. The worker, and when it was hit."""
     people = await People.of(run, case.flow)
     life = asyncio.create_task(people.attend())
     try:
@@ -217,10 +243,10 @@ async def _hit_armed(run: Run, case: Case, report: Report) -> Child:
         _within(report, limit)
         if case.point is Point.PROBING and (booked := _booked(run) - at) > limit + BEGIN_S:
             report.violations.append(f"the dead prober blocked the booking for {booked:.1f} s")
-    return worker
+    return worker, at
 
 
-async def _hit_waiting(run: Run, case: Case, report: Report) -> Child:
+async def _hit_waiting(run: Run, case: Case, report: Report) -> tuple[Child, float]:
     """Workflow code does no I/O, so the worker that has the waiting run in its cache is hit from outside."""
     people = await People.of(run, case.flow)
     await asyncio.gather(run.worker(), run.worker())
@@ -236,7 +262,7 @@ async def _hit_waiting(run: Run, case: Case, report: Report) -> Child:
     report.recovery_s = await run.started_on(other, at)
     if case.mode is Mode.KILL:
         _within(report, SIGNAL_S)
-    return worker
+    return worker, at
 
 
 def _booked(run: Run) -> float:
