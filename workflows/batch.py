@@ -28,7 +28,18 @@ with workflow.unsafe.imports_passed_through():
 
     from holdfast.aio import to_the_end
     from holdfast.batch import BatchInput, BatchReport, BatchState, ChildNews, Item, ItemFailure, ItemPage, ListRequest
-    from holdfast.contracts import AgentInput, Items, Phase, RunEnd, RunOutcome, RunResult, RunStatus, Wait, key_base
+    from holdfast.contracts import (
+        AgentInput,
+        Items,
+        Pending,
+        Phase,
+        RunEnd,
+        RunOutcome,
+        RunResult,
+        RunStatus,
+        Wait,
+        key_base,
+    )
     from holdfast.reliability.errors import ErrorType
     from holdfast.temporal import AGENT, STATUS, TENANT
     from workflows import batching, messages
@@ -196,7 +207,7 @@ class BatchWorkflow:
         self._changed()
         failed = ending.outcome is RunOutcome.FAILED
         end = RunEnd(tenant=self._given.tenant, result=result, input=self._given.input if failed else None)
-        await self._calls.run("record_end", end, type(None), summary=f"record: {ending.outcome}")
+        await self._calls.run("record_end", end, list[Pending], summary=f"record: {ending.outcome}")
         return result
 
     # ------------------------------------------------------------ one item
