@@ -48,6 +48,7 @@ def activities(runtime: Runtime) -> list[Callable[..., Any]]:
         repairs.survey,
         repairs.look_back,
         repairs.in_doubt,
+        repairs.to_undo,
         repairs.ask_probe,
         repairs.record_orphan,
         hooks.deliver,

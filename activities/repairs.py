@@ -29,6 +29,7 @@ from holdfast.contracts import (
     StepState,
     StepStatus,
     ToolRequest,
+    UndoRecord,
     UndoStatus,
     Usage,
     absolute,
@@ -137,6 +138,18 @@ class Repairs:
         with boundary():
             base = absolute(of.key_base, this_workflow())
             return looked_back(of, await self._ledger.entries(base))
+
+    @activity.defn(name="to_undo")
+    async def to_undo(self, of: RunRef) -> list[UndoRecord]:
+        """What a run may have left outside that has an undo, in the order in which it was begun."""
+        with boundary():
+            base = absolute(of.key_base, this_workflow())
+            rows = reversed(left_behind(base, await self._ledger.entries(base)))
+            actions = [action for row in rows if (action := _unwinding(of.agent, row)) and action.do == "undo"]
+            return [
+                UndoRecord(seq=each.seq, tool=each.tool, version=each.version, arguments=each.arguments)
+                for each in actions
+            ]
 
     @activity.defn(name="in_doubt")
     async def in_doubt(self, of: RunRef) -> list[ToolRequest]:

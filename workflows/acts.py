@@ -119,6 +119,19 @@ class Acts:
                 )
             )
 
+    async def own_all(self) -> None:
+        """Of a run that was reset, before it unwinds: registers what it did beyond the point of the Reset.
+
+        It would have met these effects again under their keys, had it gone on.
+        """
+        of = RunRef(agent=self._agent, key_base=self.key_base, tenant=self._tenant)
+        known = {record.seq for record in self._state.saga}
+        for record in await self._calls.run("to_undo", of, list[UndoRecord], summary="what is to be undone"):
+            if record.seq not in known:
+                step = self._state.step_of(record.tool)
+                self._state.saga.append(record.model_copy(update={"step": step.name if step else ""}))
+        self._state.saga.sort(key=lambda record: record.seq)
+
     async def ask_about_doubts(self) -> list[str]:
         """Before the end: asks the services about calls that may have happened and that nothing has undone.
 

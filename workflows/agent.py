@@ -187,6 +187,8 @@ class AgentWorkflow:
         self._ending = ending
         self._state.calls = []  # what is left of them waited for a human and never began
         self._approvals.close()
+        if ending.outcome.unwinds and self._state.was_reset and workflow.patched("undo-beyond-reset"):
+            await self._acts.own_all()
         if ending.outcome.unwinds and self._state.saga:
             self._phase(Phase.COMPENSATING)
             await unwind(self._state.saga, self._acts.undo, self._changed)

@@ -16,7 +16,7 @@ from holdfast.contracts import Outcome, OutcomeStatus, ToolCall, UndoRecord, Und
 from holdfast.repairs import LookBack, LookedBack, Past
 from workflows.acts import Acts
 from workflows.approvals import Approvals
-from workflows.calls import Calls
+from workflows.calls import Calls, leaving
 from workflows.state import CallState, RunState
 
 
@@ -44,11 +44,14 @@ class Lookback:
         workflow.register_random_seed_callback(self._reset)
 
     def _reset(self, seed: int) -> None:
-        self.due = True
+        self.due = self._state.was_reset = True
 
     async def watch(self) -> None:
-        """Looks back after each Reset, for as long as the run lives."""
-        while True:
+        """Looks back after each Reset, for as long as the run lives.
+
+        A look that is under way when the run ends is finished, and swallows the cancellation.
+        """
+        while not leaving():
             await workflow.wait_condition(lambda: self.due)
             if workflow.patched("look-back"):
                 await self._look()

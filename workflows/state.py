@@ -155,6 +155,8 @@ class RunState(BaseModel):
     """What activities wait for right now. Not carried: who waits asks again."""
     standing: list[Standing] = []
     """Effects beyond the point of a Reset that still stand: each answers a call of its tool."""
+    was_reset: bool = False
+    """Effects may stand that this execution has not come to."""
     void_turn: int = 0
     """The turn whose calls were decided before the run knew what was undone before a Reset."""
     told: int = 0

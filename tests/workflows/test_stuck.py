@@ -11,6 +11,7 @@ from temporalio import workflow
 from temporalio.client import WorkflowHandle, WorkflowHistory
 from temporalio.worker import UnsandboxedWorkflowRunner
 
+from activities.resets import replays_with
 from holdfast.contracts import Outcome, RunOutcome, RunResult
 from holdfast.executions import PROBLEMS, describe
 from holdfast.repairing import repair_of
@@ -154,6 +155,28 @@ async def test_a_crash_between_the_reset_and_the_repeated_cancel_loses_no_cancel
     result = await lite.stored(handle)
     assert result.reason == "cancelled: the patient has left"
     assert len([note for note in result.notes if "the sweep has reset the run" in note]) == 1
+
+
+async def test_a_cancel_that_comes_while_the_reset_is_prepared_is_not_lost(lite: Stage) -> None:
+    world = World()
+    handle = await begin(lite, world)
+    await handle.signal("message", {"text": "hurry", "by": "dr.lee"})  # a workflow task, which fails
+    replays = replays_with(lite.client)
+
+    async def late(history: WorkflowHistory) -> bool:
+        await handle.cancel()
+        return await replays(history)
+
+    async with lite.worker():
+        await until_stuck(lite, handle)
+        stuck = await describe(lite.client, handle.id)
+        async with asyncio.timeout(PATIENCE_S):
+            mended = await mend(lite.client, stuck, late)
+        assert mended.words.startswith("reset to event ")
+        await cancelled(handle)
+        # Again, as after a crash: the run has ended by now.
+        assert await mend(lite.client, stuck, replays) == mended
+    assert [entry for entry in world.log if entry.startswith("undo")] == ["undo order#2", "undo book#1"]
 
 
 async def test_after_two_resets_a_person_is_asked_and_there_is_no_third(lite: Stage) -> None:
