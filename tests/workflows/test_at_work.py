@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from holdfast.contracts import Effect, RunOutcome, UndoStatus
+from holdfast.contracts import Effect, RunOutcome, RunStatus, UndoStatus
 from holdfast.reliability.ledger import State
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.state.letters import LetterKind, Letters
@@ -39,8 +39,8 @@ async def http(hospital: Running) -> AsyncIterator[httpx2.AsyncClient]:
         await client.delete("/faults")
 
 
-def sends(url: str, **declared: Any) -> Tool:
-    """The tool that sends a message, asks what was sent, and retracts it."""
+def sends(url: str, *, undo: bool = True, **declared: Any) -> Tool:
+    """The tool that sends a message, asks what was sent, and retracts it. undo: False: it cannot be retracted."""
 
     @tool(effect=Effect.PROBE, service="mail", name="send", timeout=1, **declared)
     async def send(ctx: ToolContext, text: str) -> str:
@@ -56,7 +56,6 @@ def sends(url: str, **declared: Any) -> Tool:
     async def was_sent(ctx: ToolContext, text: str) -> str | None:
         return "sent" if await sent(ctx, ctx.key) else None
 
-    @send.undo
     async def retract(ctx: ToolContext, undo: Undo) -> str | None:
         if not await sent(ctx, undo.key):
             return None
@@ -65,6 +64,8 @@ def sends(url: str, **declared: Any) -> Tool:
             (await ctx.http.post(f"{url}/messages", json=body)).raise_for_status()
         return "retracted"
 
+    if undo:
+        send.undo(retract)
     return send
 
 
@@ -76,6 +77,19 @@ async def slow(http: httpx2.AsyncClient, seconds: float, times: int = 1) -> None
 def kinds(hospital: Running, base: str) -> list[str]:
     """What the hospital did for this run."""
     return [effect.kind for effect in HospitalRecord(hospital.db).effects(f"{base}/")]
+
+
+async def at_rest(hospital: Running, base: str) -> list[str]:
+    """What the hospital did for this run, once it has come to the end of every request to send something."""
+    async with asyncio.timeout(PATIENCE_S):
+        while any(r.status is None for r in HospitalRecord(hospital.db).requests(f"{base}/") if r.method == "POST"):
+            await asyncio.sleep(0.02)
+    return kinds(hospital, base)
+
+
+async def asked_again(handle: Any) -> RunStatus:
+    """The run when the service has said no and may still be at work; or at its end, if it believes that."""
+    return await until(handle, lambda s: s.outcome is not None or any("still be at work" in note for note in s.notes))
 
 
 async def landed(hospital: Running, base: str) -> None:
@@ -91,11 +105,11 @@ async def test_it_is_asked_until_it_cannot_be_at_work_and_gets_no_second_request
     stage.model.script = sequence(call(SEND), say("done"))
     async with stage.worker():
         handle = await stage.start(agent(sends(hospital.url, settles_within=15)))
-        now = await until(handle, lambda s: any("may still be at work" in note for note in s.notes))
-        assert kinds(hospital, now.key_base) == []
+        now = await asked_again(handle)
+        early = kinds(hospital, now.key_base)
         result = await handle.result()
-    assert (result.outcome, result.failures) == (RunOutcome.COMPLETED, 1)
-    assert kinds(hospital, result.key_base) == ["message"]
+    assert await at_rest(hospital, result.key_base) == ["message"]
+    assert (early, result.outcome, result.failures) == ([], RunOutcome.COMPLETED, 1)
 
 
 async def test_what_never_came_to_an_effect_is_sent_again_after_that(
@@ -134,13 +148,31 @@ async def test_cancelled_while_it_is_at_work_the_undo_waits_for_what_it_has_to_u
     stage.model.script = sequence(call(SEND), say("done"))
     async with stage.worker():
         handle = await stage.start(agent(sends(hospital.url, settles_within=5)))
-        now = await until(handle, lambda s: any("may still be at work" in note for note in s.notes))
-        assert kinds(hospital, now.key_base) == []
+        now = await asked_again(handle)
+        assert (now.outcome, kinds(hospital, now.key_base)) == (None, [])
         await handle.cancel()
         await cancelled(handle)
     stored = await stage.stored(handle)
     assert [undo.status for undo in stored.undone] == [UndoStatus.UNDONE]
     assert kinds(hospital, stored.key_base) == ["message", "retraction"]
+
+
+async def test_cancelled_while_it_is_at_work_the_run_knows_at_its_end_that_it_was_sent(
+    stage: Stage, hospital: Running, http: httpx2.AsyncClient
+) -> None:
+    """Nothing undoes it, so its service is asked, and its no is not believed there either."""
+    await slow(http, 4)
+    stage.model.script = sequence(call(SEND), say("done"))
+    async with stage.worker():
+        handle = await stage.start(agent(sends(hospital.url, undo=False, settles_within=15)))
+        now = await asked_again(handle)
+        assert (now.outcome, kinds(hospital, now.key_base)) == (None, [])
+        await handle.cancel()
+        await cancelled(handle)
+    stored = await stage.stored(handle)
+    assert await at_rest(hospital, stored.key_base) == ["message"]
+    assert [each.tool for each in stored.stands] == ["send"]
+    assert (stored.pending, await Letters(stage.runtime.db).find()) == ([], [])
 
 
 async def test_an_undo_that_finds_nothing_settles_nothing_without_a_bound(
