@@ -19,7 +19,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from agents import registry
 from holdfast import door, outside
-from holdfast.cli import columns, view
+from holdfast.cli import columns, left, view
 from holdfast.cli.columns import clock
 from holdfast.cli.following import Follower
 from holdfast.cli.known import (
@@ -153,9 +153,11 @@ async def follow(
     except asyncio.CancelledError:
         err.print(f"left; the run goes on: uv run starter.py follow {quote(workflow_id)}")
         raise
-    result = await (await find(client, workflow_id, with_row=True)).result()
+    known = await find(client, workflow_id, with_row=True)
+    result = await known.result()
     if result is None:
-        raise Refused(f"{workflow_id} ended without a result: it was terminated or its record is gone")
+        why = await left.words(client, known.execution) if known.execution is not None else "its record is gone"
+        raise Refused(f"{workflow_id} ended without a result: {why}")
     if as_json:
         print_json({**(told or {"workflow_id": workflow_id}), "result": result})
     else:
@@ -256,9 +258,7 @@ async def look(client: Client, known: Known) -> tuple[RunStatus | None, str, str
     if known.execution is None:
         return None, "workflow", ""
     if not known.running:
-        how = known.execution.status.replace("_", " ")
-        undo = "the sweep undoes what it did within some minutes, `uv run starter.py orphans --fix` does it now"
-        return None, "workflow", f"the run is {how} and recorded no end: {undo}"
+        return None, "workflow", await left.words(client, known.execution)
     try:
         return await ask(client, known.handle, "status", RunStatus), "workflow", ""
     except NoAnswer as error:
@@ -343,6 +343,7 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
             "started_at": row.created_at if row and row.input_digest else execution.started_at,
             "ended_at": execution.ended_at,
             "running": running,
+            "note": left.note(execution, recorded=bool(row and row.outcome)),
         }
     for row in rows.values():
         word = row.outcome or ("unknown" if row.started_at else "never started")
@@ -356,6 +357,7 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
                 "started_at": row.created_at,
                 "ended_at": row.ended_at,
                 "running": False,
+                "note": "",
             },
         )
     newest = sorted(found.values(), key=lambda each: each["started_at"], reverse=True)[:limit]
@@ -368,6 +370,9 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
     now = datetime.now(UTC).timestamp()
     for line in columns.lines([columns.row(each, now, short=out.is_terminal) for each in newest], columns.room(out)):
         out.print(line, soft_wrap=True)
+    for each in newest:
+        if each["note"]:
+            err.print(f"note: {each['workflow_id']}: {each['note']}", style="yellow", markup=False, soft_wrap=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What Temporal has paused, a run or an activity: every command and the sweep live with it and say so.
+"""What Temporal has paused, a run or an activity, what fails and what was terminated: every command says so.
 
 The status of a paused run is one that Temporal's Python SDK does not know.
 """
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
-from temporalio.client import WorkflowHandle
+from temporalio import workflow
+from temporalio.client import WorkflowFailureError, WorkflowHandle
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from holdfast.contracts import RunOutcome, RunResult
 from holdfast.executions import PAUSED_ACTIVITY, describe
@@ -27,6 +30,13 @@ from tests.fixtures.stack import Cli
 from tests.fixtures.temporal import Stage, a_stage, cancelled, dev_server, temporal_cli, until
 from tests.fixtures.world import World, agent
 from tests.workflows.test_orphans import sweep, waiting_run
+
+
+@workflow.defn(name="AgentWorkflow")
+class Broken:
+    @workflow.run
+    async def run(self, given: Any) -> None:
+        raise ValueError("the prompt table is gone")
 
 
 @dataclass
@@ -83,6 +93,7 @@ async def test_looking_at_a_paused_run_says_so_and_how_to_let_it_go_on(ground: G
     handle = await ground.paused_run(World())
     (listed,) = [each for each in await ground.parsed("list") if each["workflow_id"] == handle.id]
     assert (listed["status"], listed["running"]) == ("paused", True)
+    assert listed["note"] == ""
     status = await ground.parsed("status", handle.id)
     assert status["temporal"] == "paused"
     how = "(lunch): it does nothing, and what is said to it is kept, until "
@@ -149,6 +160,55 @@ async def test_waiting_for_a_paused_run_says_that_it_is_paused(ground: Ground) -
         waiting.communicate()
 
 
+async def test_a_terminated_run_says_what_it_left_and_who_undoes_it(ground: Ground) -> None:
+    handle = await waiting_run(ground.stage, World())
+    await handle.terminate("by hand")
+    who = "the sweep undoes what it did within some minutes, `uv run starter.py orphans --fix` does it now"
+    status = await ground.parsed("status", handle.id)
+    assert status["note"] == f"the run is terminated and recorded no end: {who}. Left, the newest first: book #1"
+    assert status["note"] in (await ground.run("follow", handle.id, status=2)).stderr
+    async with asyncio.timeout(PATIENCE_S):
+        while (listed := await ground.parsed("list"))[0]["running"]:  # visibility is a little late
+            await asyncio.sleep(0.2)
+    assert (listed[0]["status"], listed[0]["note"]) == ("terminated", f"terminated; {who}")
+    shown = await ground.run("list")
+    assert f"note: {handle.id}: terminated; {who}" in shown.stderr
+    assert who not in shown.stdout
+    (ended,) = await sweep(ground.stage)
+    assert ended.ok
+    assert [(each["status"], each["note"]) for each in await ground.parsed("list")] == [("cancelled", "")]
+    assert (await ground.parsed("status", handle.id))["note"] == ""
+
+
+async def test_a_run_whose_workflow_task_fails_says_why(ground: Ground) -> None:
+    """Its real reason, from the history: no worker is asked."""
+    async with Worker(
+        ground.stage.client, task_queue="broken", workflows=[Broken], workflow_runner=UnsandboxedWorkflowRunner()
+    ):
+        handle = await ground.stage.client.start_workflow(
+            "AgentWorkflow", {"agent": "t"}, id=f"t-{ground.stage.queue}", task_queue="broken"
+        )
+        async with asyncio.timeout(PATIENCE_S):
+            while not (note := (await ground.parsed("list"))[0]["note"]):
+                await asyncio.sleep(0.5)
+    assert note == "its workflow task fails and is tried again; `status` says why"
+    for command in ("status", "approvals"):
+        said = (await ground.run(command, handle.id)).stderr
+        assert "its workflow task fails and is tried again" in said
+        assert "the prompt table is gone" in said
+        assert "SDK bug" not in said
+    await handle.terminate("the test is over")
+
+
+async def test_a_hand_start_of_another_shape_ends_with_what_was_wrong(ground: Ground) -> None:
+    handle = await ground.stage.client.start_workflow(
+        "AgentWorkflow", args=[{"agent": "t"}, 2], id=f"t-{ground.stage.queue}", task_queue=ground.stage.queue
+    )
+    with pytest.raises(WorkflowFailureError) as caught:
+        await handle.result()
+    assert "exactly one input is taken" in str(caught.value.cause)
+
+
 async def test_a_terminated_run_is_undone_while_another_is_paused(ground: Ground) -> None:
     paused, gone = World(), World()
     handle = await ground.paused_run(paused)
@@ -184,6 +244,10 @@ async def test_an_activity_that_is_paused_is_said_with_the_command_that_lets_it_
     async with asyncio.timeout(PATIENCE_S):
         while (await describe(ground.stage.client, handle.id)).pending_activities[0].state not in PAUSED_ACTIVITY:
             await asyncio.sleep(0.02)
+    async with asyncio.timeout(PATIENCE_S):
+        while not (note := (await ground.parsed("list"))[0]["note"]):  # visibility is a little late
+            await asyncio.sleep(0.2)
+    assert note == "an activity of it is paused; `status` says which, and how it goes on"
     how = f"`temporal activity unpause --workflow-id {handle.id} --activity-id {open_ones[0].activity_id}`"
     assert how in (await ground.run("status", handle.id)).stdout
     (in_flight,) = (await ground.parsed("status", handle.id))["in_flight"]
