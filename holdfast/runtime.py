@@ -14,7 +14,7 @@ from holdfast.mcp.hub import Hub
 from holdfast.models import ModelClient
 from holdfast.reliability.chain import Guards
 from holdfast.reliability.ledger import Ledger
-from holdfast.reliability.waiting import NotYet
+from holdfast.reliability.waiting import NoAddress
 from holdfast.settings import Settings
 from holdfast.state.database import Database, open_database
 from holdfast.state.version import check_schema
@@ -35,13 +35,12 @@ class Runtime:
         return self.guards.ledger
 
     def service_url(self, service: str) -> str:
-        """Base address of a service. Raises NotYet for one that has no setting: the call waits until it has."""
-        try:
-            return {"hospital": self.settings.hospital_url, **self.settings.services}[service]
-        except KeyError:
-            setting = f'HOLDFAST_SERVICES=\'{{"{service}": "http://…"}}\''
-            words = f"no address of service {service!r}: set {setting} for the workers (or `up`), and start them again"
-            raise NotYet(self.settings.park_s, words) from None
+        """Base address of a service. Raises NoAddress for one that has no setting: the call waits until it has."""
+        if address := {"hospital": self.settings.hospital_url, **self.settings.services}.get(service):
+            return address
+        setting = f'HOLDFAST_SERVICES=\'{{"{service}": "http://…"}}\''
+        words = f"no address of service {service!r}: set {setting} for the workers (or `up`), and start them again"
+        raise NoAddress(self.settings.park_s, words)
 
     def workspace(self, agent: str) -> Path:
         """The folder of an agent, made when missing."""

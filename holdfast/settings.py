@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 
 
 def _address(value: str) -> str:
-    where = urlsplit(value)
+    try:
+        where = urlsplit(value)
+        _ = where.port  # it is only read now
+    except ValueError as error:
+        raise ValueError(f"the address cannot be read: {error}") from None
+    if re.search(r"[\s\0]", value):
+        raise ValueError("expected an address without spaces")
     if value and (where.scheme not in ("http", "https") or not where.hostname):
         raise ValueError("expected an address that begins with http:// or https://")
     return value

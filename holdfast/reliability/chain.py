@@ -31,7 +31,7 @@ from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State
 from holdfast.reliability.limits import Limiter, Ticket
 from holdfast.reliability.places import Places
-from holdfast.reliability.waiting import NotYet, Unsettled
+from holdfast.reliability.waiting import NoAddress, NotYet, Unsettled
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, StoreUnavailable
 from holdfast.telemetry import metrics
@@ -283,11 +283,12 @@ async def _act(
         await ledger.record(call, grant.attempt, state, grant.failures, None, None, ended)
         await entry.left()
         raise
-    except (RetryLater, NotYet, StoreUnavailable):
+    except (RetryLater, NotYet, StoreUnavailable) as error:
         # A model call inside this one did not come to its answer, or the store is away. Whether this one had acted by
         # then only the tool knows: a `manual` one is taken at its word (`ToolContext.ask_model`), the others can afford
-        # the doubt.
-        state = State.FAILED if call.effect is Effect.MANUAL else State.UNKNOWN
+        # the doubt. Without an address there is none, but for what was there before.
+        none_sent = isinstance(error, NoAddress) and not doubtful and grant.position is None
+        state = State.FAILED if none_sent or call.effect is Effect.MANUAL else State.UNKNOWN
         await ledger.record(call, grant.attempt, state, grant.failures, None, None)
         await entry.left()
         raise

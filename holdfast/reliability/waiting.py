@@ -27,6 +27,14 @@ class NotYet(Exception):
         return Wait(until=datetime.fromtimestamp(now + max(self.delay, 0.0), UTC), why=self.why, service=self.service)
 
 
+class NoAddress(NotYet):
+    """It is not known where the service is, so nothing went out to it."""
+
+    @property
+    def cause(self) -> str:
+        return "address"
+
+
 class Unsettled(NotYet):
     """A request went out, and its service may still be at work on it."""
 
