@@ -22,6 +22,8 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from holdfast.contracts import RunOutcome, RunResult
 from holdfast.executions import PAUSED_ACTIVITY, describe
+from holdfast.orphans import find_orphans
+from holdfast.repairs import unwind_id
 from holdfast.stack import without_ours
 from holdfast.temporal import DATA_CONVERTER
 from tests.fixtures.clock import PATIENCE_S
@@ -178,6 +180,36 @@ async def test_a_terminated_run_says_what_it_left_and_who_undoes_it(ground: Grou
     assert ended.ok
     assert [(each["status"], each["note"]) for each in await ground.parsed("list")] == [("cancelled", "")]
     assert (await ground.parsed("status", handle.id))["note"] == ""
+
+
+async def test_status_of_a_terminated_run_names_the_workflow_that_undoes_it(ground: Ground) -> None:
+    handle = await waiting_run(ground.stage, World())
+    await handle.terminate("by hand")
+    (found,) = await find_orphans(ground.stage.runtime.db, ground.stage.client, 0.0)
+    unwinding = await ground.stage.client.start_workflow(
+        "RepairWorkflow", found, id=unwind_id(found.key_base), task_queue="without-a-worker"
+    )
+    note = (await ground.parsed("status", handle.id))["note"]
+    assert note.endswith(f": the workflow {unwinding.id} undoes what it did. Left, the newest first: book #1")
+    await unwinding.terminate("the test is over")
+
+
+async def test_a_run_that_unwinds_is_compensating_and_says_what_is_still_to_be_undone(ground: Ground) -> None:
+    world = World()
+    book = world.tool("book", undo=[ConnectionRefusedError("desk is down")] * 100, retries=100)
+    ground.stage.model.script = sequence(call(("book", {})), call(("send", {})), say("done"))
+    handle = await ground.stage.start(agent(book, world.tool("send", approval=True)))
+    await until(handle, lambda s: bool(s.approvals))
+    await ground.run("cancel", handle.id)
+    await until(handle, lambda s: s.phase == "compensating")
+    shown = (await ground.run("status", handle.id)).stdout
+    assert "compensating" in shown
+    assert "cancelled" not in shown.splitlines()[0]
+    assert "to be undone" in shown
+    async with asyncio.timeout(PATIENCE_S):
+        while (await ground.parsed("list"))[0]["status"] != "compensating":  # visibility is a little late
+            await asyncio.sleep(0.2)
+    await handle.terminate("the test is over")
 
 
 async def test_a_run_whose_workflow_task_fails_says_why(ground: Ground) -> None:
