@@ -85,8 +85,10 @@ class Resets:
 
 def _commands(workflow_id: str) -> list[str]:
     run = f"--workflow-id {shlex.quote(workflow_id)}"
+    # Without Updates: one that a reset repeats does not replay when a Signal came after it (`holdfast.resets`).
+    again = f"temporal workflow reset {run} --type FirstWorkflowTask --reapply-exclude Update --reason 'by hand'"
     return [
-        f"temporal workflow reset {run} --type FirstWorkflowTask --reason 'by hand'  # it begins again, under its keys",
+        f"{again}  # it begins again, under its keys; what was answered by an Update is asked again",
         f"temporal workflow terminate {run}  # the sweep undoes what it did",
     ]
 

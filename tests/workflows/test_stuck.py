@@ -194,7 +194,8 @@ async def test_after_two_resets_a_person_is_asked_and_there_is_no_third(lite: St
         assert (await describe(lite.client, handle.id)).run_id == before
         (letter,) = await Letters(lite.runtime.db).find()
         assert (letter.kind, letter.state, letter.workflow_id) == (LetterKind.STUCK, LetterState.OPEN, handle.id)
-        assert "temporal workflow reset" in letter.details["commands"][0]
+        assert letter.details["commands"][0].startswith("temporal workflow reset --workflow-id ")
+        assert "--reapply-exclude Update" in letter.details["commands"][0]
         with pytest.raises(BadRequest, match="dlq show"):
             await repair_of(letter, lite.runtime.db, "dr.lee")
         fresh = await reset(lite, handle, 1)
