@@ -30,7 +30,7 @@ class Wanted:
     options: ModelOptions = AS_SET
     must_call: bool = False
     whole: bool = False
-    """An answer that was cut at its limit is none: nobody would tell the model, and it counts as rambling."""
+    """An answer that was cut at its limit is none: nothing would tell the model so. It counts as rambling."""
 
 
 async def ask_model(
@@ -48,7 +48,7 @@ async def ask_model(
 
     What happens when a model does not answer goes by the kind of failure. Gone, or its breaker open, or it rambles: the
     next model. The conversation is too long for it: the next one with a larger window, in the end a compacted
-    conversation. It refuses by its policy: nobody else is asked.
+    conversation. It refuses by its policy: no other model is asked.
     name: what crash points and readers of the ledger call it. digest: of what is asked. cut: told of each call that
     was cut; what it cost is in the ledger.
     Raises RetryLater; NotYet; ModelUnavailable when the retries are used up or would not help.

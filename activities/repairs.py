@@ -134,7 +134,7 @@ class Repairs:
 
     @activity.defn(name="look_back")
     async def look_back(self, of: LookBack) -> LookedBack:
-        """What became of the effects of a run that was reset."""
+        """Which effects of a run that was reset still stand."""
         with boundary():
             base = absolute(of.key_base, this_workflow())
             return looked_back(of, await self._ledger.entries(base))

@@ -412,7 +412,7 @@ def _outcome(settled: Settled) -> Outcome:
     elif settled.state is State.COMPENSATED or settled.error_type == UNDONE:
         # A run that was unwound and then reset: its old result no longer holds, and its key is used up.
         status, reason = OutcomeStatus.ERROR, "it was undone when the run was unwound"
-        content = f"not done: {reason}. Call it again if it is still needed: it is done anew"
+        content = f"not done: {reason}. Call it again if it is still needed"
     elif settled.state is State.UNKNOWN:
         status, reason = OutcomeStatus.UNKNOWN, f"{settled.error}; it may have happened"
         content = (

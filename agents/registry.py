@@ -116,7 +116,7 @@ def load_graphs() -> None:
         if isinstance(spec.graph, str):
             try:
                 compiled(spec.graph, name)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - of somebody's code; it is kept and shown
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - an agent's own code; it is kept and shown
                 found = _found()
                 found.broken[name] = _broken(spec.graph.partition(":")[0].replace(".", "/") + ".py", error)
                 for where in (_added, found.agents):
@@ -201,6 +201,6 @@ def _known(name: str, there: Mapping[str, T], what: str) -> T:
     if name in broken():
         raise broken()[name]
     words = f"no {what} named {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}"
-    if broken():  # and nobody can say what those would be named
+    if broken():  # their names cannot be known
         raise BrokenAgent(f"{words}; it may be one that is broken: {'; '.join(map(str, broken().values()))}")
     raise UnknownAgent(words)

@@ -297,7 +297,7 @@ def _number(value: Any) -> int | None:
 
 
 def _price(tokens: genai_prices.Usage, model: str, url: str) -> float | None:
-    """USD by the prices of the endpoint, else (a gateway of one's own) of whoever makes a model of this name."""
+    """USD by the prices of the endpoint, else (your own gateway) by those of the maker of a model with this name."""
     for endpoint in (url, None):
         try:
             return float(genai_prices.calc_price(tokens, model, provider_api_url=endpoint).total_price)

@@ -55,7 +55,7 @@ def reason(field: str, value: str) -> None:
 
 
 def checked(kind: type[T], data: Mapping[str, Any]) -> T:
-    """What somebody said, as this kind. Raises Unfit."""
+    """What a person or program sent, as this kind. Raises Unfit."""
     if wrong := outside.problem(data):
         raise Unfit(f"it {wrong}")
     problems = []

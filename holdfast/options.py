@@ -24,7 +24,7 @@ OURS = frozenset(
 )
 """Parameters that Holdfast sets itself."""
 MAX_TOKENS = 8192
-"""Tokens of an answer where nobody has said how many: no request goes out without a limit."""
+"""Tokens of an answer where no setting gives a number: no request goes out without a limit."""
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ PLAIN = (
 )
 """Settings that hold no secret, told as they are."""
 SECRET = ("OPENAI_API_KEY", "HOLDFAST_ENCRYPTION_KEYS")
-"""Settings of which only the name is told, so that a command can say what it lacks."""
+"""Settings published by name only, so that a command can say what it lacks."""
 STORE_SECRETS = ("password", "sslpassword")
 """Connection parameters of Postgres."""
 FALLBACK = ("model", "base_url", "key_env", "window", "max_tokens", "limit_name", "temperature")
-"""What is told of a model that stands in: not `extra`, in which anything may be."""
+"""What is published of a fallback model: not `extra`, which may hold anything."""
 
 
 def published(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _fallback(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_password(store: str) -> str:
-    """The store's address for somebody in any directory, with the user but without a password.
+    """The store's address, valid in any directory, with the user but without a password.
 
     Taken apart as libpq does it, which finds a password also where a general parser does not.
     """

@@ -31,7 +31,7 @@ from holdfast.contracts import (
 from holdfast.hooks import Hook
 from holdfast.reliability.ledger import Entry, State
 
-IN_DOUBT = "nobody knows whether it happened"
+IN_DOUBT = "it is not known whether it happened"
 MAX_STANDING = 100_000
 """Bytes of one standing effect that the model reads again, and of all of them ten times as many."""
 
@@ -144,7 +144,7 @@ class LookBack(BaseModel):
 
 
 class LookedBack(BaseModel):
-    """What became of the effects of a run that was reset. Empty when nothing of it was undone."""
+    """Which effects of a run that was reset were undone, and which stand. Empty when none was undone."""
 
     gone: list[Past] = []
     """They no longer stand."""

@@ -79,7 +79,7 @@ class WasReset(BaseModel):
 
 @dataclass(frozen=True)
 class Mended:
-    """What became of a run that is stuck. given_up: a person has to do something about it."""
+    """What the sweep did with a run that is stuck. given_up: a person has to act."""
 
     words: str
     given_up: bool = False

@@ -352,7 +352,7 @@ def without_ours(environment: Mapping[str, str]) -> dict[str, str]:
 def _ports(remembered: Path, names: tuple[str, ...]) -> dict[str, int]:
     """A free port for each name, the same as last time if possible: addresses that people noted down go on working."""
     last: object = None
-    with suppress(FileNotFoundError, ValueError, RecursionError):  # a broken file is written anew
+    with suppress(FileNotFoundError, ValueError, RecursionError):  # a broken file is replaced
         last = json.loads(remembered.read_text())
     ports: dict[str, int] = {}
     for name in names:

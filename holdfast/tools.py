@@ -115,7 +115,7 @@ class ToolContext:
     ask_model: AskModel
     """`await ctx.ask_model("summary", messages)`: a model call of the tool's own, recorded under `key/summary`.
 
-    With `ModelOptions(schema=Terms.model_json_schema())` as a third argument the endpoint is told which JSON is wanted.
+    With `ModelOptions(schema=Terms.model_json_schema())` as a third argument the request names the JSON wanted.
     An answer that was cut at its limit never comes back: it is asked for again, three times at most.
     Ask before the effect, never after: a model that is gone makes the tool begin again.
     """

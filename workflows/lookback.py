@@ -1,4 +1,4 @@
-"""What a run does after a Reset: it looks what became of its effects meanwhile, before it goes on.
+"""What a run does after a Reset: before it goes on, it checks which of its effects still stand.
 
 The history that a Reset keeps says that they were done. But the run may have been cancelled since, or terminated and
 swept, and its effects undone. What no longer stands is forgotten here, and the model is told, so that it does it again
@@ -21,7 +21,7 @@ from workflows.state import CallState, RunState
 
 
 class Lookback:
-    """`concluded` is told of each call whose end a person has to find out, `note` what a reader should know."""
+    """`concluded` gets each call whose end a person has to find out, `note` what a reader should know."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Lookback:
         names = ", ".join(f"#{past.seq} {past.tool}" for past in believed)
         text = f"Undone while this run was stopped, and no longer standing: {names}."
         self._note(f"reset: {text}")
-        state.notices.append(f"{text} Call again what is still needed: it is done anew.")
+        state.notices.append(f"{text} Call again what is still needed.")
         # What is decided and has not begun may build on them, also the turn that is under way.
         state.void_turn = state.turn
         for item in state.calls:

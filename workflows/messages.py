@@ -32,7 +32,7 @@ def take(state: RunState, payload: tuple[Any, ...], ended: bool) -> DecisionRepl
         return _ignored(f"{MAX_UNREAD} messages are unread already; the next turn reads them")
     state.notices.append(f"{PREFIX}{message.by}: {message.text}")
     flight = ", ".join(c.call.tool for c in state.calls if c.outcome is None)
-    rest = f"; not interrupted by it: {flight}" if flight else ""
+    rest = f"; it does not interrupt {flight}" if flight else ""
     return DecisionReply(accepted=True, message=f"{message.by}'s message is for turn {state.turn + 1}{rest}")
 
 

@@ -79,7 +79,7 @@ def _troubles(steps: list[StepState], now: datetime | None) -> list[str]:
     for step in steps:
         name = step.title or step.name
         if step.status is StepStatus.PENDING:
-            said.append(f"{name} pending {step.role} review".replace("  ", " ") + _eta(step.eta, now))
+            said.append(f"{name} pending" + (f" {step.role} review" if step.role else "") + _eta(step.eta, now))
         elif step.status in (StepStatus.FAILED, StepStatus.REJECTED):
             said.append(f"{name} {step.status}")
         elif step.origin and step.status is StepStatus.DONE:
@@ -141,7 +141,7 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
     if ending and ending.outcome.unwinds and (stands := state.stands()):
         rows = [f"- {plain(each)}: {plain(each.why)}" for each in stands[:MAX_ROWS]]
         rows += [f"- … and {more} more"] if (more := len(stands) - MAX_ROWS) > 0 else []
-        parts.append("### Still stands\nWhat was done and is not undone:\n" + "\n".join(rows))
+        parts.append("### Still stands\nWhat was done and is not undone:\n\n" + "\n".join(rows))
     if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone[:MAX_ROWS]]:
         rows += [f"- … and {more} more"] if (more := len(undone) - MAX_ROWS) > 0 else []
         parts.append("### Undo\n" + "\n".join(rows))
@@ -161,10 +161,10 @@ def _undos(state: RunState) -> list[UndoRecord]:
 def _how_to_answer(workflow_id: str) -> str:
     return (
         "### How to answer\n"
-        "Each answer below is there twice. In both, put your own words where it is in capitals.\n"
-        f"- On this page: **More Actions**, **Send a Signal**, `{DECIDE}`, and the JSON as its data.\n"
-        "- In a shell: the command, with `--address` of this server; or "
-        f"`uv run starter.py approvals {shlex.quote(workflow_id)}`."
+        "Replace the words in capitals with your own. There are two ways to send an answer:\n\n"
+        f"- On this page: **More Actions**, **Send a Signal**, `{DECIDE}`, with the JSON below as its data.\n"
+        "- In a shell: the command below, with `--address` of this server. "
+        f"`uv run starter.py approvals {shlex.quote(workflow_id)}` prints shorter ones."
     )
 
 
@@ -178,7 +178,7 @@ def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
             head += plain(review)
             answers = {
                 "It happened, or you have done it yourself": ("happened", {"comment": WHAT_WAS_DONE}),
-                "It did not happen, and nobody has done it": ("did_not", {"comment": WHY}),
+                "It did not happen, and it was not done in another way": ("did_not", {"comment": WHY}),
             }
         case "refusal":
             head = f"### Waiting for a human: the model refuses (`{approval.id}`)"

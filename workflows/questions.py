@@ -91,7 +91,7 @@ def how_it_ended(state: RunState, item: CallState, now: datetime, before: int = 
     step = state.step_of(call.tool)
     match outcome.status:
         case OutcomeStatus.UNKNOWN:
-            why = f"{call.tool}: {outcome.reason}. It is not tried again until somebody has found out."
+            why = f"{call.tool}: {outcome.reason}. It is not tried again until a person has found out."
         case OutcomeStatus.FAILED if step and not step.critical:
             why = f"{call.tool} did not work: {outcome.reason or outcome.content}. It is left to a person."
         case OutcomeStatus.DEFERRED if step:

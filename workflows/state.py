@@ -250,7 +250,7 @@ class RunState(BaseModel):
         return next((each.seq for each in self.in_doubt() if each.tool == tool), None)
 
     def in_doubt(self) -> list[Doubt]:
-        """All calls that may have happened and that nobody has settled."""
+        """All calls that may have happened and are not settled."""
         ends = self.ends.items()
         last = [Doubt(tool=t, seq=e.seq, detail=e.detail) for t, e in ends if e.status is OutcomeStatus.UNKNOWN]
         return last + self.doubts

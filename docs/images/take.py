@@ -69,7 +69,9 @@ async def take(ui_url: str, run: str) -> None:
         # Narrow, so that the page puts its parts below each other; high, so that nothing has to be scrolled.
         await page.set_viewport_size({"width": 1000, "height": 2200})
         await page.get_by_role("tab", name="User Metadata").click()
-        first_command = page.frame_locator("iframe#user-metadata-current-details").locator("pre").first
+        first_command = (
+            page.frame_locator("iframe#user-metadata-current-details").locator("pre").nth(1)
+        )  # after its JSON
         await first_command.wait_for()
         await shoot(page, "approval.png", page.get_by_text("Current Details", exact=True), first_command)
         await browser.close()

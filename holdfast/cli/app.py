@@ -338,7 +338,7 @@ def orphans(
 
 
 def _words(option: str, value: str, what_for: str) -> None:
-    """Raises Refused unless there are words in it that somebody can read."""
+    """Raises Refused unless it has visible characters."""
     from holdfast import door
 
     if not door.visible(value):

@@ -103,7 +103,7 @@ async def _reset(target: str, by: str, as_json: bool) -> None:
     if as_json:
         print_json({"target": target, "state": "closed"})
     else:
-        out.print(f"{target} is closed: runs that wait for it call again at the time they were told", markup=False)
+        out.print(f"{target} is closed: a run that waits for it calls it within a minute", markup=False)
 
 
 def _show(rows: list[Row], now: float) -> None:

@@ -93,7 +93,7 @@ class Known:
         return self.execution.paused_words if self.execution is not None else ""
 
     async def result(self) -> RunResult | None:
-        """How the run ended; None when it has not, or nobody recorded it (it was terminated).
+        """How the run ended; None when it has not, or its end is not recorded (it was terminated).
 
         The store comes first: what is repaired after the end is only there.
         """

@@ -312,7 +312,7 @@ async def orphans(fix: bool, grace_s: float, as_json: bool) -> int:
         words = f"its history does not replay, and its workflow task has failed {each.task_attempt} times"
         out.print(f"{each.id}: {words}; `uv run starter.py orphans --fix` resets it now", markup=False)
     if not found:
-        out.print("no run was left with effects that nobody undoes")
+        out.print("no run has left effects behind")
     else:
         for each in found:
             out.print(f"{each.workflow_id}: its workflow is over, its effects stand", markup=False)

@@ -77,7 +77,7 @@ def read_stdin(what: str) -> str:
 
 
 def parse_json(what: str, text: str, limit: int | None = None) -> Any:
-    """JSON that somebody typed. Raises Refused, naming what it was given for."""
+    """JSON that a person typed. Raises Refused, naming the option or argument."""
     try:
         return outside.loads(text) if limit is None else outside.loads(text, limit)
     except ValueError as error:

@@ -123,7 +123,9 @@ def _open_end(run: str, what: str, result: RunResult, entries: list[Entry]) -> A
         action.seq = int(seq) if action.key and seq.isdigit() else 0
     meant = [a for key, a in ends.items() if what in (key, a.step, a.tool, key.removeprefix(f"{result.key_base}/"))]
     if len(meant) != 1:
-        there = ", ".join(f"{action.step or action.tool} ({key})" for key, action in ends.items()) or "nothing"
+        if not ends:
+            raise Refused(f"{run} has no call left to settle")
+        there = ", ".join(f"{action.step or action.tool} ({key})" for key, action in ends.items())
         how = "several calls" if meant else "no call"
         like = did_you_mean(what, [name for key, a in ends.items() for name in (a.step, a.tool, key) if name])
         raise Refused(f"{run} has {how} {what!r} to settle; there is: {there}{'' if meant else like}")

@@ -345,7 +345,7 @@ def no_bound(call: Call) -> str:
 def unsettled(call: Call, ended: float, now: float) -> Unsettled | None:
     """The wait until it makes sense to ask again, while a request that went out may still come to its effect.
 
-    None when it no longer can, and when nobody knows how long that takes.
+    None when it no longer can, and when no bound is declared.
     """
     if call.settles_s is None or now >= (until := ended + call.settles_s):
         return None

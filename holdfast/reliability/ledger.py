@@ -86,7 +86,7 @@ class Call:
     pure: bool = False
     """It changes nothing outside, so it is never in doubt."""
     settles_s: float | None = None
-    """A request that had no effect this many seconds after it went out never has one. None: nobody knows."""
+    """A request that had no effect this many seconds after it went out never has one. None: no bound is declared."""
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _cut_after(
 
 
 def _shut(connection: psycopg.AsyncConnection[Any] | psycopg.Connection[Any]) -> None:
-    """Shuts its socket: whoever waits for an answer gets the error of a server that hung up."""
+    """Shuts its socket: a caller that waits for an answer gets the error of a server that hung up."""
     # One of these: it was closed meanwhile, by the peer or by its owner.
     with suppress(OSError, psycopg.OperationalError), socket.socket(fileno=os.dup(connection.fileno())) as copy:
         copy.shutdown(socket.SHUT_RDWR)

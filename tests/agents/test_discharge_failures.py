@@ -301,7 +301,7 @@ async def test_messages_whose_answer_is_lost_are_asked_for_by_key_or_by_a_person
     status = await run.until(lambda now: now.phase is Phase.WAITING_HUMAN and "o7" in {a.id for a in now.approvals})
     (question,) = [each for each in status.approvals if each.id == "o7"]
     assert (question.kind, question.subject) == ("outcome", "notify_patient")
-    assert status.line.startswith("Discharge in progress: 5/6 steps complete. Notifications pending review.")
+    assert status.line.startswith("Discharge in progress: 5/6 steps complete. Notifications pending.")
     page = await run.page()
     assert "Notifications: question `o7`" in page
     assert "it may have happened" in page

@@ -139,14 +139,14 @@ def test_a_pharmacist_settles_the_order_after_the_end(desk: Desk, without_pharma
     assert "say which" in desk.refused("settle", run, "pharmacy")
     assert "--comment" in desk.refused("settle", run, "pharmacy", "--did-not")
     assert "there is: pharmacy" in desk.refused("settle", run, "insurance", "--happened")
-    assert "not JSON" in desk.refused("settle", run, "pharmacy", "--happened", "--result", "by phone")
+    assert "not valid JSON" in desk.refused("settle", run, "pharmacy", "--happened", "--result", "by phone")
     done = desk.parsed("settle", run, "pharmacy", "--happened", "--result", '{"id": "by phone"}', "--by", "ph.kim")
     assert done["ok"]
     result = desk.result(run)
     assert result["outcome"] == "completed"
     assert desk.effects(result, "pharmacy") == []
     assert [each["state"] for each in desk.parsed("dlq", "list", "--state", "settled") if each["workflow_id"] == run]
-    assert "there is: nothing" in desk.refused("settle", run, "pharmacy", "--happened")
+    assert "has no call left to settle" in desk.refused("settle", run, "pharmacy", "--happened")
 
 
 def test_a_pharmacist_settles_the_order_while_the_run_is_open(desk: Desk) -> None:

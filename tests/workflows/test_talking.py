@@ -192,7 +192,7 @@ async def test_a_message_is_read_with_the_next_turn_and_interrupts_no_call(lite:
         reply = await update(handle, "message", HELLO)
         assert (reply.accepted, reply.message) == (
             True,
-            "nurse.kim's message is for turn 2; not interrupted by it: slow",
+            "nurse.kim's message is for turn 2; it does not interrupt slow",
         )
         assert len(lite.model.requests) == 1
         gate.set()
