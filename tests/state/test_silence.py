@@ -16,6 +16,7 @@ from holdfast.reliability.chain import Guards, protected
 from holdfast.reliability.errors import ErrorType, classify
 from holdfast.reliability.ledger import Fenced, Grant, Ledger, Settled, State, tool_call
 from holdfast.state import postgres
+from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, StoreUnavailable, open_database
 from holdfast.state.schema import migrate
 from holdfast.state.version import VERSION
@@ -249,7 +250,9 @@ async def test_the_answer_lost_on_the_wire(silent: Silent) -> None:
     """The same through the proxy: the statement arrives and is committed, and nothing comes back."""
     proxy, url = silent
     db = await open_database(url, LIMIT_S)
-    ledger = Ledger(db, worker="w1")
+    clock = StoreClock(db)
+    await clock.now()  # asked before anything is reserved, and then for a minute not again
+    ledger = Ledger(db, worker="w1", clock=clock)
     proxy.silence(answers_only=True)
     reserving = asyncio.ensure_future(ledger.reserve(CALL))
     while not proxy.swallowed:
