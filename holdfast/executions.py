@@ -122,7 +122,7 @@ class Execution:
         by = f" by {pause.identity}" if pause and pause.identity else ""
         why = f" ({pause.reason})" if pause and pause.reason else ""
         return (
-            f"paused{by}{why}: it does nothing, and what is said to it is kept, until"
+            f"paused{by}{why}: the run does nothing, and keeps the Signals that come, until"
             f" `temporal workflow unpause --workflow-id {shlex.quote(self.id)}`"
         )
 

@@ -1,9 +1,9 @@
 """What a run does after a Reset: before it goes on, it checks which of its effects still stand.
 
 The history that a Reset keeps says that they were done. But the run may have been cancelled since, or terminated and
-swept, and its effects undone. What no longer stands is forgotten here, and the model is told, so that it does it again
-under a new key. An undo that is under way is finished first. What was done after the point of the Reset and still
-stands answers the next call of its tool, and what is in doubt goes to a person.
+swept, and its effects undone. The run forgets what no longer stands and tells the model, which does it again under a
+new key. The run first finishes an undo that is under way. What was done after the point of the Reset and still stands
+answers the next call of its tool, and what is in doubt goes to a person.
 """
 
 from __future__ import annotations

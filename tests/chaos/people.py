@@ -49,7 +49,7 @@ Handle = WorkflowHandle[Any, Any]
 
 
 class Gone(Exception):
-    """The run has ended, or the request was answered by somebody else."""
+    """The server knows no such run, or the run has ended."""
 
 
 async def persist(attempt: Callable[[], Awaitable[T]]) -> T:
@@ -63,7 +63,7 @@ async def persist(attempt: Callable[[], Awaitable[T]]) -> T:
             if error.status in (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION):
                 raise
         except (*STORE_ERRORS, OSError, RuntimeError):
-            pass  # said by whoever waits: a run that never starts or ends is stuck
+            pass  # nothing is hidden: a run that never starts or ends is judged as stuck
         await asyncio.sleep(0.5)
 
 

@@ -98,7 +98,7 @@ async def test_looking_at_a_paused_run_says_so_and_how_to_let_it_go_on(ground: G
     assert listed["note"] == ""
     status = await ground.parsed("status", handle.id)
     assert status["temporal"] == "paused"
-    how = "(lunch): it does nothing, and what is said to it is kept, until "
+    how = "(lunch): the run does nothing, and keeps the Signals that come, until "
     how += f"`temporal workflow unpause --workflow-id {handle.id}`"
     assert how in status["note"]
     assert how in (await ground.run("status", handle.id)).stderr
