@@ -262,7 +262,10 @@ async def look(client: Client, known: Known) -> tuple[RunStatus | None, str, str
     try:
         return await ask(client, known.handle, "status", RunStatus), "workflow", ""
     except NoAnswer as error:
-        return None, "workflow", str(error)
+        again = await find(client, known.workflow_id)
+        if again.running:
+            return None, "workflow", str(error)
+        return await look(client, again)  # it has ended since
 
 
 def from_result(result: RunResult) -> RunStatus:

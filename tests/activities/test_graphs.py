@@ -255,7 +255,7 @@ async def test_the_next_turn_goes_on_at_the_tools_node_with_the_answers(process:
                 return call(("book", {"n": 1}))
             case "booked":
                 return call(("look", {}))
-            case "error: there is no tool named 'look'; the tools are: book":
+            case error if error.startswith("error: there is no tool named 'look'; "):
                 return say("done")
             case "step x has no outcome":
                 return say("really done")

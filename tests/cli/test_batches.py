@@ -123,7 +123,7 @@ def test_an_unknown_stage_is_one_line_that_names_those_there_are(stack: Stack) -
     assert (worker.returncode, said) == (2, "")
     assert wrong.splitlines() == [
         "worker cannot start: --queue extrakt: there is no such stage; the agents' tools name:"
-        " main, extract, read, summarise"
+        " main, extract, read, summarise; did you mean extract?"
     ]
 
 

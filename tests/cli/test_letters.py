@@ -167,7 +167,9 @@ def test_a_terminated_run_is_found_and_undone(desk: Desk, stack: Stack) -> None:
     command = [temporal_cli(), "workflow", "terminate", "--workflow-id", run, "--address", stack.temporal_address]
     subprocess.run(command, check=True, capture_output=True)
 
-    assert {"workflow_id": run, "key_base": base} in desk.parsed("orphans", "--older-than", "0", status=1)
+    assert {"workflow_id": run, "key_base": base, "stuck": False} in desk.parsed(
+        "orphans", "--older-than", "0", status=1
+    )
     assert "orphans --fix" in desk.refused("settle", run, "pharmacy", "--happened")
     ended = desk.parsed("orphans", "--fix", "--older-than", "0")
     assert [each["ok"] for each in ended] == [True] * len(ended)
