@@ -20,7 +20,7 @@ from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from tests.chaos.disturbances import Disturbances
 from tests.chaos.environment import Environment, Postgres
-from tests.chaos.judge import Record, Violation, judge
+from tests.chaos.judge import Record, Violation, has_effects, judge
 from tests.chaos.people import People, Run
 from tests.fixtures.replay import replay_all
 
@@ -100,13 +100,16 @@ async def chaos(
 
 
 async def _swept(env: Environment, runs: Sequence[Run]) -> None:
-    """Sweeps until every run that ended without a word of its own has its end on record."""
-    rows = Runs(env.db)
+    """Sweeps until every run that has effects, and was terminated, has its end on record."""
+    rows, ledger = Runs(env.db), Ledger(env.db, "chaos")
+
+    async def lacks_end(run: Run) -> bool:
+        row = await rows.by_workflow(run.handle.id)
+        return not (row and row.result) and has_effects(await ledger.entries(run.key_base))
+
     deadline = time.monotonic() + CALM_S
     while time.monotonic() < deadline:
-        left = [
-            run for run in runs if run.ended_at and not ((row := await rows.by_workflow(run.handle.id)) and row.result)
-        ]
+        left = [run for run in runs if run.ended_at and await lacks_end(run)]
         if not left:
             return
         with suppress(RPCError):

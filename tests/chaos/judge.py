@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from holdfast.contracts import RunOutcome, RunResult
+from holdfast.contracts import Effect, RunOutcome, RunResult
 from holdfast.reliability.ledger import Entry, State
 from holdfast.simulation.hospital import EffectRow
 from holdfast.simulation.scripted_model import CallRow
@@ -64,13 +64,20 @@ TOOLS = {
 def judge(record: Record) -> list[Violation]:
     """What is wrong with this run."""
     found = [("no replay", record.replay_error)] if record.replay_error else []
-    if record.result is None:
+    if record.result is None and record.status == "TERMINATED" and not has_effects(record.ledger):
+        pass  # it was terminated before it had done anything, so there is nothing to undo
+    elif record.result is None:
         found.append(("stuck", f"the run did not end: Temporal says {record.status}"))
     else:
         found += _outcome(record.result)
     found += _effects(record)
     found += _model_calls(record)
     return [Violation(kind, record.workflow_id, words) for kind, words in found]
+
+
+def has_effects(ledger: list[Entry]) -> bool:
+    """Whether a run has begun anything outside that would have to be undone."""
+    return any(entry.kind == "tool" and entry.effect != Effect.READ for entry in ledger)
 
 
 def _outcome(result: RunResult) -> list[tuple[str, str]]:

@@ -123,6 +123,12 @@ def test_a_recorded_answer_that_was_paid_again() -> None:
     assert kinds(replace(run, calls=[*run.calls, CallRow(2, f"{BASE}/turn-1", 12.0, 12.5, 1, 1)])) == {"paid again"}
 
 
+def test_a_run_that_was_terminated_before_it_had_done_anything_needs_no_end() -> None:
+    run = replace(completed(), result=None, status="TERMINATED")
+    assert kinds(run) == {"stuck"}
+    assert kinds(replace(run, ledger=[], effects=[], calls=[])) == set()
+
+
 def test_a_run_without_an_end_a_failed_one_and_one_that_does_not_replay() -> None:
     run = completed()
     assert kinds(replace(run, result=None, status="RUNNING")) == {"stuck"}
