@@ -12,7 +12,7 @@ from temporalio.workflow import NondeterminismError
 
 from activities.boundary import boundary
 from holdfast.contracts import key_base
-from holdfast.executions import Execution, describe
+from holdfast.executions import Execution, describe, unknown_run
 from holdfast.repairs import Sweep
 from holdfast.resets import ENDED, Mended, Replays, Stuck, find_stuck, mend
 from holdfast.runtime import Runtime
@@ -40,13 +40,13 @@ class Resets:
         try:
             execution = await describe(client, stuck.workflow_id, stuck.run_id)
         except RPCError as error:
-            if error.status is not RPCStatusCode.NOT_FOUND:
+            if not unknown_run(error):
                 raise
             return ENDED
         try:
             mended = await mend(client, execution, replays_with(client))
         except RPCError as error:
-            if error.status is RPCStatusCode.NOT_FOUND:
+            if unknown_run(error):
                 return ENDED
             if error.status is not RPCStatusCode.INVALID_ARGUMENT:
                 raise

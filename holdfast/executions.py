@@ -24,6 +24,7 @@ from temporalio.api.workflowservice.v1 import (
 )
 from temporalio.client import Client, WorkflowHandle
 from temporalio.converter import decode_search_attributes
+from temporalio.service import RPCError, RPCStatusCode
 
 PAGE = 200
 AGAIN_S = 0.2
@@ -129,6 +130,14 @@ class Execution:
 
 def _epoch(time: Timestamp) -> float:
     return time.ToDatetime(tzinfo=UTC).timestamp()
+
+
+def unknown_run(error: RPCError) -> bool:
+    """The server knows no such run. A server that has just started may not know its namespace yet, and then says
+    "not found" of every run: that says nothing about the run.
+    """
+    namespace = any("NamespaceNotFound" in each.type_url for each in error.grpc_status.details)
+    return error.status is RPCStatusCode.NOT_FOUND and not namespace
 
 
 async def describe(client: Client, workflow_id: str, run_id: str = "") -> Execution:

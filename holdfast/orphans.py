@@ -22,7 +22,7 @@ from temporalio.client import (
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.contracts import AgentInput, RunOutcome, key_base
-from holdfast.executions import describe
+from holdfast.executions import describe, unknown_run
 from holdfast.repairs import Repair, Sweep
 from holdfast.state.database import Database
 from holdfast.state.runs import Runs
@@ -78,7 +78,7 @@ async def is_over(client: Client, workflow_id: str, base: str, ours: bool = True
     try:
         execution = await describe(client, workflow_id)
     except RPCError as error:
-        if error.status is RPCStatusCode.NOT_FOUND:
+        if unknown_run(error):
             return ours
         raise
     return key_base(workflow_id, execution.first_run_id) != base or execution.status in _OVER
@@ -93,7 +93,7 @@ async def goes_on(client: Client, runs: Runs, base: str, own: str) -> bool:
     try:
         execution = await describe(client, workflow_id)
     except RPCError as error:
-        if error.status is RPCStatusCode.NOT_FOUND:
+        if unknown_run(error):
             return False
         raise
     if execution.run_id == own or key_base(workflow_id, execution.first_run_id) != base:

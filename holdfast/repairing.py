@@ -8,12 +8,12 @@ from typing import Any
 from temporalio.client import Client, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.service import RPCError
 
 from agents.registry import UnknownAgent, startable
 from agents.registry import agent as find_agent
 from holdfast.contracts import Effect, RunOutcome
-from holdfast.executions import describe
+from holdfast.executions import describe, unknown_run
 from holdfast.hooks import Delivered, Hook
 from holdfast.reliability.ledger import Ledger
 from holdfast.repairs import Action, Repair, RepairResult, doubtful, refusal, standing
@@ -170,7 +170,7 @@ async def _never_started(client: Client, db: Database, letter: Letter) -> bool:
     try:
         execution = await describe(client, letter.workflow_id)
     except RPCError as error:
-        if error.status is not RPCStatusCode.NOT_FOUND:
+        if not unknown_run(error):
             raise
     else:
         if execution.open:

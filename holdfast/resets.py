@@ -33,7 +33,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.codec import PayloadUnreadable
 from holdfast.contracts import DecisionReply
-from holdfast.executions import OPEN, PROBLEMS, Execution, describe, listed
+from holdfast.executions import OPEN, PROBLEMS, Execution, describe, listed, unknown_run
 
 MAX_RESETS = 2
 """Resets of one execution by the sweep. What is stuck again after that is left to a person."""
@@ -126,7 +126,7 @@ async def _stuck(client: Client, execution: Execution) -> Execution | None:
     try:
         now = await describe(client, execution.id)
     except RPCError as error:
-        if error.status is not RPCStatusCode.NOT_FOUND:
+        if not unknown_run(error):
             raise
         return None
     if not now.open or now.paused or now.task_attempt < ATTEMPTS:
@@ -240,7 +240,7 @@ async def _cancel_again(client: Client, stuck: Execution) -> None:
             try:
                 await run.cancel(reason=reason)
             except RPCError as error:
-                if error.status is not RPCStatusCode.NOT_FOUND:  # it has ended meanwhile
+                if not unknown_run(error):  # it has ended meanwhile
                     raise
             return
 

@@ -29,6 +29,7 @@ from temporalio.client import (
 from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.contracts import Approval, Json, Phase, key_base
+from holdfast.executions import unknown_run
 from holdfast.starting import start_run
 from holdfast.state.database import StoreUnavailable
 from holdfast.state.runs import Runs
@@ -58,7 +59,7 @@ async def persist(attempt: Callable[[], Awaitable[T]]) -> T:
         try:
             return await attempt()
         except RPCError as error:
-            if error.status is RPCStatusCode.NOT_FOUND:
+            if unknown_run(error):
                 raise Gone(error.message) from None
             if error.status in (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION):
                 raise

@@ -7,10 +7,11 @@ import uuid
 from typing import Any
 
 import pytest
-from temporalio.client import WorkflowHandle
+from temporalio.client import Client, WorkflowHandle
+from temporalio.service import RPCError
 
 from holdfast.contracts import AgentInput, Effect, RunOutcome, RunResult, StepSpec, StepStatus
-from holdfast.orphans import find_orphans
+from holdfast.orphans import find_orphans, is_over
 from holdfast.reliability.ledger import State, tool_call
 from holdfast.repairs import RepairResult, Sweep, Swept, unwind_id
 from holdfast.state.letters import LetterKind, Letters
@@ -264,3 +265,11 @@ async def test_a_completed_run_whose_record_is_lost_is_not_undone(lite: Stage) -
         await lite.runtime.db.run("UPDATE runs SET ended_at = NULL")
         assert await sweep(lite) == []
     assert world.log == ["begin book#1", "done book#1"]
+
+
+async def test_a_server_that_does_not_know_its_namespace_yet_makes_no_run_an_orphan(lite: Stage) -> None:
+    """It says "not found" of every run for a moment after it has started."""
+    config = lite.client.config() | {"namespace": f"not-yet-{uuid.uuid4().hex[:8]}"}
+    with pytest.raises(RPCError, match="Namespace"):
+        await is_over(Client(**config), "discharge-1", "discharge-1/0123456789ab")  # pyright: ignore
+    assert await is_over(lite.client, "discharge-1", "discharge-1/0123456789ab")
