@@ -105,7 +105,7 @@ class Run:
     handle: Handle
     key_base: str
     plan: Plan
-    answered: dict[str, float] = field(default_factory=dict)
+    answered: set[str] = field(default_factory=set)
     ended_at: float = 0.0
     began_at: float = 0.0
 
@@ -179,11 +179,12 @@ class People:
         return []
 
     def _answer_soon(self, run: Run, approval: Approval) -> None:
-        if approval.id in run.answered or "put off" in approval.why:
+        asked = f"{approval.id} {approval.asked_at}"  # after a Reset a run may ask the same again
+        if asked in run.answered or "put off" in approval.why:
             return  # what is put off is tried again by the platform
         if approval.kind == "outcome" and not approval.subject.startswith("notify"):
             return  # left to its desk; it holds up nothing
-        run.answered[approval.id] = time.monotonic()
+        run.answered.add(asked)
         task = asyncio.create_task(self._answer(run, approval))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
