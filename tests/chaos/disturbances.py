@@ -22,7 +22,7 @@ _Disturb = Callable[[], Awaitable[None]]
 
 
 class Disturbances:
-    """Disturbs an environment until it is told to stop, and counts what it did."""
+    """Disturbs an environment until `stop` is set, and counts what it did."""
 
     def __init__(self, env: Environment, seed: int) -> None:
         self._env = env

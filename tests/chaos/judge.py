@@ -10,6 +10,7 @@ from holdfast.reliability.ledger import Entry, State
 from holdfast.simulation.hospital import EffectRow
 from holdfast.simulation.scripted_model import CallRow
 from holdfast.state.letters import Letter
+from tests.sweep.cases import EFFECTS
 
 CLOCK_S = 0.25
 """Two processes of one machine may read the clock this far apart while they are busy."""
@@ -44,23 +45,6 @@ class Violation:
         return f"{self.kind}: {self.workflow_id}: {self.words}"
 
 
-@dataclass(frozen=True)
-class _Words:
-    """The hospital's words for a tool's effect and its undo, and the suffix of the key that the undo has."""
-
-    done: str
-    undone: str = ""
-    suffix: str = ""
-
-
-TOOLS = {
-    "order_medication": _Words("order", "cancel-order"),
-    "book_appointment": _Words("book", "cancel-booking"),
-    "notify_providers": _Words("message", "retraction", "/undo"),
-    "notify_patient": _Words("message"),
-}
-
-
 def judge(record: Record) -> list[Violation]:
     """What is wrong with this run."""
     found = [("no replay", record.replay_error)] if record.replay_error else []
@@ -92,11 +76,11 @@ def _effects(record: Record) -> list[tuple[str, str]]:
     counted = Counter((effect.kind, effect.key) for effect in record.effects)
     outcome = record.result.outcome if record.result else None
     told = _told(record)
-    for tool, words in TOOLS.items():
+    for tool, words in EFFECTS.items():
         net = 0
         for entry in (e for e in record.ledger if (e.kind, e.name) == ("tool", tool)):
-            done = counted.pop((words.done, entry.key), 0)
-            undone = counted.pop((words.undone, entry.key + words.suffix), 0) if words.undone else 0
+            done = counted.pop((words.effect, entry.key), 0)
+            undone = counted.pop((words.undo, entry.key + words.undo_suffix), 0) if words.undo else 0
             net += done - undone
             if done > 1 or undone > 1:
                 found.append(("doubled", f"{entry.key} ({tool}): done {done} times, undone {undone} times"))
@@ -105,7 +89,7 @@ def _effects(record: Record) -> list[tuple[str, str]]:
             found.append(("doubled", f"{tool}: {net} effects under different keys"))
         if net == 0 and outcome is RunOutcome.COMPLETED:
             found.append(("lost", f"{tool}: the run completed without it"))
-        if net > 0 and outcome is not None and outcome.unwinds and words.undone and not told & _keys(record, tool):
+        if net > 0 and outcome is not None and outcome.unwinds and words.undo and not told & _keys(record, tool):
             found.append(("standing", f"{tool}: its effect stands although the run ended {outcome}"))
     found += [("doubled", f"{times} × {kind} under {key}, which no call has") for (kind, key), times in counted.items()]
     return found

@@ -10,7 +10,8 @@ from holdfast.contracts import Pending, RunOutcome, RunResult
 from holdfast.reliability.ledger import Entry, Settled, State
 from holdfast.simulation.hospital import EffectRow
 from holdfast.simulation.scripted_model import CallRow
-from tests.chaos.judge import TOOLS, Record, judge
+from tests.chaos.judge import Record, judge
+from tests.sweep.cases import EFFECTS
 
 BASE = "discharge-1/abc"
 
@@ -45,13 +46,13 @@ def effect(kind: str, key: str) -> EffectRow:
 
 
 def completed() -> Record:
-    ledger = [entry(n, tool) for n, tool in enumerate(TOOLS, 1)]
+    ledger = [entry(n, tool) for n, tool in enumerate(EFFECTS, 1)]
     return Record(
         workflow_id="discharge-1",
         status="COMPLETED",
         result=RunResult(outcome=RunOutcome.COMPLETED),
         ledger=[*ledger, entry(1, "turn-1", kind="model")],
-        effects=[effect(words.done, f"{BASE}/{n}") for n, words in enumerate(TOOLS.values(), 1)],
+        effects=[effect(words.effect, f"{BASE}/{n}") for n, words in enumerate(EFFECTS.values(), 1)],
         calls=[CallRow(1, f"{BASE}/turn-1", 10.0, 10.9, 1, 1)],
     )
 
@@ -68,17 +69,19 @@ def test_an_unwound_run_has_no_violation() -> None:
     run = completed()
     undone = [replace(e, state=State.COMPENSATED) if e.name != "notify_patient" else e for e in run.ledger[:4]]
     extra = [
-        effect(words.undone, f"{BASE}/{n}{words.suffix}") for n, words in enumerate(TOOLS.values(), 1) if words.undone
+        effect(words.undo, f"{BASE}/{n}{words.undo_suffix}")
+        for n, words in enumerate(EFFECTS.values(), 1)
+        if words.undo
     ]
     result = RunResult(outcome=RunOutcome.CANCELLED)
     assert judge(replace(run, ledger=undone, calls=[], effects=run.effects + extra, result=result)) == []
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", EFFECTS)
 def test_an_effect_that_happened_twice_under_a_key(tool: str) -> None:
     run = completed()
-    n = list(TOOLS).index(tool) + 1
-    again = effect(TOOLS[tool].done, f"{BASE}/{n}")
+    n = list(EFFECTS).index(tool) + 1
+    again = effect(EFFECTS[tool].effect, f"{BASE}/{n}")
     assert "doubled" in kinds(replace(run, effects=[*run.effects, again]))
 
 
