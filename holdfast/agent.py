@@ -22,8 +22,8 @@ from holdfast.wording import did_you_mean
 if TYPE_CHECKING:
     from langgraph.graph import StateGraph
 
-MOST_CALLS = 1_000
-"""What `max_calls` and `parallel_calls` may be set to. Temporal takes 2,000 activities of a run at a time."""
+MOST_CALLS = 300
+"""What `max_calls` and `parallel_calls` may be set to: so many answers of people fit into one workflow task (0.2 s)."""
 
 
 def _as_json(value: BaseModel) -> str:

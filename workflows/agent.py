@@ -93,7 +93,7 @@ class AgentWorkflow:
         self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
         self._lookback = Lookback(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
         self._gate = Gate(self._state, given.standing, self._approvals, self._acts, self._note)
-        self._display = progress.Display(given, self._page)
+        self._display = progress.Display(given, self._page, self._inbox.quiet)
         self._ending: Ending | None = None
         self._result: RunResult | None = None
         self._turns_here = 0

@@ -24,6 +24,10 @@ class Inbox:
         self._turn = asyncio.Lock()  # first come, first served
         self._in_turn: bool | None = None
 
+    def quiet(self) -> bool:
+        """Nothing is being taken and nothing waits to be."""
+        return not self._turn.locked()
+
     async def take(self, act: Callable[[], T]) -> T:
         """Runs `act` when its turn has come; what it says. `act` changes the state at once and waits for nothing.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import shlex
 from collections.abc import Callable
 from datetime import datetime
@@ -43,6 +42,9 @@ TICKS = {
 
 DECIDE = "decide"
 """The Signal that answers."""
+
+ESCAPED = str.maketrans({char: f"\\{char}" for char in "\\`*_[]<>#|!"})
+"""What Markdown would read as markup."""
 
 MAX_SHOWN = 10_000
 """Characters of an argument that the page shows."""
@@ -266,13 +268,14 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
 class Display:
     """Keeps the Web UI's page and the search attributes up to date, writing history only for what changed.
 
-    A task of its own makes the page, once for all that a workflow task brings: a hundred calls that end, or a hundred
-    questions that are asked, are one page and not a hundred.
+    A coroutine of its own makes the page, once for all that a workflow task brings: a hundred calls that end, or a
+    hundred questions that are asked or answered, are one page and not a hundred. `quiet`: nothing waits in the inbox.
     """
 
-    def __init__(self, given: AgentInput, page: Callable[[], str]) -> None:
+    def __init__(self, given: AgentInput, page: Callable[[], str], quiet: Callable[[], bool]) -> None:
         self._given = given
         self._page = page
+        self._quiet = quiet
         self._outdated = False
         self._paging: asyncio.Task[None] | None = None
         known = workflow.info().typed_search_attributes
@@ -283,8 +286,9 @@ class Display:
 
     async def _keep(self) -> None:
         while True:
-            # Looked at when nothing else of the workflow task is left to do.
-            await workflow.wait_condition(lambda: self._outdated)
+            # Looked at when nothing else of the workflow task is left to do. Several hundred Signals in one task, with
+            # a page after each, would take longer than the two seconds that the SDK gives a task.
+            await workflow.wait_condition(lambda: self._outdated and self._quiet())
             self._outdated = False
             workflow.set_current_details(self._page())
 
@@ -312,4 +316,4 @@ def _aside(text: str) -> str:
 
 def plain(value: object) -> str:
     """Text of a model or a service, so that it cannot pose as markup of this page."""
-    return re.sub(r"([\\`*_\[\]<>#|!])", r"\\\1", " ".join(str(value).split()))
+    return " ".join(str(value).split()).translate(ESCAPED)

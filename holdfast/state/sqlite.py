@@ -17,7 +17,7 @@ from holdfast.state.database import Database, Row, Statement, StoreUnavailable, 
 
 T = TypeVar("T")
 
-BUSY_S = 1.0
+BUSY_S = 0.1
 """Seconds that SQLite itself waits for another process's lock, before the job looks whether its caller still waits."""
 
 OUT_OF_ORDER = {
