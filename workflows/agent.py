@@ -432,10 +432,12 @@ class AgentWorkflow:
 
     @workflow.signal(name="decide", description="Answers an approval: approval_id, verdict, approver")
     async def decide(self, *payload: Any) -> None:
+        await self._approvals.foresee(*payload)
         await self._inbox.take(lambda: self._approvals.decide(*payload))
 
     @workflow.update(name="decide", description="The same as the Signal, answered with what became of it")
     async def decide_now(self, *payload: Any) -> DecisionReply:
+        await self._approvals.foresee(*payload)
         return await self._inbox.take(lambda: self._approvals.decide(*payload))
 
     @workflow.signal(name="message", description="Says something to the run: text, by")

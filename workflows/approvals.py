@@ -6,10 +6,11 @@ and is noted. The state survives continue-as-new, so asking again under the same
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel
@@ -40,6 +41,8 @@ MAX_DECISION = 2_000_000
 
 
 MAX_EARLY = 20
+MOMENT = timedelta(milliseconds=10)
+"""How long a decision about a request that is not open waits for it: until the next workflow task."""
 
 
 class ApprovalsState(BaseModel):
@@ -79,6 +82,7 @@ class Approvals:
         self._note = note
         self.changed = changed
         self._opened = opened
+        self._moment: asyncio.Task[None] | None = None
 
     async def ask(self, approval: Approval) -> ApprovalDecision:
         """Blocks until a human decides, for days if need be; nothing is held in a worker meanwhile."""
@@ -135,6 +139,29 @@ class Approvals:
 
     def asked(self, approval_id: str) -> bool:
         return approval_id in self.state.open or approval_id in self.state.decided
+
+    async def foresee(self, *payload: Any) -> None:
+        """Waits a moment when a decision is about a request that is not open.
+
+        A query may show a request before the workflow task that opens it is complete. A person who answers at once is
+        then heard in the same task again, and the SDK brings Signals and Updates before results of activities.
+        """
+        name = payload[0].get("approval_id") if payload and isinstance(payload[0], dict) else None
+        if not isinstance(name, str) or self.asked(name) or name in self.state.withdrawn:
+            return
+        if not workflow.patched("foresees-decisions"):
+            return
+        if self._moment is None or self._moment.done():
+            self._moment = asyncio.create_task(self._pass())
+        await asyncio.wait([self._moment])
+
+    async def _pass(self) -> None:
+        """One for all that wait: a condition each would be looked at again and again."""
+        before = len(self.state.open)
+        with suppress(TimeoutError):
+            await workflow.wait_condition(
+                lambda: len(self.state.open) > before, timeout=MOMENT, timeout_summary="a decision that came early"
+            )
 
     def decide(self, *payload: Any) -> DecisionReply:
         """Takes one decision. Never raises, and takes anything: a typed handler would drop what does not decode."""

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from temporalio.api.enums.v1 import EventType
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -33,6 +34,12 @@ async def asking(stage: Stage, world: World, calls: int = 1) -> WorkflowHandle[A
 
 async def asked(handle: WorkflowHandle[Any, Any], count: int = 1) -> list[Approval]:
     return (await until(handle, lambda s: len(s.approvals) == count)).approvals
+
+
+async def happened(handle: WorkflowHandle[Any, Any], kind: EventType.ValueType) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not [event async for event in handle.fetch_history_events() if event.event_type == kind]:
+            await asyncio.sleep(0.02)
 
 
 async def test_waits_for_30_days_and_the_deadline_stands_still(skipping: Stage) -> None:
@@ -153,6 +160,42 @@ async def test_decided_twice_the_first_counts(lite: Stage) -> None:
     assert "decision of dr.no ignored: a1 was already approved by dr.lee" in noted.notes[0]
     assert [(d.approval.id, d.decision.approver) for d in result.decisions] == [("a1", "dr.lee"), ("a2", "dr.lee")]
     assert sorted(world.log) == ["begin send#1", "begin send#2", "done send#1", "done send#2"]
+
+
+@pytest.mark.parametrize("by", ["signal", "update"])
+async def test_a_decision_in_the_workflow_task_that_asks_counts(lite: Stage, by: str) -> None:
+    """A query can show the request before that task is complete, and a person may answer at once."""
+    world = World()
+    async with lite.worker(workflows_only=True):
+        handle = await asking(lite, world)
+        await happened(handle, EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED)
+    async with lite.worker(activities_only=True):
+        await happened(handle, EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED)
+    sent = asyncio.ensure_future(
+        handle.signal("decide", YES) if by == "signal" else handle.execute_update("decide", YES)
+    )
+    if by == "signal":
+        await sent
+    async with lite.worker():
+        result = await handle.result()
+        assert by == "signal" or (await sent)["accepted"]
+    assert (result.outcome, [d.decision.approver for d in result.decisions]) == (RunOutcome.COMPLETED, ["dr.lee"])
+    assert world.log == ["begin send#1", "done send#1"]
+    assert result.notes == []
+
+
+async def test_hundreds_of_decisions_about_what_nobody_asks_wait_together(lite: Stage) -> None:
+    world = World()
+    handle = await asking(lite, world)
+    for n in range(500):
+        await handle.signal("decide", {**YES, "approval_id": f"a{n + 2}"})
+    async with lite.worker():
+        await asked(handle)
+        await handle.signal("decide", YES)
+        result = await handle.result()
+    assert (result.outcome, world.log) == (RunOutcome.COMPLETED, ["begin send#1", "done send#1"])
+    timers = [e async for e in handle.fetch_history_events() if e.event_type == EventType.EVENT_TYPE_TIMER_STARTED]
+    assert len(timers) <= 2
 
 
 BAD: dict[str, tuple[Any, str]] = {
