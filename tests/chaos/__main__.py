@@ -89,6 +89,8 @@ async def _watched(home: Path, postgres: Postgres | None, options: argparse.Name
 
         def progress(store: str, ended: int, of: int) -> None:
             bar.update(task, description=f"chaos on {store}", completed=ended, total=of)
+            if not console.is_terminal and ended % 50 == 0:  # a log shows no bar
+                console.print(f"{store}: {ended} of {of} runs have ended")
 
         return await chaos(home, postgres, options.seed, options.runs, options.at_a_time, progress)
 

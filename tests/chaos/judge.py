@@ -76,6 +76,8 @@ def _effects(record: Record) -> list[tuple[str, str]]:
     counted = Counter((effect.kind, effect.key) for effect in record.effects)
     outcome = record.result.outcome if record.result else None
     told = _told(record)
+    # An undo that has looked and found nothing settles the call as well.
+    looked = {e.key.removesuffix("/undo") for e in record.ledger if (e.kind, e.state) == ("undo", State.DONE)}
     for tool, words in EFFECTS.items():
         net = 0
         for entry in (e for e in record.ledger if (e.kind, e.name) == ("tool", tool)):
@@ -84,7 +86,7 @@ def _effects(record: Record) -> list[tuple[str, str]]:
             net += done - undone
             if done > 1 or undone > 1:
                 found.append(("doubled", f"{entry.key} ({tool}): done {done} times, undone {undone} times"))
-            found += _agreement(entry, tool, done, undone, told)
+            found += _agreement(entry, tool, done, undone, told, looked)
         if net > 1:
             found.append(("doubled", f"{tool}: {net} effects under different keys"))
         if net == 0 and outcome is RunOutcome.COMPLETED:
@@ -95,7 +97,9 @@ def _effects(record: Record) -> list[tuple[str, str]]:
     return found
 
 
-def _agreement(entry: Entry, tool: str, done: int, undone: int, told: set[str]) -> list[tuple[str, str]]:
+def _agreement(
+    entry: Entry, tool: str, done: int, undone: int, told: set[str], looked: set[str]
+) -> list[tuple[str, str]]:
     """The ledger says what the hospital says; what it does not know, a person is asked about."""
     match entry.state:
         case State.DONE:
@@ -105,7 +109,7 @@ def _agreement(entry: Entry, tool: str, done: int, undone: int, told: set[str]) 
         case State.FAILED:
             right = done == undone
         case State.UNKNOWN | State.RESERVED:
-            right = entry.key in told or done == undone == 1
+            right = entry.key in told or (done == undone and (done == 1 or entry.key in looked))
     if right:
         return []
     words = f"{entry.key} ({tool}): ledger {entry.state}, the hospital did it {done} times and undid it {undone} times"

@@ -115,6 +115,16 @@ def test_a_call_in_doubt_that_people_hear_nothing_of() -> None:
     assert "disagreement" not in kinds(told)
 
 
+def test_a_call_in_doubt_whose_undo_found_nothing_is_settled() -> None:
+    run = completed()
+    ledger = [replace(e, state=State.UNKNOWN) if e.name == "notify_patient" else e for e in run.ledger]
+    gone = replace(run, ledger=ledger, effects=run.effects[:3], result=RunResult(outcome=RunOutcome.CANCELLED))
+    [call] = (e for e in ledger if e.name == "notify_patient")
+    undo = replace(call, key=f"{call.key}/undo", kind="undo", state=State.DONE)
+    assert "disagreement" not in kinds(replace(gone, ledger=[*ledger, undo]))
+    assert "disagreement" in kinds(replace(gone, ledger=[*ledger, replace(undo, state=State.FAILED)]))
+
+
 def test_a_ledger_that_says_no_where_the_service_says_yes() -> None:
     run = completed()
     ledger = [replace(e, state=State.FAILED) if e.name == "order_medication" else e for e in run.ledger]
