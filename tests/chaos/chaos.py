@@ -90,7 +90,7 @@ async def chaos(
             for task in (watch, trouble, work):
                 task.cancel()
         report.disturbances, report.people, report.log = disturbances.done, people.done, disturbances.log
-        for record in await _records(env, people.runs):
+        for record in await _records(env, people.runs, disturbances.released):
             report.outcomes[record.result.outcome if record.result else record.status] += 1
             report.calls_repeated += len(record.calls) - len({call.key for call in record.calls})
             report.violations += judge(record)
@@ -117,7 +117,7 @@ async def _swept(env: Environment, runs: Sequence[Run]) -> None:
         await asyncio.sleep(5)
 
 
-async def _records(env: Environment, runs: Sequence[Run]) -> list[Record]:
+async def _records(env: Environment, runs: Sequence[Run], released: Sequence[float]) -> list[Record]:
     """Everything that is on record, read once from every side."""
     ledger, letters, rows = Ledger(env.db, "chaos"), await Letters(env.db).find(), Runs(env.db)
     effects, calls = env.hospital_record.effects(), env.model_record.calls()
@@ -137,6 +137,7 @@ async def _records(env: Environment, runs: Sequence[Run]) -> list[Record]:
                 effects=[each for each in effects if each.key.startswith(prefix)],
                 calls=[each for each in calls if each.key.startswith(prefix)],
                 replay_error=broken.get(run.handle.id, ""),
+                released=released,
             )
         )
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -29,6 +30,8 @@ class Disturbances:
         self._random = random.Random(seed)
         self.done: Counter[str] = Counter()
         self.log: list[str] = []
+        self.released: list[float] = []
+        """When links to the model that had held back requests passed them on, as Unix time."""
         self._under_way: set[asyncio.Task[None]] = set()
         self._busy: set[str] = set()
         """What is being restarted or frozen: one at a time for each."""
@@ -87,6 +90,8 @@ class Disturbances:
             await self._while()
             for link in chosen if worker in self._env.workers else ():
                 link.talk()
+            if how == "hold" and worker.links["model"] in chosen:
+                self.released.append(time.time())
 
     async def _kill_temporal(self) -> None:
         async with self._alone("temporal") as free:

@@ -136,6 +136,13 @@ def test_a_recorded_answer_that_was_paid_again() -> None:
     assert kinds(replace(run, calls=[*run.calls, CallRow(2, f"{BASE}/turn-1", 12.0, 12.5, 1, 1)])) == {"paid again"}
 
 
+def test_a_request_that_the_network_held_back_is_not_paid_again() -> None:
+    run = completed()
+    late = replace(run, calls=[*run.calls, CallRow(2, f"{BASE}/turn-1", 19.05, 19.5, 1, 1)])
+    assert kinds(replace(late, released=[4.0, 19.0])) == set()
+    assert kinds(replace(late, released=[4.0])) == {"paid again"}
+
+
 def test_a_run_that_was_terminated_before_it_had_done_anything_needs_no_end() -> None:
     run = replace(completed(), result=None, status="TERMINATED")
     assert kinds(run) == {"stuck"}
