@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from temporalio.client import Client
 from holdfast.contracts import Json
 from holdfast.simulation.hospital import HospitalRecord
 from holdfast.simulation.scripted_model import ModelRecord
-from holdfast.stack import Child, Stack, StackFailed, without_ours
+from holdfast.stack import READY_S, Child, Stack, StackFailed, without_ours
 from holdfast.state.database import Database, open_database
 from holdfast.state.schema import migrate
 from holdfast.temporal import DATA_CONVERTER
@@ -93,7 +94,17 @@ class Postgres:
 
     def start(self) -> None:
         """Starts it again after a kill. Blocks until it answers."""
-        PostgresForTests(self._home)
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                PostgresForTests(self._home)
+            except AssertionError:
+                # The package asserts that the pid file is whole and says "ready": on a busy machine it is not yet.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+            else:
+                return
 
     def _processes(self) -> list[psutil.Process]:
         with suppress(FileNotFoundError, psutil.NoSuchProcess, ValueError):
