@@ -1,11 +1,11 @@
 """Runs a worker: `uv run worker.py [--queue STAGE]`.
 
-Tools may be declared for a stage, a task queue of its own. Without `--queue` this worker serves the main queue and
-every stage; with `--queue extract` that stage only, and with `--queue main` all but the stages.
+A tool may name a stage, which is a separate task queue. Without `--queue`, the worker serves the main queue and every
+stage; with `--queue extract`, only that stage; with `--queue main`, everything but the stages.
 
-The connection comes from the standard Temporal profile and `TEMPORAL_*`. SIGTERM and SIGINT drain: nothing new is
-taken, what is in flight may finish within `HOLDFAST_DRAIN_S` seconds, and what does not is done by another worker.
-Exit status: 0 after a drain, 1 when the worker failed or the drain's limit passed, 2 when it cannot start.
+The connection comes from the standard Temporal profile and `TEMPORAL_*`. On SIGTERM or SIGINT the worker drains: it
+takes no new tasks and gives those in flight `HOLDFAST_DRAIN_S` seconds to finish; another worker does the rest.
+Exit status: 0 after a drain, 1 when the worker fails or the drain exceeds its limit, 2 when it cannot start.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ from temporalio.service import RPCError
 from temporalio.worker import Worker, WorkerDeploymentConfig, WorkerTuner
 
 import activities
-from agents import registry
-from holdfast import claims
-from holdfast.cli.app import mendable
+from holdfast.authoring import registry
 from holdfast.cli.ending import end_process
-from holdfast.reliability import faults
+from holdfast.cli.errors import mendable
+from holdfast.contracts.wording import did_you_mean
+from holdfast.dev.stack import NOT_SERVED
+from holdfast.engine import payload_storage
+from holdfast.engine.client import Client, NoServer, connect, missing_search_attributes, sandbox
+from holdfast.engine.runtime import Runtime, open_runtime
+from holdfast.reliability import crash_points
 from holdfast.reliability.heartbeat import HeartbeatInterceptor
-from holdfast.runtime import Runtime, open_runtime
 from holdfast.settings import Settings, settings, unfit
-from holdfast.stack import NOT_SERVED
-from holdfast.state.database import StoreUnavailable, one_line, open_database
+from holdfast.state.database import StoreUnavailable, one_line
+from holdfast.state.opening import open_database
 from holdfast.state.version import SchemaMismatch, check_schema
-from holdfast.temporal import Client, NoServer, connect, missing_search_attributes, sandbox
-from holdfast.wording import did_you_mean
-from workflows.kinds import WORKFLOWS
+from workflows.all_workflows import WORKFLOWS
 
 MAIN = "main"
 SETTINGS: dict[str, Any] = {
     "max_concurrent_activities": 200,
-    # A killed worker's parked runs wait this long for it before another one takes them.
+    # A run that a killed worker had cached waits this long before another worker takes it.
     "sticky_queue_schedule_to_start_timeout": timedelta(seconds=0.5),
-    # Heartbeats tell the server that a worker is alive; throttled to 30 s by default, they would tell it too late.
+    # The SDK throttles heartbeats to 30 s by default: the server would notice a dead worker too late.
     "max_heartbeat_throttle_interval": timedelta(seconds=0.5),
     "default_heartbeat_throttle_interval": timedelta(seconds=0.5),
 }
-"""How a worker polls, caches and beats, whatever runs on it."""
+"""How every worker polls, caches and heartbeats."""
 
 BESIDE: dict[str, Any] = {"max_concurrent_activities": 50}
-"""Of a stage in a worker that serves everything."""
+"""For each stage in a worker that serves all queues."""
 
 
 class NotReady(Exception):
-    """Something that a worker needs is not there. The message says what to do."""
+    """Something that a worker needs is missing. The message says what to do."""
 
 
 async def check(client: Client) -> None:
@@ -69,7 +70,7 @@ async def check(client: Client) -> None:
 
 
 def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", **options: Any) -> Worker:
-    """A worker as production runs it; `options` are Temporal's and win. stage: of this one only, without workflows."""
+    """A worker as in production. options: Temporal's, which win. stage: serves only this one, without workflows."""
 
     def evict(run_id: str) -> None:
         worker._bridge_worker.request_workflow_eviction(run_id)  # pyright: ignore[reportPrivateUsage]
@@ -84,14 +85,14 @@ def make_worker(client: Client, queue: str, runtime: Runtime, stage: str = "", *
         "activities": activities.of_stage(runtime) if stage else activities.activities(runtime),
     }
     settled |= options
-    if "tuner" in settled:  # which decides this itself
+    if "tuner" in settled:  # a tuner sets this limit itself
         settled.pop("max_concurrent_activities", None)
     worker = Worker(client, task_queue=f"{queue}.{stage}" if stage else queue, **settled)
     return worker
 
 
 def slots(of: Settings) -> dict[str, Any]:
-    """The worker's options that say how much it does at a time."""
+    """The worker's options that limit how much it does at a time."""
     if of.slots == "resource":
         return {
             "tuner": WorkerTuner.create_resource_based(
@@ -102,9 +103,9 @@ def slots(of: Settings) -> dict[str, Any]:
 
 
 def versioning(of: Settings) -> dict[str, Any]:
-    """The worker's options that say which build it is. Raises NotReady for a versioned one without a build id."""
+    """The worker's options that identify its build. Raises NotReady for a versioned worker without a build id."""
     if not of.deployment:
-        # Stands in half of a run's events; the default is a hash that tells a reader nothing.
+        # Half of a run's events show the build id; the SDK's default is a hash that tells a reader nothing.
         return {"build_id": of.build_id}
     if "build_id" not in of.model_fields_set:
         raise NotReady("HOLDFAST_DEPLOYMENT needs HOLDFAST_BUILD_ID: two builds of one name would share their runs")
@@ -130,13 +131,15 @@ def chosen(queue: str | None) -> list[str]:
 
 
 async def serve(stages: list[str]) -> int:
-    """Works until a signal says stop; the exit status."""
+    """Runs the workers until a signal stops them, and returns the exit status."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect()
     await check(client)
-    registry.load_graphs()
+    from holdfast.reasoning.loading import load_graphs  # LangGraph imports OpenTelemetry's SDK
+
+    load_graphs()
     for error in registry.broken().values():
         print(f"{NOT_SERVED}{error}", file=sys.stderr, flush=True)
     drain, queue = settings().drain_s, settings().task_queue
@@ -155,13 +158,13 @@ async def serve(stages: list[str]) -> int:
         return 1
     print("worker draining", flush=True)
     try:
-        # An activity that ignores its cancellation must not keep the process: another worker will do its work.
+        # An activity that ignores its cancellation must not keep the process alive: another worker retries it.
         await asyncio.wait_for(asyncio.gather(*(worker.shutdown() for worker in workers)), drain + 2)
     except TimeoutError:
         print(f"worker stopped with work in flight after {drain:.0f} s", file=sys.stderr)
         return 1
     await runtime.close()
-    await claims.close(client.data_converter.external_storage)
+    await payload_storage.close(client.data_converter.external_storage)
     return 0
 
 
@@ -172,11 +175,11 @@ def main() -> int:
         parser.add_argument(
             "--queue",
             metavar="STAGE",
-            help=f"serve one stage only ({stages}), or `{MAIN}`: all but these; default: everything."
-            " Their task queues are HOLDFAST_TASK_QUEUE and, below it, HOLDFAST_TASK_QUEUE.STAGE",
+            help=f"serve only one stage ({stages}), or `{MAIN}` for all but the stages; default: everything."
+            " The task queues are HOLDFAST_TASK_QUEUE and, for a stage, HOLDFAST_TASK_QUEUE.STAGE",
         )
         queue = parser.parse_args().queue
-        faults.arm_from_environment()
+        crash_points.arm_from_environment()
         return uvloop.run(serve(chosen(queue)))
     except RPCError as error:
         said = f"the Temporal server answered {error.status.name.lower()}: {error.message}"

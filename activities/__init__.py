@@ -1,15 +1,15 @@
-"""The activities: thin; each wraps one thing of `holdfast/` and says how its errors leave."""
+"""The activities. Each is a thin wrapper around one part of `holdfast/` and maps its errors to Temporal's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from holdfast.runtime import Runtime
+from holdfast.engine.runtime import Runtime
 
 
 def of_stage(runtime: Runtime) -> list[Callable[..., Any]]:
-    """The activities of a worker that serves one stage: its tools and their undos, and what its batches need."""
+    """The activities of a worker that serves one stage: tools and their undos, and the activities of batches."""
     from activities.batches import Batches
     from activities.tools import Tools
 
@@ -20,15 +20,15 @@ def of_stage(runtime: Runtime) -> list[Callable[..., Any]]:
 def activities(runtime: Runtime) -> list[Callable[..., Any]]:
     """All activities of a worker."""
     from activities.batches import Batches
-    from activities.hooks import Hooks
     from activities.plan import Plan
-    from activities.repairs import Repairs
+    from activities.recovery import Repairs
     from activities.resets import Resets
     from activities.runs import RunRecords
     from activities.tools import Tools
+    from activities.webhooks import Webhooks
 
     tools, records = Tools(runtime), RunRecords(runtime)
-    repairs, batches, hooks = Repairs(runtime, records), Batches(runtime), Hooks(runtime)
+    repairs, batches, hooks = Repairs(runtime, records), Batches(runtime), Webhooks(runtime)
     resets = Resets(runtime)
     return [
         Plan(runtime).plan,

@@ -1,20 +1,20 @@
-"""How the nodes of a turn ask the model: every question under a key of its own, all answers accounted for."""
+"""How the nodes of a turn ask the model: each question has a key of its own, and the usage of all answers counts."""
 
 from __future__ import annotations
 
 from temporalio import activity
 
 from activities.model import Wanted, ask_model, spent
-from holdfast.answers import ModelAnswer
-from holdfast.contracts import Json, PlanRequest, Usage
-from holdfast.options import AS_SET, ModelOptions
+from holdfast.authoring.options import AS_SET, ModelAnswer, ModelOptions
+from holdfast.contracts.data import Json
+from holdfast.contracts.turn import PlanRequest, Usage
+from holdfast.engine.runtime import Runtime
+from holdfast.reasoning.thread import Thread
 from holdfast.reliability.ledger import State
-from holdfast.runtime import Runtime
-from holdfast.state.thread import Thread
 
 
 class Asking:
-    """The questions of one turn. Which model answered last goes with the turn's checkpoints."""
+    """The questions of one turn. The turn's checkpoints carry which model answered last."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Asking:
         return answer
 
     async def account(self, *, resumed: bool) -> tuple[Usage, str]:
-        """What the whole turn used, and its model: empty when it is that of the turn before, or none was asked.
+        """The usage of the whole turn, and its model: empty if it is that of the turn before, or if none was asked.
 
-        resumed: earlier attempts may have asked as well; the ledger knows.
+        resumed: earlier attempts may have asked as well; then the usage comes from the ledger.
         """
         carried, usage = self._thread.carried, self._usage
         model = carried.get("model", "")
@@ -76,7 +76,7 @@ class Asking:
 
 
 def prefix_of(key_base: str, tag: str) -> str:
-    """What the keys of all questions of a turn begin with."""
+    """The prefix of the keys of all questions of a turn."""
     return f"{key_base}/turn-{tag}/"
 
 

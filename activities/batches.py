@@ -1,4 +1,4 @@
-"""The activities of `BatchWorkflow`: what the items are, and the batch's own report."""
+"""The activities of `BatchWorkflow`: they list the items and write the batch's report."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.boundary import boundary, not_known_yet, this_workflow
-from agents import registry
-from holdfast import outside
-from holdfast.batch import PAGE, BatchContext, BatchReport, BatchSpec, Item, ItemPage, ListRequest
-from holdfast.reliability.errors import ErrorType
-from holdfast.runtime import Runtime
-from holdfast.tools import ToolFailed, ToolRefused, explain
+from holdfast.authoring import registry
+from holdfast.authoring.batch import BatchContext, BatchSpec
+from holdfast.contracts import outside
+from holdfast.contracts.batch import PAGE, BatchReport, Item, ItemPage, ListRequest
+from holdfast.contracts.failures import ErrorType, ToolFailed, ToolRefused, explain
+from holdfast.engine.runtime import Runtime
 
 T = TypeVar("T")
 MAX_ID = 200
-"""Characters of an item's id, which is a part of its run's."""
+"""Characters of an item's id, which becomes a part of its run's id."""
 
 
 class Batches:
@@ -30,7 +30,7 @@ class Batches:
 
     @activity.defn(name="list_items")
     async def list_items(self, request: ListRequest) -> ItemPage:
-        """The next items. Fails for good when the input is at fault; what else goes wrong is tried again."""
+        """The next items. Invalid input fails for good; other errors are tried again."""
         with boundary():
             spec, value = _find(request.batch, request.input)
             items = await _work(lambda: spec.items(value, self._context()))
@@ -38,7 +38,7 @@ class Batches:
 
     @activity.defn(name="report_batch")
     async def report_batch(self, report: BatchReport) -> str:
-        """Brings the batch's own results up to date, and says where they are. Idempotent."""
+        """Updates the batch's own results, and returns a text that says where they are. Idempotent."""
         with boundary():
             spec, value = _find(report.batch, report.input)
             return await _work(lambda: spec.report(value, self._context(), report))
@@ -48,7 +48,7 @@ class Batches:
 
 
 def page(spec: BatchSpec, items: list[Item], after: str) -> ItemPage:
-    """The items that follow the one with the id `after`. By id and not by number: the items may change meanwhile."""
+    """The items after the one with the id `after`. By id, not by position: the list may change meanwhile."""
     items.sort(key=lambda item: item.id)
     if twice := next((b.id for a, b in pairwise(items) if a.id == b.id), None):
         raise _refused(f"two {spec.unit} have the id {twice}")

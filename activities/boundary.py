@@ -1,4 +1,4 @@
-"""Where exceptions become what Temporal acts on."""
+"""Maps exceptions to the errors that Temporal acts on."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from datetime import timedelta
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
-from agents.registry import BrokenAgent, UnknownAgent
+from holdfast.authoring.registry import BrokenAgent, UnknownAgent
+from holdfast.authoring.tools import NotReady
+from holdfast.contracts.failures import ErrorType
 from holdfast.reliability.chain import RetryLater
-from holdfast.reliability.errors import ErrorType, application_error, backoff, classify, hopeless
+from holdfast.reliability.errors import application_error, backoff, classify, hopeless
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
 from holdfast.state.database import StoreUnavailable
-from holdfast.tools import NotReady
 
 LONGEST_POLL_S = 60.0
-"""What the pause between two questions grows to, from 1 s, where a tool names none."""
+"""The longest pause between two polls, which grows from 1 s, for a tool that names no pause."""
 
 KNOWN_TRIES, KNOWN_EVERY_S = 20, 2.0
-"""So often, and so far apart, a worker is asked for an agent that none knew so far."""
+"""Attempts for an agent that no worker knows yet, and the seconds between them."""
 
 
 @contextmanager
 def boundary() -> Iterator[None]:
-    """Around an activity's body.
+    """Wraps an activity's body.
 
-    Everything leaves `from None`: Temporal writes the causes of an error into history, and a client's own error may
-    hold an address with a key in it. What is not ours (the store is down, a bug) is logged here and tried again.
+    Every error is raised `from None`: Temporal writes the causes of an error into history, and a client's own error may
+    contain an address with a key in it. Unexpected errors (the store is down, a bug) are logged here and tried again.
     """
     try:
         yield
     except RetryLater as later:
-        # Also after an error that says stop: a `probe` tool is to be asked whether it happened.
+        # Also after an error that forbids a retry: the next attempt of a `probe` tool asks whether the call happened.
         raise application_error(replace(later.failure, retry=True), later.delay) from None
     except NotYet as wait:
         raise _later(wait.why, wait.delay) from None
@@ -46,25 +47,25 @@ def boundary() -> Iterator[None]:
             delay = backoff(activity.info().attempt + 1, None, random.random(), LONGEST_POLL_S)
         raise _later(later.why, delay) from None
     except Fenced as fenced:
-        # The server no longer listens to this attempt. Should it after all (the clocks may disagree), it tries again.
+        # The server no longer accepts this attempt. If it does after all (the clocks may disagree), it tries again.
         raise ApplicationError(str(fenced), type=ErrorType.FENCED) from None
     except ApplicationError:
         raise
-    except Exception as error:  # noqa: BLE001 - none is swallowed: it leaves, in words that are safe
-        if isinstance(error, StoreUnavailable | BrokenAgent):  # no bug: its words say all there is
+    except Exception as error:  # noqa: BLE001 - none is swallowed: each is raised again with a safe text
+        if isinstance(error, StoreUnavailable | BrokenAgent):  # no bug, so no stack trace
             activity.logger.warning("tried again: %s", error)
         else:
             activity.logger.exception("activity failed")
         failure = classify(error)
         if hopeless(error):
-            words = f"this can never succeed, whatever is tried again: {failure.message}"
+            words = f"this can never succeed, so it is not tried again: {failure.message}"
             raise ApplicationError(words, type=ErrorType.BAD_DATA, non_retryable=True) from None
         delay = timedelta(seconds=backoff(activity.info().attempt, failure.retry_after, random.random()))
         raise ApplicationError(failure.message, type=failure.type, next_retry_delay=delay) from None
 
 
 def _later(why: str, delay: float) -> ApplicationError:
-    """The same activity is to come again, which history does not see; `why` is what its readers see meanwhile."""
+    """Asks Temporal to retry the activity, which adds nothing to history; readers see `why` meanwhile."""
     return ApplicationError(
         why,
         type=ErrorType.NOT_YET,
@@ -74,7 +75,10 @@ def _later(why: str, delay: float) -> ApplicationError:
 
 
 def not_known_yet(error: UnknownAgent) -> ApplicationError:
-    """A worker of newer code may know it, or this one a moment later: a deploy, or `up` that takes a new agent."""
+    """The error for an unknown agent, which is tried again: another worker, or this one a moment later, may know it.
+
+    That happens in a deploy, and when `up` takes a new agent.
+    """
     return ApplicationError(
         str(error),
         type=ErrorType.INVALID_INPUT,
@@ -84,7 +88,7 @@ def not_known_yet(error: UnknownAgent) -> ApplicationError:
 
 
 def this_workflow() -> str:
-    """The id of the workflow that this activity works for."""
+    """The id of the workflow that started this activity."""
     workflow_id = activity.info().workflow_id
     assert workflow_id is not None, "started by a workflow, never alone"
     return workflow_id

@@ -1,36 +1,38 @@
-"""A model call through the protection chain, of a turn or of a tool, and down the chain of models when one is gone."""
+"""A model call of a turn or a tool through the protection chain, with fallback to the next models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from holdfast.answers import ModelAnswer, ModelUnavailable
-from holdfast.contracts import Effect, Json, Usage
-from holdfast.conversation import CUT
-from holdfast.models import ModelClient, compacted, estimate
-from holdfast.options import AS_SET, ModelOptions
+from holdfast.authoring.options import AS_SET, ModelAnswer, ModelOptions
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ErrorType, Failure
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.turn import Usage
+from holdfast.engine.runtime import Runtime
+from holdfast.reasoning.answers import ModelUnavailable
+from holdfast.reasoning.conversation import CUT
+from holdfast.reasoning.model_client import ModelClient, compacted, estimate
 from holdfast.reliability.chain import protected
-from holdfast.reliability.errors import ErrorType, Failure
 from holdfast.reliability.ledger import Call, State
 from holdfast.reliability.waiting import NotYet
-from holdfast.runtime import Runtime
 from holdfast.telemetry import metrics
 
 MOST_CUT = 3
-"""Answers of a model to one question that are cut because it rambles; then it is not asked again."""
+"""After this many answers to one question that are cut because the model rambles, it is not asked again."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a model is asked, and how."""
+    """What to ask a model, and how."""
 
     messages: list[Json]
     tools: list[Json]
     options: ModelOptions = AS_SET
     must_call: bool = False
     whole: bool = False
-    """An answer that was cut at its limit is none: nothing would tell the model so. It counts as rambling."""
+    """Treat an answer that was cut at its limit as rambling: nothing would tell the model that it was cut."""
 
 
 async def ask_model(
@@ -44,13 +46,13 @@ async def ask_model(
     timeout_s: float,
     cut: Callable[[], None] = lambda: None,
 ) -> ModelAnswer:
-    """The answer that is recorded under `key`, else that of the first model that gives one, recorded there.
+    """The answer recorded under `key`, else the answer of the first model that gives one, which is recorded there.
 
-    What happens when a model does not answer goes by the kind of failure. Gone, or its breaker open, or it rambles: the
-    next model. The conversation is too long for it: the next one with a larger window, in the end a compacted
-    conversation. It refuses by its policy: no other model is asked.
-    name: what crash points and readers of the ledger call it. digest: of what is asked. cut: told of each call that
-    was cut; what it cost is in the ledger.
+    The kind of failure decides what happens when a model does not answer. The model is unavailable, its circuit breaker
+    is open, or it rambles: the next model is asked. The conversation is too long for it: the next model with a larger
+    window is asked, and at last one gets a compacted conversation. It refuses by its policy: no other model is asked.
+    name: what crash points and readers of the ledger call the model call. digest: of what is asked. cut: called for
+    each call that was cut; the ledger has its cost.
     Raises RetryLater; NotYet; ModelUnavailable when the retries are used up or would not help.
     """
     call = Call(
@@ -73,7 +75,7 @@ async def ask_model(
             answer = await _ask(runtime, model, call, wanted, f"{key}/fb-{n}" if n else key, cut)
         except NotYet as wait:
             if not wait.service:
-                raise  # a rate limit says when, and the model is well
+                raise  # a rate limit says when to retry, and the model works
             waits.append(wait)
             troubles.append(Failure(ErrorType.UNAVAILABLE, wait.why))
         except ModelUnavailable as gone:
@@ -93,7 +95,7 @@ async def ask_model(
 
 
 async def spent(runtime: Runtime, key_base: str, prefix: str) -> Usage:
-    """What the model calls whose keys begin so have used, those that were cut too."""
+    """The usage of all model calls whose keys begin with `prefix`, including those that were cut."""
     calls = await runtime.ledger.models(key_base, prefix)
     return sum((Usage.model_validate(each.result["usage"]) for each in calls if each.result), Usage())
 
@@ -101,7 +103,7 @@ async def spent(runtime: Runtime, key_base: str, prefix: str) -> Usage:
 async def _ask(
     runtime: Runtime, model: ModelClient, call: Call, wanted: Wanted, sent_as: str, cut: Callable[[], None]
 ) -> ModelAnswer:
-    """Asks one model. The answer is kept under the call's key whoever gives it, so that a retry finds it first."""
+    """Asks one model. The answer of any model is kept under the call's key, so that a retry finds it first."""
     counts = model.window or model.service.tokens_per_minute
     size = estimate(wanted.messages, wanted.tools) if counts else 0
     if model.window and size > model.window:
@@ -144,7 +146,7 @@ async def _ask(
 
 
 def _named(answer: ModelAnswer, first: ModelClient, n: int, troubles: list[Failure]) -> ModelAnswer:
-    """The answer with its origin, when it is not the first model's."""
+    """The answer, with its origin when another model than the first gave it."""
     if n == 0:
         return answer
     metrics.fallback("model", answer.model)

@@ -1,8 +1,8 @@
 """The plan activity: one turn of an agent's graph, idempotent by run and turn.
 
-A retry resumes at the node that was not finished; a turn that was finished returns the decision that was recorded. The
-thread's end may have been moved by an attempt that is no longer ours, so a turn never goes by that: it goes on from the
-checkpoint that its caller names, and finds its own work by its tag (`holdfast.state.thread`).
+A retry resumes at the first unfinished node; a finished turn returns its recorded decision. Another attempt may have
+moved the end of the thread, so a turn does not rely on it: the turn continues from the checkpoint that the request
+names, and finds its own work by its tag (`holdfast.reasoning.thread`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,26 @@ from temporalio.exceptions import ApplicationError
 from activities.asking import Asking, prefix_of
 from activities.boundary import boundary, not_known_yet, this_workflow
 from activities.model import spent
-from agents import registry
-from holdfast import graph, outside, turns
-from holdfast.agent import AgentSpec
-from holdfast.answers import ModelUnavailable
-from holdfast.contracts import MAX_SAID, Json, OutcomeStatus, PlanRequest, PlanResult, Question, Usage, absolute, digest
-from holdfast.conversation import MalformedOutput
-from holdfast.reliability import faults
-from holdfast.reliability.errors import ErrorType, Failure
-from holdfast.reliability.faults import Point
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec
+from holdfast.contracts import outside
+from holdfast.contracts.data import Json, digest
+from holdfast.contracts.failures import ErrorType, Failure, explain
+from holdfast.contracts.people import MAX_SAID
+from holdfast.contracts.tool_call import absolute
+from holdfast.contracts.turn import OutcomeStatus, PlanRequest, PlanResult, Question, Usage
+from holdfast.engine.runtime import Runtime
+from holdfast.reasoning import graph, turns
+from holdfast.reasoning.answers import ModelUnavailable
+from holdfast.reasoning.checkpointer import Unstorable
+from holdfast.reasoning.conversation import MalformedOutput
+from holdfast.reasoning.loading import compiled
+from holdfast.reasoning.thread import Forgotten, Thread
+from holdfast.reliability import crash_points
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.waiting import NotYet
-from holdfast.runtime import Runtime
-from holdfast.state.checkpoints import Unstorable
-from holdfast.state.thread import Forgotten, Thread
 from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
-from holdfast.tools import explain
 
 PARKS = {
     ErrorType.RATE_LIMITED,
@@ -47,20 +51,20 @@ PARKS = {
     ErrorType.BAD_RESPONSE,
     ErrorType.UNAUTHORIZED,
 }
-"""A model that is gone comes back, and a key that expired gets mended: the run waits and nothing is undone."""
+"""Failures that pass: a model comes back, an expired key is replaced. The run parks, and nothing is undone."""
 LONGEST_PARK_S = 600.0
-"""What the pause grows to before a model is asked again that is too slow."""
+"""The longest pause before a model that is too slow is asked again."""
 
 
 class Plan:
-    """The activity with what it needs of the process."""
+    """The activity and what it needs from the process."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
     @activity.defn(name="plan")
     async def plan(self, request: PlanRequest) -> PlanResult:
-        """Runs the turn. A model that is gone is a result (`wait`), not an error."""
+        """Runs the turn. An unavailable model is a result (`wait`), not an error."""
         turn = {"gen_ai.agent.name": request.agent, "holdfast.turn": request.turn}
         with boundary(), span(f"plan turn {request.turn}", **turn):
             base = absolute(request.key_base, this_workflow())
@@ -83,24 +87,24 @@ class Plan:
                 raise await self._failed(request, f"agent {request.agent}: {error}", ErrorType.BAD_GRAPH) from None
 
     async def _unavailable(self, request: PlanRequest, failure: Failure) -> PlanResult:
-        """What becomes of a turn whose models do not answer: a wait, a question to a person, or the end of the run."""
+        """The result of a turn whose models do not answer: a wait, or a question to a person. Raises to end the run."""
         used = await self._spent(request)
         if failure.type is ErrorType.CONTENT_POLICY:
             return PlanResult(refusal=failure.message, usage=used)
         if failure.type not in PARKS:
             what = "rambles" if failure.type is ErrorType.RAMBLING else "refuses"
             raise await self._failed(request, f"the model {what}: {failure.message}", failure.type)
-        pause, words = self._runtime.settings.park_s, f"the model is gone: {failure.message}"
+        pause, words = self._runtime.settings.park_s, f"the model is unavailable: {failure.message}"
         if used.calls and failure.type is ErrorType.TIMEOUT:
-            # It answers, but never in time, and each try costs: asked less and less.
+            # It answers, but never in time, and each attempt costs: the pause doubles.
             pause = min(pause * 2 ** min(used.calls, 10), max(LONGEST_PARK_S, pause))
             tokens = used.input_tokens + used.output_tokens
-            words = f"the model is too slow: {failure.message}; cut answers and all, this turn has used {tokens} tokens"
+            words = f"the model is too slow: {failure.message}; this turn has used {tokens} tokens, with cut answers"
         park = NotYet(pause, words, service="model")
         return PlanResult(wait=park.wait(await self._runtime.guards.clock.now()), usage=used)
 
     async def _failed(self, request: PlanRequest, words: str, type: ErrorType) -> ApplicationError:
-        """The error that ends the run, with what the turn has used: it has no result to say so."""
+        """The error that ends the run. It carries the turn's usage, because there is no result to carry it."""
         used = await self._spent(request)
         return ApplicationError(words, used, type=type, non_retryable=True)
 
@@ -111,7 +115,7 @@ class Plan:
         spec, gone, lost = await self._bound(request)
         tag = _tag(request)
         where = f"turn-{request.turn}"
-        faults.reached(Point.TURN_STARTED, where)
+        crash_points.reached(Point.TURN_STARTED, where)
 
         shut = await self._down(spec, request)
         down = shut | gone
@@ -119,7 +123,7 @@ class Plan:
         resumed = await thread.open()
         notes: list[str] = []
         asking = Asking(self._runtime, request, tag, thread, notes, spec.model)
-        app = turns.compiled(spec.graph, spec.name).copy({"checkpointer": thread})
+        app = compiled(spec.graph, spec.name).copy({"checkpointer": thread})
         snapshot = await app.aget_state(thread.config) if resumed else None
         if snapshot and not snapshot.tasks:
             state = snapshot.values
@@ -133,7 +137,7 @@ class Plan:
         if asked := state.get("__interrupt__"):
             used = await self._spent(request)
             return PlanResult(questions=[_question(each) for each in asked], profile=profile, notes=notes, usage=used)
-        faults.reached(Point.DECIDED, where)
+        crash_points.reached(Point.DECIDED, where)
         decision = turns.decision_of(state, spec)
         usage, model = await asking.account(resumed=resumed)
         return PlanResult(
@@ -148,13 +152,13 @@ class Plan:
         )
 
     async def _bound(self, request: PlanRequest) -> tuple[AgentSpec, dict[str, str], list[str]]:
-        """The agent with the tools of its MCP servers; what is missing of those, and why; tools of steps among that.
+        """The agent with the tools of its MCP servers; which servers are down, and why; their tools that are in steps.
 
-        Raises NotYet when the turn needs a server that is gone.
+        Raises NotYet when the turn needs a server that is down.
         """
         spec, down = await self._runtime.mcp.bind(_spec(request.agent))
         for server in spec.mcp:
-            # In turn 1 all of them: the profile, which the run goes by from here on, has their tools.
+            # Turn 1 needs all of them: it returns the profile, which has their tools, for the rest of the run.
             needed = request.turn == 1 or any(map(server.may_have, request.offered))
             if server.name in down and needed:
                 raise NotYet(self._runtime.settings.park_s, down[server.name], service=server.name)
@@ -163,12 +167,12 @@ class Plan:
         return spec, {f"every tool of server {server}": why for server, why in down.items()}, sorted(lost)
 
     async def _down(self, spec: AgentSpec, request: PlanRequest) -> dict[str, str]:
-        """Tools that cannot be had because their service's breaker is open, and why. Advice: each call is checked."""
+        """Tools to withdraw because their service's circuit breaker is open, and why. Advice: calls check it."""
         rows = await self._runtime.guards.shut()
         if not rows:
             return {}
         targets = {tool.name: registry.service(tool.service).target(request.tenant) for tool in spec.tools}
-        # A tool with a fallback stays: it has an answer. So does one that is not put off: the run waits for its call.
+        # A tool with a fallback stays: it has an answer. So does one that is not deferred: the run waits for its call.
         return {
             tool.name: f"{targets[tool.name]} does not answer"
             for tool in spec.tools
@@ -178,7 +182,7 @@ class Plan:
 
 
 def _tag(request: PlanRequest) -> str:
-    """Names the turn's work: with its past, for after a Reset the same turn may be taken again from another one."""
+    """Names the turn's work and includes its past: after a Reset the same turn may run again with another past."""
     return f"{request.turn}.{digest([request.base, request.input, request.answers, request.notices])[:8]}"
 
 
@@ -189,7 +193,7 @@ def _open(spec: AgentSpec, request: PlanRequest) -> frozenset[str]:
 
 
 def _availability(down: dict[str, str], told: list[str], offered: list[str]) -> str:
-    """What the model hears of tools that went or came back. What is offered all the same, the run tells it of."""
+    """The notice about tools that were withdrawn or came back. The run itself announces the tools in `offered`."""
     lines = [f"Not available for now: {tool} ({why}). Go on with what does not need it." for tool, why in down.items()]
     lines += [f"Available again: {tool}." for tool in told if tool not in down and tool not in offered]
     return "\n".join(lines)
@@ -203,7 +207,7 @@ def _spec(name: str) -> AgentSpec:
 
 
 def _begin(spec: AgentSpec, request: PlanRequest, thread: Thread, down: dict[str, str], notes: list[str]) -> Json:
-    """What the graph gets at the turn's beginning."""
+    """The graph's input at the beginning of a turn."""
     value: Json | None = None
     if request.turn == 1:
         try:
@@ -227,9 +231,9 @@ def _begin(spec: AgentSpec, request: PlanRequest, thread: Thread, down: dict[str
 
 
 def _resume(asked: Sequence[Interrupt], request: PlanRequest) -> Command[Any] | None:
-    """How the graph goes on in the middle of a turn: with the replies that questions of its have got, if any.
+    """How the graph resumes in the middle of a turn: with the replies to its open questions, if any.
 
-    Only with those that are open: LangGraph would take an older reply of a node for the answer to its next question.
+    Only to open questions: LangGraph would take an older reply of a node for the answer to its next question.
     """
     replies = {reply.id: reply.value for reply in request.replies}
     resume = {each.id: replies[each.id] for each in asked if each.id in replies}
@@ -237,9 +241,9 @@ def _resume(asked: Sequence[Interrupt], request: PlanRequest) -> Command[Any] | 
 
 
 def _question(asked: Interrupt) -> Question:
-    """What an interrupt asks: its value if that is a text, else the text in it, and the value as JSON beside it.
+    """The question of an interrupt: its value if that is a text, else the text in it, with the value as JSON beside it.
 
-    Without a text of its own only the names of what is asked about: webhooks carry the text, and must not carry data.
+    A value without a text is described by its field names only: webhooks carry the text, and must not carry data.
     """
     value = asked.value
     if wrong := outside.problem(value, MAX_SAID):

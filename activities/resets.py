@@ -1,4 +1,4 @@
-"""The sweep's part for runs whose history does not replay: each is reset, or left to a person."""
+"""The sweep's activities for runs whose history does not replay: each run is reset, or left to a person."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from temporalio.worker import Replayer
 from temporalio.workflow import NondeterminismError
 
 from activities.boundary import boundary
-from holdfast.contracts import key_base
-from holdfast.executions import Execution, describe, unknown_run
-from holdfast.repairs import Sweep
-from holdfast.resets import ENDED, Mended, Replays, Stuck, find_stuck, mend
-from holdfast.runtime import Runtime
-from holdfast.state.letters import Letter, LetterKind, Letters, LetterState, dump, letter_id
+from holdfast.contracts.recovery import Sweep
+from holdfast.contracts.tool_call import key_base
+from holdfast.engine.client import sandbox
+from holdfast.engine.executions import Execution, describe, unknown_run
+from holdfast.engine.runtime import Runtime
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters, LetterKind, LetterState, dump, letter_id
+from holdfast.recovery.resets import ENDED, Mended, Replays, Stuck, find_stuck, mend
 from holdfast.telemetry import metrics
-from holdfast.temporal import sandbox
 
 
 class Resets:
     def __init__(self, runtime: Runtime) -> None:
-        self._letters = Letters(runtime.db)
+        self._letters = DeadLetters(runtime.db)
 
     @activity.defn(name="find_stuck")
     async def find_stuck(self, _: Sweep) -> list[Stuck]:
@@ -32,7 +32,7 @@ class Resets:
 
     @activity.defn(name="mend")
     async def mend(self, stuck: Stuck) -> str:
-        """Resets a run that is stuck, or leaves it to a person; a line about it. Idempotent."""
+        """Resets a stuck run, or leaves it to a person. Returns a line about it. Idempotent."""
         with boundary():
             return f"{stuck.workflow_id}: {await self._mend(activity.client(), stuck)}"
 
@@ -56,7 +56,7 @@ class Resets:
         return mended.words
 
     async def _give_up(self, execution: Execution, words: str) -> None:
-        """Leaves the run to a person, once."""
+        """Leaves the run to a person: writes a dead letter, once."""
         base = key_base(execution.id, execution.first_run_id)
         id = letter_id(LetterKind.STUCK, base)
         if await self._letters.get(id):
@@ -64,7 +64,7 @@ class Resets:
         agent = execution.attributes.get("HoldfastAgent", "")
         await self._letters.write(
             [
-                Letter(
+                DeadLetter(
                     id=id,
                     kind=LetterKind.STUCK,
                     state=LetterState.OPEN,
@@ -85,22 +85,22 @@ class Resets:
 
 def _commands(workflow_id: str) -> list[str]:
     run = f"--workflow-id {shlex.quote(workflow_id)}"
-    # Without Updates: one that a reset repeats does not replay when a Signal came after it (`holdfast.resets`).
+    # Without Updates: an Update that a reset repeats does not replay if a Signal came after it (`recovery.resets`).
     again = f"temporal workflow reset {run} --type FirstWorkflowTask --reapply-exclude Update --reason 'by hand'"
     return [
-        f"{again}  # it begins again, under its keys; what was answered by an Update is asked again",
+        f"{again}  # the run begins again under the same keys; it asks again what an Update had answered",
         f"temporal workflow terminate {run}  # the sweep undoes what it did",
     ]
 
 
 def replays_with(client: Client) -> Replays:
-    from workflows.kinds import WORKFLOWS
+    from workflows.all_workflows import WORKFLOWS
 
     replayer = Replayer(
         workflows=WORKFLOWS,
         workflow_runner=sandbox(),
         data_converter=client.data_converter,
-        debug_mode=True,  # no limit of two seconds between two yields: a busy machine would fail it
+        debug_mode=True,  # no deadlock limit of two seconds between yields: a busy machine would exceed it
     )
 
     async def replays(history: WorkflowHistory) -> bool:

@@ -1,6 +1,6 @@
-"""How a run ended, kept in the store: it outlives Temporal's retention, and a cancelled run has no other result.
+"""Records how a run ended in the store, which outlives Temporal's retention. A cancelled run has no other result.
 
-What it could not do is kept as dead letters, written before the end: a crash between the two doubles nothing.
+What the run could not do becomes dead letters, written before the end. A crash between the two duplicates nothing.
 """
 
 from __future__ import annotations
@@ -8,43 +8,45 @@ from __future__ import annotations
 from temporalio import activity
 
 from activities.boundary import boundary, this_workflow
-from agents import registry
-from holdfast.contracts import Json, Pending, RunEnd, RunOutcome, RunResult, StepState, UndoStatus, clip
-from holdfast.reliability import faults
+from holdfast.authoring import registry
+from holdfast.contracts.data import Json, clip
+from holdfast.contracts.run import Pending, RunEnd, RunOutcome, RunResult, StepState
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.engine.runtime import Runtime
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters, LetterKind, LetterState, dump, letter_id
+from holdfast.recovery.model import also_pending, doubtful
+from holdfast.reliability import crash_points
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.errors import classify, hopeless
-from holdfast.reliability.faults import Point
 from holdfast.reliability.ledger import Entry
-from holdfast.repairs import also_pending, doubtful
-from holdfast.runtime import Runtime
-from holdfast.state.letters import Letter, LetterKind, Letters, LetterState, dump, letter_id
 from holdfast.state.runs import Runs
 from holdfast.telemetry import metrics
 
 MAX_KEPT = 2_000
-"""Bytes of a text in a result that cannot be kept whole."""
+"""Bytes to which a text is cut when the store does not take the whole result."""
 
 
 class RunRecords:
     def __init__(self, runtime: Runtime) -> None:
         self._ledger = runtime.ledger
         self._runs = Runs(runtime.db)
-        self._letters = Letters(runtime.db)
+        self._letters = DeadLetters(runtime.db)
 
     @activity.defn(name="record_end")
     async def record_end(self, end: RunEnd) -> list[Pending]:
-        """Idempotent. What is pending besides what the result says: calls in doubt that only the ledger knows of."""
+        """Records the end. Idempotent. Returns what else is pending: unknown calls that only the ledger knows."""
         with boundary():
             try:
                 return await self.record(this_workflow(), end)
             except Exception as error:
                 if not hopeless(error):
                     raise
-                # Every run ends: without this one would wait for ever for an end that no store takes.
+                # Every run must end: without this, a run would retry forever with a result that no store accepts.
                 activity.logger.exception("the end of a run cannot be kept whole")
                 return await self.record(this_workflow(), bare(end, classify(error).message))
 
     async def record(self, workflow_id: str, end: RunEnd) -> list[Pending]:
-        """Writes the letters that follow from the end of this run, closes those that it answers, keeps the result.
+        """Writes the dead letters of this end, closes those that it resolves, and stores the result.
 
         Returns what it had to add to the result's `pending`.
         """
@@ -61,7 +63,7 @@ class RunRecords:
         for letter in written:
             metrics.dead_letter(letter.kind)
         await self._answer(held, {letter.id for letter in written}, workflow_id, end)
-        faults.reached(Point.LETTERS_WRITTEN, "run")
+        crash_points.reached(Point.LETTERS_WRITTEN, "run")
         await self._runs.finish(
             workflow_id,
             result.outcome,
@@ -71,11 +73,11 @@ class RunRecords:
             trace_id=result.trace_id,
             requested_by=end.requested_by,
         )
-        faults.reached(Point.END_RECORDED, "run")
+        crash_points.reached(Point.END_RECORDED, "run")
         return more
 
-    async def _answer(self, held: list[Letter], written: set[str], workflow_id: str, end: RunEnd) -> None:
-        """What this end means for the letters that the run already had to do with."""
+    async def _answer(self, held: list[DeadLetter], written: set[str], workflow_id: str, end: RunEnd) -> None:
+        """Closes or returns the open letters that already belonged to this run."""
         outcome = end.result.outcome
         for letter in held:
             if letter.id in written:
@@ -83,12 +85,12 @@ class RunRecords:
             if not outcome.unwinds or letter.key_base == end.result.key_base:
                 await self._letters.close(letter.id, LetterState.REPLAYED, f"{workflow_id} ended {outcome}")
             else:
-                # A compensation that was let be because this run built on its effect: it is owed again.
+                # A compensation that was suspended because this run built on its effect: it is owed again.
                 await self._letters.give_back(letter, letter.key_base.rpartition("/")[0], f"{workflow_id}: {outcome}")
 
 
 def bare(end: RunEnd, why: str) -> RunEnd:
-    """The end without the data of people, models and services: how the run ended, and why the rest is not kept."""
+    """The end without data of people, models and services: how the run ended, and why the rest is not kept."""
     result = end.result
     note = f"the result could not be kept whole: {why}"
     kept = RunResult(
@@ -118,25 +120,25 @@ def _roles(agent: str) -> dict[str, str]:
 
 
 def letters_of(
-    end: RunEnd, workflow_id: str, entries: list[Entry], request_key: str, held: list[Letter]
-) -> list[Letter]:
+    end: RunEnd, workflow_id: str, entries: list[Entry], request_key: str, held: list[DeadLetter]
+) -> list[DeadLetter]:
     """The dead letters that follow from the end of a run.
 
-    entries: the run's ledger rows. request_key: its own. held: open letters that this run already has to do with, of
-    which one is brought up to date when the run was itself the replay of a letter.
+    entries: the run's ledger rows. request_key: the run's. held: open letters that already belong to this run; if the
+    run is the replay of one of them, that letter is updated.
     """
     result = end.result
     rows = {entry.key: entry for entry in entries}
     unknown = {key for entry in doubtful(entries) for key in (entry.key, entry.key.partition("/fb-")[0])}
 
-    def letter(kind: LetterKind, key: str, subject: str, role: str, cause: str, context: Json) -> Letter:
+    def letter(kind: LetterKind, key: str, subject: str, role: str, cause: str, context: Json) -> DeadLetter:
         id = letter_id(kind, key or result.key_base)
         common = (LetterState.OPEN, result.agent, end.tenant, workflow_id, result.key_base)
-        return Letter(id, kind, *common, key, subject, role, cause, dump({"outcome": result.outcome, **context}))
+        return DeadLetter(id, kind, *common, key, subject, role, cause, dump({"outcome": result.outcome, **context}))
 
-    found: list[Letter] = []
+    found: list[DeadLetter] = []
     for pending in result.pending:
-        # What a run that was unwound left undone needs nobody; what it may have done does.
+        # Nobody has to do what an unwound run left undone, but a person has to settle what it may have done.
         if result.outcome is not RunOutcome.PARTIAL and pending.key not in unknown:
             continue
         if not pending.key:
@@ -171,7 +173,7 @@ def letters_of(
 
 
 def _call(key: str, entry: Entry | None, entries: list[Entry]) -> Json:
-    """What the ledger knows of one call and of those that stood in for it or belong to it."""
+    """What the ledger knows of one call, of its fallbacks and of the calls under its key."""
     related = [each for each in entries if each.key == key or each.key.startswith(f"{key}/")]
     return {
         "seq": entry.seq if entry else None,

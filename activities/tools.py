@@ -1,4 +1,4 @@
-"""The tool activity and its undo: one call under its idempotency key, through the protection chain."""
+"""The activities of tool calls and undos: each call runs under its idempotency key, through the protection chain."""
 
 from __future__ import annotations
 
@@ -16,51 +16,42 @@ from temporalio.service import RPCError
 from activities.boundary import boundary, this_workflow
 from activities.model import Wanted, ask_model, spent
 from activities.plan import PARKS
-from agents import registry
 from holdfast.aio import to_the_end
-from holdfast.answers import ModelAnswer, ModelUnavailable
-from holdfast.contracts import (
-    Checked,
-    Effect,
-    Finding,
-    GiveUp,
-    Json,
-    Outcome,
-    OutcomeStatus,
-    ToolRequest,
-    UndoOutcome,
-    UndoStatus,
-    absolute,
-    clip,
-    digest,
-)
-from holdfast.keys import outside
-from holdfast.options import ModelOptions
-from holdfast.orphans import goes_on
-from holdfast.reliability import faults, heartbeat
+from holdfast.authoring import registry
+from holdfast.authoring.options import ModelAnswer, ModelOptions
+from holdfast.authoring.services import Limit, Service
+from holdfast.authoring.tools import LastGood, Tool, ToolContext, Undo
+from holdfast.contracts.data import Json, clip, digest
+from holdfast.contracts.failures import ErrorType, ToolFailed, explain
+from holdfast.contracts.people import Finding
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.tool_call import Checked, GiveUp, Outcome, ToolRequest, UndoOutcome, UndoStatus, absolute
+from holdfast.contracts.turn import OutcomeStatus
+from holdfast.engine.runtime import Runtime
+from holdfast.reasoning.answers import ModelUnavailable
+from holdfast.recovery.orphans import goes_on
+from holdfast.reliability import crash_points, heartbeat
 from holdfast.reliability.chain import StandDown, no_bound, protected, unsettled
-from holdfast.reliability.errors import RETRIES, ErrorType
-from holdfast.reliability.faults import Point
+from holdfast.reliability.crash_points import Point
+from holdfast.reliability.errors import RETRIES
 from holdfast.reliability.ledger import UNDONE, Call, KeyConflict, Settled, State, tool_call
+from holdfast.reliability.sent_keys import outside
 from holdfast.reliability.waiting import NotYet
-from holdfast.runtime import Runtime
-from holdfast.services import Limit, Service
 from holdfast.state.last_good import LastGoodResults
 from holdfast.state.runs import Runs
 from holdfast.telemetry import metrics
 from holdfast.telemetry.tracing import span
-from holdfast.tools import LastGood, Tool, ToolContext, ToolFailed, Undo, explain
 
 MAX_CONTENT = 100_000
-"""Bytes of a result that go back to the model. The ledger keeps the whole."""
+"""Bytes of a result that go back to the model. The ledger keeps the whole result."""
 MAX_NOTE = 2_000
-"""Bytes of what an undo says of itself."""
+"""Bytes of the note that an undo returns."""
 
 CALLERS_FAULT = {ErrorType.REFUSED, ErrorType.INVALID_ARGUMENTS}
 
 
 class Tools:
-    """The activities with what they need of the process."""
+    """The activities and what they need from the process."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -68,7 +59,7 @@ class Tools:
 
     @activity.defn(name="tool")
     async def tool(self, request: ToolRequest) -> Outcome:
-        """Runs one tool call. Every end that the model can act on is a result, not an error."""
+        """Runs one tool call. Every outcome that the model can act on is a result, not an error."""
         request = _here(request)
         with boundary(), _span("tool", request):
             tool = _find(request)
@@ -78,16 +69,16 @@ class Tools:
                 arguments = tool.validate(request.arguments)
             except ValidationError as error:
                 return await self._cannot(request, f"bad arguments for {tool.name}: {explain(error)}")
-            if tool.policy.pure:  # dropped when its run ends
+            if tool.policy.pure:  # may be dropped when its run ends
                 return await self._accounted(request, tool, arguments)
             return await to_the_end(self._accounted(request, tool, arguments))
 
     @activity.defn(name="undo")
     async def undo(self, request: ToolRequest) -> UndoOutcome:
-        """Undoes one tool call. Idempotent; copes with an effect that never happened."""
+        """Undoes one tool call. Idempotent; also works when the effect never happened."""
         request = _here(request)
         with boundary(), _span("undo", request):
-            faults.reached(Point.UNDO_STARTED, request.tool)
+            crash_points.reached(Point.UNDO_STARTED, request.tool)
             tool = _find(request)
             if tool is None or not tool.policy.undo:
                 note = f"tool {request.tool} or its undo is gone from agent {request.agent}: undo it by hand"
@@ -96,7 +87,7 @@ class Tools:
 
     @activity.defn(name="check")
     async def check(self, request: ToolRequest) -> Checked:
-        """Whether the tool takes these arguments, which a person has edited."""
+        """Whether the tool accepts these arguments, which a person has edited."""
         with boundary():
             tool = _find(request)
             if tool is None:
@@ -108,13 +99,13 @@ class Tools:
 
     @activity.defn(name="give_up")
     async def give_up(self, given: GiveUp) -> Outcome:
-        """Closes a call that waited too long: what is known of it is its outcome."""
+        """Closes a call that is given up. Returns its outcome as far as it is known."""
         request = _here(given.request)
         with boundary(), _span("give up", request):
             tool = _find(request)
             if tool is None:
                 return await self._cannot(request, f"there is no tool named {request.tool!r}")
-            # What stands in for it too: an attempt that was frozen must not act through a fallback when it wakes.
+            # Closes the keys of its fallbacks too: a frozen attempt must not act through one when it wakes.
             closed = [(f"{request.key}/fb-{n}", each) for n, each in enumerate(tool.fallback, 1)]
             keys = [*((key, each) for key, each in closed if isinstance(each, Tool)), (request.key, tool)]
             for key, each in keys:
@@ -128,19 +119,22 @@ class Tools:
 
     @activity.defn(name="settle")
     async def settle(self, finding: Finding) -> Outcome:
-        """Records what a person says of a call, unless it is known to be done. Idempotent; the outcome as recorded."""
+        """Records how a call ended according to a person, unless it is known to be done. Returns the recorded outcome.
+
+        Idempotent.
+        """
         with boundary():
             note = f"{finding.by} says that it did not happen" + (f": {finding.comment}" if finding.comment else "")
             await self._runtime.ledger.settle(finding.key, finding.happened, finding.result, note)
             await self._settle_undo(finding)
-            faults.reached(Point.FINDING_RECORDED, "outcome")
+            crash_points.reached(Point.FINDING_RECORDED, "outcome")
             settled = await self._runtime.ledger.known(finding.key)
             if settled is None:
                 return Outcome(status=OutcomeStatus.FAILED, content=note)
             return _outcome(settled)
 
     async def _settle_undo(self, finding: Finding) -> None:
-        """Of a call whose undo was begun and is not known to be done, a person says whether the call stands."""
+        """Applies the finding to an undo of the call that began and is not known to be done."""
         ledger, key = self._runtime.ledger, finding.key
         note = f"settled by {finding.by}" + (f": {finding.comment}" if finding.comment else "")
         for entry in await ledger.entries(key.rpartition("/")[0]):
@@ -151,15 +145,15 @@ class Tools:
                 await ledger.compensated(call)
             await ledger.settle(entry.key, not finding.happened, note, note)
             if finding.happened:
-                await ledger.reopen(entry.key)  # what stands may be undone again
+                await ledger.reopen(entry.key)  # the effect stands, so it may be undone again
 
     async def _cannot(self, request: ToolRequest, problem: str) -> Outcome:
-        """The model's mistake, unless an earlier version of the code took the call: then what is known of it counts."""
+        """The error for the model, unless older code accepted the call: then the outcome in the ledger."""
         known = await self._runtime.ledger.known(request.key)
         return _outcome(known) if known else Outcome(status=OutcomeStatus.ERROR, content=problem)
 
     async def _accounted(self, request: ToolRequest, tool: Tool, arguments: Json) -> Outcome:
-        """The outcome, or the wait, with what all model calls of this tool call have used so far."""
+        """The outcome, or the wait, with the usage of all model calls of this tool call so far."""
         asked: list[str] = []
         outcome = await self._run(request, tool, arguments, asked)
         if asked or activity.info().attempt > 1:
@@ -175,7 +169,7 @@ class Tools:
                 if stand_in:
                     return stand_in
         except NotYet as wait:
-            # While its service is down a tool may be stood in for, once it is certain that it did nothing itself.
+            # While its service is down a fallback may answer, once it is certain that the call itself did nothing.
             if wait.service and tool.has_fallback and await self._gives_way(request, tool, call, wait.why):
                 stand_in = await self._stand_in(request, tool, arguments, asked, wait.why)
                 if stand_in and not stand_in.wait:
@@ -209,7 +203,7 @@ class Tools:
     async def _gives_way(self, request: ToolRequest, tool: Tool, call: Call, why: str) -> bool:
         if call.effect is Effect.READ:
             return True
-        # A key that gave way is closed for good: not while those who would stand in are down as well.
+        # Giving way closes the key for good, so not while the fallbacks are down as well.
         shut = await self._runtime.guards.shut()
         others = (_call(request, other, "").target for other in tool.chain[1:])
         return any(other not in shut for other in others) and await self._runtime.ledger.give_way(call, why)
@@ -217,9 +211,9 @@ class Tools:
     async def _stand_in(
         self, request: ToolRequest, tool: Tool, arguments: Json, asked: list[str], why: str
     ) -> Outcome | None:
-        """The outcome by the first fallback that has one; a wait when none has and one may have it later.
+        """The outcome of the first fallback that has one; a wait when only a later attempt may get one; else None.
 
-        It never stands in for a call that may have happened.
+        A fallback never stands in for a call that may have happened.
         """
         waits: list[NotYet] = []
         for n, other in enumerate(tool.fallback, 1):
@@ -250,7 +244,7 @@ class Tools:
         return None
 
     async def _unknown(self, key: str, settled: Settled) -> Outcome:
-        """An unknown outcome with what is known of it, for the person who settles it."""
+        """An unknown outcome with what the ledger knows of the call, for the person who settles it."""
         entry = await self._runtime.ledger.entry(key)
         known = f"key {key}"
         if entry:
@@ -259,7 +253,7 @@ class Tools:
         return _outcome(settled).model_copy(update={"known": known})
 
     async def _undo(self, request: ToolRequest, tool: Tool) -> UndoOutcome:
-        """Undoes the call, and the one that stood in for it: only one of them can have happened."""
+        """Undoes the call and its fallbacks: only one of them can have happened."""
         ends = []
         for n, each in enumerate(tool.fallback, 1):
             if isinstance(each, Tool):
@@ -274,21 +268,21 @@ class Tools:
             return UndoOutcome(status=UndoStatus.NOTHING)
         now = await guards.clock.now()
         if state is State.UNKNOWN and (wait := unsettled(call, ended, now)):
-            # What its service still does would stand after its undo.
+            # Its service may still be working on the call: that effect would stand after the undo.
             return UndoOutcome(status=UndoStatus.REGISTERED, wait=wait.wait(now))
         blind = state is State.UNKNOWN and call.effect is Effect.PROBE and call.settles_s is None
         undo = Undo(key=outside(call.key), arguments=request.arguments, result=result)
-        keyed = call.effect is Effect.IDEMPOTENT  # its service honours the undo's key as well
+        keyed = call.effect is Effect.IDEMPOTENT  # its service accepts the undo's idempotency key as well
         undo_call = replace(call, key=f"{call.key}/undo", kind="undo", effect=Effect.IDEMPOTENT, retries=RETRIES)
         undo_call = replace(undo_call, settles_s=None if keyed else call.settles_s)
 
         async def act(attempt: int) -> str | None:
-            # Under the reservation: a run that is reset looks for it, so one of the two sees the other.
+            # Checked under the reservation: a run that is reset looks for that, so one of the two sees the other.
             if await _goes_on(self._runtime, request):
                 raise StandDown
             done = await tool.run_undo(self._context(request, undo_call.key, tool, attempt, []), undo)
             if done is None and blind:
-                raise ToolFailed(f"nothing was there to undo; {no_bound(call)}. Find out, and undo it by hand")
+                raise ToolFailed(f"the undo found nothing; {no_bound(call)}. Check the service, and undo it by hand")
             return done
 
         try:
@@ -316,14 +310,14 @@ class Tools:
                     key_base=request.key_base,
                     name=f"{tool.name}/{label}",
                     digest=digest(messages),
-                    # A tool may ask often, but one that dies as the breaker's probe holds up the others for this long.
+                    # Not the tool's whole timeout: a call that dies as the breaker's probe blocks others for this long.
                     timeout_s=min(tool.timeout_s, self._runtime.settings.model_total_s + 10),
                 )
             except ModelUnavailable as gone:
                 if tool.put_off or gone.failure.type not in PARKS:
                     raise
-                # It waits for a model as a turn does, however long that takes.
-                why = f"the model is gone: {gone.failure.message}"
+                # The call waits for a model as a turn does, without limit.
+                why = f"the model is unavailable: {gone.failure.message}"
                 raise NotYet(self._runtime.settings.park_s, why, service="model") from None
             return answer
 
@@ -336,12 +330,12 @@ class Tools:
             make_workspace=partial(self._runtime.workspace, request.agent),
             position=heartbeat.position(key),
             advance=partial(heartbeat.advance, key),
-            mcp=self._runtime.mcp,
+            servers=self._runtime.mcp,
         )
 
 
 async def _goes_on(runtime: Runtime, request: ToolRequest) -> bool:
-    """Whether a Reset has given the run another life. Raises NotYet while the server does not say."""
+    """Whether the run goes on after a Reset. Raises NotYet while the server does not say."""
     own = activity.info().workflow_run_id or ""
     try:
         return await goes_on(activity.client(), Runs(runtime.db), request.key_base, own)
@@ -361,13 +355,13 @@ def _find(request: ToolRequest) -> Tool | None:
     try:
         return registry.agent(request.agent).tool(request.tool, request.version)
     except registry.UnknownAgent:
-        return None  # an agent that a deploy took away, with its tools
+        return None  # a deploy removed the agent
 
 
 def _call(request: ToolRequest, tool: Tool, key: str) -> Call:
-    # The arguments as history has them: a deploy that adds an argument with a default must not make another call of it.
+    # The arguments as in history: a deploy that adds an argument with a default must not change the call.
     service = registry.service(tool.service)
-    # What a tool does by asking a model is guarded there, by the model's own breaker and limits.
+    # A tool that asks a model is guarded there, by the model's own circuit breaker and rate limits.
     external = tool.service not in ("", "model")
     own = Limit(f"tool {Service(tool.name).target(request.tenant)}", tool.per_minute) if tool.per_minute else None
     limits = (service.limit(request.tenant) if external else None, own)
@@ -393,24 +387,24 @@ def _call(request: ToolRequest, tool: Tool, key: str) -> Call:
 
 
 def settles_within(tool: Tool) -> float | None:
-    """The bound that the tool declares, else its service."""
+    """The bound that the tool declares, else that of its service."""
     return registry.service(tool.service).settles_within if tool.settles_s is None else tool.settles_s
 
 
 def _by(tool: Tool, result: Any, by: str, why: str) -> Outcome:
-    """The outcome by a fallback. The model and the reader are told that it is one."""
+    """The outcome of a fallback. It tells the model and the reader so."""
     metrics.fallback(tool.name, by)
     content = f"[{by}, in place of {tool.name}: {why}]\n{_text(result)}"
     return Outcome(content=content, origin=by, notes=[f"{tool.name}: {by} ({why})"])
 
 
 def _outcome(settled: Settled) -> Outcome:
-    """What the model reads of a call's end."""
+    """The outcome of a settled call, as the model reads it."""
     reason = settled.error
     if settled.state is State.DONE:
         status, content = OutcomeStatus.OK, _text(settled.result)
     elif settled.state is State.COMPENSATED or settled.error_type == UNDONE:
-        # A run that was unwound and then reset: its old result no longer holds, and its key is used up.
+        # The run was unwound and then reset: the old result no longer holds, and its key cannot be used again.
         status, reason = OutcomeStatus.ERROR, "it was undone when the run was unwound"
         content = f"not done: {reason}. Call it again if it is still needed"
     elif settled.state is State.UNKNOWN:

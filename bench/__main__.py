@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.profiling import profiled
 from bench.services import LIMITS, SERVER_FLAGS, Services, SideFailed, SideProcess, services
-from holdfast.stack import StackFailed
+from holdfast.dev.stack import StackFailed
 
 BARE = "bare"
 ALL_ON = ", all on"

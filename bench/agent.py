@@ -6,11 +6,11 @@ import os
 
 from pydantic import BaseModel
 
-from agents import registry
 from bench import task
-from holdfast.agent import AgentSpec, Service
-from holdfast.contracts import Effect
-from holdfast.tools import ToolContext, tool
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec, Service
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.profile import Effect
 
 
 class Work(BaseModel):

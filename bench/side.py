@@ -24,12 +24,12 @@ from temporalio.worker import Worker
 from bench import bare, task
 from bench.agent import SPEC
 from holdfast.cli.ending import end_process
-from holdfast.models import ModelClient
-from holdfast.runtime import open_runtime
+from holdfast.engine.client import connect, profile
+from holdfast.engine.runtime import open_runtime
+from holdfast.engine.starting import start_run
+from holdfast.reasoning.model_client import ModelClient
 from holdfast.settings import settings
-from holdfast.starting import start_run
 from holdfast.state.runs import Runs
-from holdfast.temporal import connect, profile
 from worker import SETTINGS, make_worker
 
 QUEUE = f"bench-{os.getpid()}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from holdfast.contracts import Json
+from holdfast.contracts.data import Json
 
 INSTRUCTIONS = "You are a careful agent. Record one row a turn with the tool `record`, then say that you are done."
 RECORD = "Record one row."

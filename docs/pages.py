@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: README.md as the home page, the navigation, and links that leave docs/ as links to rendered files.
+"""Hooks of mkdocs: README.md and CHANGELOG.md as pages, the navigation, and links from docs/ to files outside of it.
 
-A page is written for a reader of the repository: its links name files as they lie there, tests and code too. The site
-has a copy of each file that is linked to, and a link whose text is a test's name leads to its line.
+Pages are written for a reader of the repository: a link names the file as it lies there, also a test or code. The site
+has a copy of each linked file, and a link whose text is a test's name leads to that test's line.
 """
 
 import os
@@ -15,15 +15,17 @@ from mkdocs.structure.pages import Page
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 HOME = "index.md"
+OUTSIDE = {HOME: ROOT / "README.md", "changelog.md": ROOT / "CHANGELOG.md"}
+"""Pages of the site that lie outside of docs/."""
 
 LINK = re.compile(r"(!?\[([^\]]+)\])\(([^)\s#]+)(#[^)\s]*)?\)")
 LANGUAGES = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".json": "json"}
 
 SECTIONS: dict[str, list[str]] = {
-    "Start": [HOME],
-    "Tutorial": ["tutorial.md"],
-    "Guarantees": ["guarantees/README.md", "guarantees/*.md"],
-    "Guides": ["*.md"],
+    "Start": [HOME, "demo.md", "tutorial.md"],
+    "Guides": ["own-agents.md", "*.md"],
+    "Reference": ["commands.md", "settings.md", "glossary.md", "changelog.md"],
+    "Guarantees": ["guarantees/README.md", "promises.md", "guarantees/*.md"],
     "Production": ["operations.md", "deployment.md", "patching.md"],
     "Architecture": ["architecture.md"],
     "Measured": ["kill-sweep.md", "chaos.md", "benchmark.md", "comparison.md", "trial.md"],
@@ -39,7 +41,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def navigation() -> list[dict[str, object]]:
-    """Every page of docs/ under its section, so that a new page is in without being listed anywhere."""
+    """Every page under its section. A new page of docs/ needs no entry: the section with the pattern takes it."""
     named = {path for paths in SECTIONS.values() for path in paths}
     nav: list[dict[str, object]] = []
     for section, paths in SECTIONS.items():
@@ -48,7 +50,7 @@ def navigation() -> list[dict[str, object]]:
             if "*" in path:
                 pages = sorted(each.relative_to(DOCS).as_posix() for each in DOCS.glob(path))
                 found += [page for page in pages if page not in named]
-            elif path == HOME or (DOCS / path).exists():
+            elif path in OUTSIDE or (DOCS / path).exists():
                 found.append(path)
         if len(found) == 1:
             nav.append({section: found[0]})
@@ -58,9 +60,10 @@ def navigation() -> list[dict[str, object]]:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    readme = ROOT / "README.md"
-    pages = [readme, *(DOCS / file.src_uri for file in files.documentation_pages())]
-    files.append(File.generated(config, HOME, content=f"---\nhide: [navigation]\n---\n\n{readme.read_text()}"))
+    pages = [*OUTSIDE.values(), *(DOCS / file.src_uri for file in files.documentation_pages())]
+    for uri, page in OUTSIDE.items():
+        head = "---\nhide: [navigation]\n---\n\n" if uri == HOME else ""
+        files.append(File.generated(config, uri, content=head + page.read_text()))
     linked = {target for page in pages for target in _targets(page) if _is_source(target)}
     for source in sorted(linked):
         name, language = source.relative_to(ROOT).as_posix(), LANGUAGES.get(source.suffix, "text")
@@ -74,15 +77,15 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return markdown
-    original = ROOT / "README.md" if uri == HOME else DOCS / uri
+    original = OUTSIDE.get(uri, DOCS / uri)
 
     def rewritten(found: re.Match[str]) -> str:
         label, text, path, anchor = found.groups()
         if "://" in path:
             return found[0]
         target = (original.parent / path).resolve()
-        if target == ROOT / "README.md":
-            to = HOME
+        if target in OUTSIDE.values():
+            to = next(page for page, file in OUTSIDE.items() if file == target)
         elif target.is_relative_to(DOCS) and not _is_source(target):
             to = target.relative_to(DOCS).as_posix()
         elif _is_source(target):

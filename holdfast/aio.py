@@ -1,4 +1,4 @@
-"""Waiting for what a cancellation must not cut."""
+"""Waits for work that a cancellation must not interrupt."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Awaits work to its end, whatever cancels the caller meanwhile. The work itself has to be bounded."""
+    """Awaits work to its end, even if the caller is cancelled meanwhile. The work itself must be bounded."""
     task = asyncio.ensure_future(work)
     while not task.done():
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            if task.cancelled():  # not the caller's cancellation but the end of the loop that both run in
+            if task.cancelled():  # the work itself was cancelled: the event loop is ending
                 raise
     return task.result()

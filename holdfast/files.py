@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic, durable file writes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+"""The root of the checkout."""
+
 
 def write_whole(path: Path, raw: bytes) -> None:
-    """Writes a file, and its folder; readers see all of it or what was there before. Durable at its return.
+    """Writes a file atomically, and creates its folder: readers see the new content or the old one. Durable on return.
 
     Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of this attempt alone: one that was thought dead, maybe on another machine, may be writing the same file.
+    # A name for this attempt only: an earlier attempt, maybe on another machine, may still be writing the same file.
     draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with draft.open("xb") as file:
@@ -22,13 +25,13 @@ def write_whole(path: Path, raw: bytes) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError:
-        with suppress(OSError):  # what is left of it is hidden, and written over by nobody
+        with suppress(OSError):  # a leftover draft is hidden and does no harm
             draft.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        # The name is in the folder, which a power cut would leave as it was.
-        with suppress(OSError):  # some shares have no such thing
+        # Without this, a power cut could lose the new name in the folder.
+        with suppress(OSError):  # some network shares do not support it
             os.fsync(folder)
     finally:
         os.close(folder)

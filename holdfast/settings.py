@@ -1,9 +1,9 @@
-"""The one place that reads the environment.
+"""Reads the environment; the only module that does.
 
-Precedence: environment variables, then what the embedded stack uses (`.holdfast/stack.json`, written by
-`starter.py up`), then defaults. The stack is left out of account when `TEMPORAL_*` or the Temporal profile names a
-server: whoever talks to another cluster must not get the embedded stack's store. The Temporal connection itself is read
-by `holdfast.temporal`.
+Precedence: environment variables, then the settings of the embedded stack (`.holdfast/stack.json`, written by
+`starter.py up`), then defaults. When `TEMPORAL_*` or the Temporal profile names a server, the stack's settings are
+ignored: a client of another cluster must not use the embedded stack's store. `holdfast.engine.client` reads the
+Temporal connection.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from holdfast.options import OURS
+from holdfast.authoring.options import OURS
+from holdfast.setting_formats import addresses, parse_keys
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def _address(value: str) -> str:
     try:
         where = urlsplit(value)
-        _ = where.port  # it is only read now
+        _ = where.port  # parses the port, which can raise
     except ValueError as error:
         raise ValueError(f"the address cannot be read: {error}") from None
     if re.search(r"[\s\0]", value):
@@ -47,7 +48,7 @@ def _address(value: str) -> str:
 
 
 def _build(value: str) -> str:
-    # The server's searches name a build in quotes.
+    # Searches on the server put the build in quotes.
     if re.search(r"[\s\"'`\\]", value):
         raise ValueError("expected no spaces, quotes or backslashes")
     return value
@@ -82,22 +83,22 @@ class ModelTarget(BaseModel):
 
     model: str
     base_url: Address = ""
-    """Empty: that of the first model, and its key."""
+    """Empty: the first model's endpoint and key."""
     key_env: str = ""
-    """Environment variable with the key of another endpoint."""
+    """The environment variable that holds the key of another endpoint."""
     window: int | None = Field(default=None, gt=0)
-    """Context window in tokens; None: not known."""
+    """Context window in tokens; None: unknown."""
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
     max_in_flight: int | None = Field(default=None, gt=0)
-    """Requests at once of all workers together; None: no limit."""
+    """Requests in flight of all workers together; None: no limit."""
     max_tokens: int | None = Field(default=None, gt=0)
-    """Of an answer; None: what the agent says, else 8192."""
+    """Tokens of an answer; None: the agent's limit, else 8192."""
     limit_name: LimitName | None = None
-    """How the endpoint calls that limit; None: found out."""
+    """The endpoint's name for that limit; None: detected."""
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     extra: Extra = {}
-    """Further parameters of each request."""
+    """Additional parameters of each request."""
 
 
 class BadStackFile(Exception):
@@ -114,7 +115,7 @@ class _Stack(JsonConfigSettingsSource):
         except (OSError, ValueError, RecursionError) as raised:
             error = str(raised)
         raise BadStackFile(
-            f"{file_path}, where `starter.py up` writes what it uses, cannot be read ({error}):"
+            f"{file_path}, the settings that `starter.py up` writes, cannot be read ({error}):"
             " remove it, and start `up` again"
         )
 
@@ -122,20 +123,20 @@ class _Stack(JsonConfigSettingsSource):
 class Settings(BaseSettings):
     """Everything that may differ between two machines. Field names are the environment variables."""
 
-    # The prefix concerns fields' own names, which code uses: without it `HOME` would be taken for `home`.
+    # Applies to the fields' Python names: without the prefix, `HOME` would set `home`.
     model_config = SettingsConfigDict(
         extra="ignore",
         populate_by_name=True,
         env_prefix="HOLDFAST_FIELD_",
         env_ignore_empty=True,
-        # An error's text is printed, and what does not fit may be a key.
+        # Errors are printed, and an invalid value may be a key.
         hide_input_in_errors=True,
     )
 
     home: Annotated[Path, Field(alias="HOLDFAST_HOME")] = Path(".holdfast")
-    """State of the embedded stack."""
+    """Directory with the state of the embedded stack."""
     temporal_cli: Annotated[str, Field(alias="HOLDFAST_TEMPORAL_CLI")] = ""
-    """The `temporal` binary of the embedded stack and of the tests; empty: the one that is installed beside Python."""
+    """The `temporal` binary of the embedded stack and of the tests; empty: the one installed beside Python."""
     database_url: Annotated[str, Field(alias="DATABASE_URL")] = ""
     """`postgresql://…`; empty means SQLite under `home`."""
     store_timeout_s: Annotated[Seconds, Field(alias="HOLDFAST_STORE_TIMEOUT_S", ge=1)] = 10.0
@@ -143,74 +144,74 @@ class Settings(BaseSettings):
     task_queue: Annotated[str, Field(alias="HOLDFAST_TASK_QUEUE")] = "holdfast"
 
     build_id: Annotated[str, Field(alias="HOLDFAST_BUILD_ID"), AfterValidator(_build)] = "dev"
-    """Names this build in every task that its workers do; a deployment sets its version or commit."""
+    """Identifies this build in every task of its workers; a deployment sets its version or commit."""
     deployment: Annotated[str, Field(alias="HOLDFAST_DEPLOYMENT", max_length=100), AfterValidator(_deployment)] = ""
-    """Worker Deployment of Temporal that the workers are a build of; empty: they are not versioned."""
+    """The Temporal Worker Deployment that the workers belong to; empty: they are not versioned."""
 
     openai_base_url: Annotated[Address, Field(alias="OPENAI_BASE_URL")] = "https://api.openai.com/v1"
     openai_api_key: Annotated[SecretStr, Field(alias="OPENAI_API_KEY")] = SecretStr("")
     model: Annotated[str, Field(alias="HOLDFAST_MODEL")] = "gpt-5-mini"
     model_window: Annotated[int | None, Field(alias="HOLDFAST_MODEL_WINDOW", gt=0)] = None
-    """Context window of the model in tokens; a conversation that would not fit is not sent to it."""
+    """Context window of the model in tokens; a conversation that does not fit is not sent to it."""
     model_rpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_RPM", gt=0)] = None
     model_tpm: Annotated[int | None, Field(alias="HOLDFAST_MODEL_TPM", gt=0)] = None
-    """Requests and tokens per minute that all workers together may use."""
+    """Tokens per minute of all workers together; `model_rpm`: requests. None: no limit."""
     model_concurrency: Annotated[int | None, Field(alias="HOLDFAST_MODEL_CONCURRENCY", gt=0)] = None
-    """Requests at once that all workers together may have in flight; none: no limit."""
+    """Requests in flight of all workers together; None: no limit."""
     model_max_tokens: Annotated[int | None, Field(alias="HOLDFAST_MODEL_MAX_TOKENS", gt=0)] = None
-    """Tokens of an answer; none: what the agent says, else 8192."""
+    """Tokens of an answer; None: the agent's limit, else 8192."""
     model_limit_name: Annotated[LimitName | None, Field(alias="HOLDFAST_MODEL_LIMIT_NAME")] = None
-    """How the endpoint calls that limit; none: `max_completion_tokens` at OpenAI, `max_tokens` elsewhere, and the other
-    one where it is refused."""
+    """The endpoint's name for that limit; None: `max_completion_tokens` at OpenAI, `max_tokens` elsewhere, and the
+    other name where the endpoint refuses it."""
     model_temperature: Annotated[float | None, Field(alias="HOLDFAST_MODEL_TEMPERATURE", ge=0, allow_inf_nan=False)] = (
         None
     )
     model_extra_parameters: Annotated[Extra, Field(alias="HOLDFAST_MODEL_EXTRA")] = {}
-    """Further parameters of each request, a JSON object, e.g. `{"reasoning_effort": "low"}`."""
+    """Additional parameters of each request, a JSON object, e.g. `{"reasoning_effort": "low"}`."""
     model_fallbacks: Annotated[tuple[ModelTarget, ...], Field(alias="HOLDFAST_MODEL_FALLBACKS")] = ()
-    """Models that stand in, in this order: a JSON list, e.g. `[{"model": "gpt-5-nano", "window": 400000}]`."""
+    """Fallback models, in this order: a JSON list, e.g. `[{"model": "gpt-5-nano", "window": 400000}]`."""
 
     encryption_keys: Annotated[SecretStr, Field(alias="HOLDFAST_ENCRYPTION_KEYS")] = SecretStr("")
-    """`id:base64,id:base64`, 32 bytes each: the first encrypts what goes through Temporal, all decrypt."""
+    """`id:base64,id:base64`, 32 bytes each: the first key encrypts payloads in Temporal, all keys decrypt."""
     payload_limit: Annotated[int, Field(alias="HOLDFAST_PAYLOAD_LIMIT", ge=1000, le=1_000_000)] = 65_536
-    """Bytes; a larger payload is stored outside of Temporal, which takes 2 MB at most."""
+    """Bytes; payload storage takes larger payloads. Temporal accepts 2 MB at most."""
     payload_store: Annotated[str, Field(alias="HOLDFAST_PAYLOAD_STORE")] = "store"
-    """Where to: `store`, `file:///directory` or `s3://bucket/prefix`; the first of several stores, all are read."""
+    """`store`, `file:///directory` or `s3://bucket/prefix`. Of several, the first is written to and all are read."""
     codec_token: Annotated[SecretStr, Field(alias="HOLDFAST_CODEC_TOKEN")] = SecretStr("")
-    """Who holds it may read what is encrypted, through `starter.py codec-server`."""
+    """Lets its holder read encrypted payloads through `starter.py codec-server`."""
     webhook_url: Annotated[str, Field(alias="HOLDFAST_WEBHOOK_URL")] = ""
-    """Whom runs tell of their end and of what they need, where the one who starts a run names nobody."""
+    """Address for the events of runs that name no webhook of their own at their start."""
     webhook_secret: Annotated[SecretStr, Field(alias="HOLDFAST_WEBHOOK_SECRET")] = SecretStr("")
-    """`whsec_…`; several with spaces between them, while one is replaced by the next: each signs."""
+    """`whsec_…`; several, separated by spaces, during a rotation: each of them signs."""
     webhook_hosts: Annotated[str, Field(alias="HOLDFAST_WEBHOOK_HOSTS")] = ""
     """Hosts that webhooks may be sent to, e.g. `hooks.example.com *.internal`; empty: any."""
 
     hospital_url: Annotated[Address, Field(alias="HOLDFAST_HOSPITAL_URL")] = "http://127.0.0.1:8090"
     services: Annotated[dict[str, Address], Field(alias="HOLDFAST_SERVICES")] = {}
-    """Base addresses of services that tools ask for by `ctx.service_url(name)`: a JSON object."""
+    """Base addresses of services, which tools get from `ctx.service_url(name)`: a JSON object."""
     otlp_endpoint: Annotated[str, Field(alias="OTEL_EXPORTER_OTLP_ENDPOINT")] = ""
 
     mcp_token: Annotated[SecretStr, Field(alias="HOLDFAST_MCP_TOKEN")] = SecretStr("")
-    """What a client of `starter.py mcp --http` has to send as its bearer token."""
+    """The bearer token that clients of `starter.py mcp --http` must send."""
 
     model_first_token_s: Annotated[Seconds, Field(alias="HOLDFAST_MODEL_FIRST_TOKEN_S")] = 20.0
     model_between_tokens_s: Annotated[Seconds, Field(alias="HOLDFAST_MODEL_BETWEEN_TOKENS_S")] = 20.0
     model_total_s: Annotated[float, Field(alias="HOLDFAST_MODEL_TOTAL_S", gt=0, le=130)] = 120.0
-    """At most 130: a turn may ask three times within its activity's limit."""
+    """At most 130: a turn may make three requests within its activity's timeout."""
     park_s: Annotated[Seconds, Field(alias="HOLDFAST_PARK_S")] = 30.0
-    """How long a run sleeps before it tries a model again that is gone."""
+    """How long a run is parked before it tries an unavailable model again."""
     slots: Annotated[Annotated[int, Field(gt=0)] | Literal["resource"], Field(alias="HOLDFAST_SLOTS")] = 200
-    """Activities at a time in a worker; `resource`: as many as its share of CPU and memory allows."""
+    """Activities at a time in a worker; `resource`: as many as CPU and memory allow."""
     slots_cpu: Annotated[float, Field(alias="HOLDFAST_SLOTS_CPU", gt=0, le=1)] = 0.8
     slots_memory: Annotated[float, Field(alias="HOLDFAST_SLOTS_MEMORY", gt=0, le=1)] = 0.8
-    """Shares of the machine or container up to which `resource` takes more work."""
+    """Shares of the CPU and memory of the machine or container up to which `resource` takes more work."""
     drain_s: Annotated[float, Field(alias="HOLDFAST_DRAIN_S", ge=0, allow_inf_nan=False)] = 20.0
-    """A worker that is told to stop finishes what is in flight, at most this long."""
+    """How long a stopping worker waits for work in flight."""
 
     stack_temporal_address: str = ""
-    """Where the embedded stack's server is; only ever read from `stack.json`."""
+    """Address of the embedded stack's server; set only by `stack.json`."""
     stack_secrets: tuple[str, ...] = ()
-    """Variables whose secrets only the embedded stack's workers have; only ever read from `stack.json`."""
+    """Variables whose secrets only the embedded stack's workers have; set only by `stack.json`."""
     ui_url: Annotated[Address, Field(alias="HOLDFAST_UI_URL")] = "http://localhost:8233"
     """Base address of the Temporal Web UI, for links."""
 
@@ -231,16 +232,12 @@ class Settings(BaseSettings):
     @field_validator("encryption_keys")
     @classmethod
     def _keys_fit(cls, value: SecretStr) -> SecretStr:
-        from holdfast.codec import parse_keys
-
         parse_keys(value.get_secret_value())
         return value
 
     @field_validator("payload_store")
     @classmethod
     def _addresses_fit(cls, value: str) -> str:
-        from holdfast.claims import addresses
-
         addresses(value)
         return value
 
@@ -264,7 +261,7 @@ class Settings(BaseSettings):
 
     @property
     def models(self) -> tuple[ModelTarget, ...]:
-        """The models to ask, the first one first."""
+        """The models, in the order in which they are tried."""
         first = ModelTarget(
             model=self.model,
             window=self.model_window,
@@ -279,10 +276,10 @@ class Settings(BaseSettings):
         return (first, *self.model_fallbacks)
 
     def kept_by_the_stack(self, variable: str) -> str:
-        """What to do where a secret is missing that the embedded stack does not hand on; empty when it has none."""
+        """What to do about a missing secret that the embedded stack does not publish; empty when it has none."""
         if variable not in self.stack_secrets or os.environ.get(variable):
             return ""
-        return f"`up` has a {variable} with a secret, which it writes nowhere: set {variable} here as it is set there"
+        return f"`up` has a secret in its {variable}, which it does not publish: set {variable} here to the same value"
 
     @property
     def store_url(self) -> str:
@@ -291,7 +288,7 @@ class Settings(BaseSettings):
 
 
 def stack_file() -> Path:
-    """Where `starter.py up` writes what it uses: a JSON object of the environment variables' names."""
+    """The file to which `starter.py up` writes its settings: a JSON object by environment variable."""
     return Path(os.environ.get("HOLDFAST_HOME", ".holdfast")) / "stack.json"
 
 
@@ -325,9 +322,9 @@ def settings() -> Settings:
 
 
 def unfit(error: Exception) -> str | None:
-    """One line on the variables that do not fit, for what `Settings()` raises; None for any other error."""
+    """One line on the invalid variables, for an error that `Settings()` raises; None for any other error."""
     if isinstance(error, SettingsError):
-        # It names the field; its cause is what the JSON parser says.
+        # It names the field; its cause is the JSON parser's error.
         field = re.search(r'field "(\w+)"', str(error))
         known = Settings.model_fields.get(field[1]) if field else None
         what = f"{known.alias}: expected JSON ({error.__cause__})" if known else str(error)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agents import registry
+from holdfast.authoring import registry
 
 
 @pytest.fixture(autouse=True)

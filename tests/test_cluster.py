@@ -16,10 +16,10 @@ from temporalio.service import OperatorService, RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
 from holdfast.cli.doctor import _temporal as temporal_checks
-from holdfast.contracts import RunOutcome
-from holdfast.orphans import find_orphans
+from holdfast.contracts.run import RunOutcome
+from holdfast.engine.client import DATA_CONVERTER, SEARCH_ATTRIBUTES, NoServer, connect, missing_search_attributes
+from holdfast.recovery.orphans import find_orphans
 from holdfast.settings import settings
-from holdfast.temporal import DATA_CONVERTER, SEARCH_ATTRIBUTES, NoServer, connect, missing_search_attributes
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until
 from tests.fixtures.tls import Authority, refusing, server_side, tls_proxy
@@ -93,7 +93,7 @@ async def test_a_run_over_tls_with_a_client_certificate_and_an_api_key(
         ("no client certificate", "no client certificate is set: check the client certificate"),
         ("expired client certificate", "ended the connection; the client certificate is valid until 20"),
         ("unknown authority", "is not one that this machine trusts.*TEMPORAL_TLS_SERVER_CA_CERT_PATH"),
-        ("no tls", "if it wants TLS, set TEMPORAL_TLS=true"),
+        ("no tls", "if it needs TLS, set TEMPORAL_TLS=true"),
         ("expired server certificate", "certificate of 127.0.0.1:[0-9]+ has expired"),
         ("server without tls", "does not speak TLS"),
     ],

@@ -9,9 +9,10 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from temporalio.api.common.v1 import Payload
 
-from holdfast.codec import EncryptionCodec, PayloadUnreadable, parse_keys
+from holdfast.contracts.failures import explain
+from holdfast.engine.encryption import EncryptionCodec, PayloadUnreadable
+from holdfast.setting_formats import parse_keys
 from holdfast.settings import Settings
-from holdfast.tools import explain
 
 A, B = os.urandom(32), os.urandom(32)
 PLAIN = Payload(metadata={"encoding": b"json/plain", "messageType": b"Secret"}, data=b'"Frau Quastenflosse"')

@@ -21,9 +21,9 @@ from temporalio.client import Client
 from temporalio.converter import DataConverter
 from temporalio.testing import WorkflowEnvironment
 
-from holdfast import claims, codec_server
+from holdfast.engine import codec_server, payload_storage
+from holdfast.engine.client import data_converter
 from holdfast.settings import Settings
-from holdfast.temporal import data_converter
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import binary
 
@@ -38,7 +38,7 @@ BEARER = {"authorization": f"Bearer {TOKEN}"}
 async def converter(sqlite_url: str) -> AsyncIterator[DataConverter]:
     made = data_converter(Settings(encryption_keys=KEYS, database_url=sqlite_url), "default")
     yield made
-    await claims.close(made.external_storage)
+    await payload_storage.close(made.external_storage)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ async def test_one_payload_that_cannot_be_fetched_does_not_hide_the_others(
         reference = json.loads(b64decode(large["data"])) | {"driverName": "nobody"}
         large["data"] = b64encode(json.dumps(reference).encode()).decode()
     else:
-        await claims.close(converter.external_storage)
+        await payload_storage.close(converter.external_storage)
         os.unlink(sqlite_url.removeprefix("sqlite:///"))  # noqa: PTH108
     first, second = data(await http.post("/decode", json={"payloads": [good, large]}, headers=BEARER))
     assert first == SECRET

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from langchain_core.messages import AIMessage
 
-from holdfast.conversation import CUT, as_json, parse
+from holdfast.reasoning.conversation import CUT, as_json, parse
 from tests.fixtures.model import call, say
 from tests.fixtures.world import World, agent
 

@@ -24,11 +24,11 @@ from temporalio.api.workflowservice.v1 import GetSystemInfoRequest
 from temporalio.client import Client, WorkflowHandle
 from temporalio.worker import Worker
 
-from holdfast.contracts import RunOutcome
-from holdfast.deployments import Build, Deployment, DeploymentError, describe, promote
+from holdfast.contracts.run import RunOutcome
+from holdfast.dev.stack import Child, Stack, StackFailed, without_ours
+from holdfast.engine.client import DATA_CONVERTER
+from holdfast.engine.deployments import Build, Deployment, DeploymentError, describe, promote
 from holdfast.settings import Settings
-from holdfast.stack import Child, Stack, StackFailed, without_ours
-from holdfast.temporal import DATA_CONVERTER
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.stack import Cli, replays
@@ -200,7 +200,7 @@ async def test_a_share_of_new_runs_goes_to_a_build_that_is_tried(versioned: Stac
     assert (await build(client, "b1")).percent == 75
     for nobody in ("b1", "b9"):
         wrong = cli("deployments", "promote", nobody, "--percent", "0")
-        assert (wrong.returncode, "the one that has a share is b2" in wrong.stderr) == (2, True), wrong.stderr
+        assert (wrong.returncode, "build b2 has one" in wrong.stderr) == (2, True), wrong.stderr
     unset = cli("deployments", "promote", "")  # an empty variable in somebody's script
     assert (unset.returncode, "no build is named" in unset.stderr) == (2, True), unset.stderr
     assert [each.percent for each in (await describe(client, "ward")).builds] == [25, 75]

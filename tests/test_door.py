@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from holdfast import door
-from holdfast.contracts import ApprovalDecision, Json, Message
+from holdfast.contracts import door
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import ApprovalDecision, Message
 
 YES: Json = {"approval_id": "a1", "verdict": "approve", "approver": "dr.lee"}
 REFUSED: dict[str, tuple[Any, Json, str]] = {

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.keys import inside, outside
+from holdfast.reliability.sent_keys import inside, outside
 
 texts = st.text(st.characters(codec="utf-8")) | st.text("%aF1é日 /", max_size=12)
 

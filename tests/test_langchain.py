@@ -12,9 +12,10 @@ from langchain_core.tools import tool as langchain_tool
 from langgraph.prebuilt import InjectedState, ToolRuntime
 from pydantic import BaseModel, Field, ValidationError
 
-from holdfast.contracts import Effect
-from holdfast.langchain import from_langchain
-from holdfast.tools import Tool, ToolContext, ToolRefused, Undo
+from holdfast.authoring.tools import Tool, ToolContext, Undo
+from holdfast.contracts.failures import ToolRefused
+from holdfast.contracts.profile import Effect
+from holdfast.ext.langchain import from_langchain
 
 
 def context(key: str = "run/1") -> ToolContext:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from holdfast.contracts import Json
-from holdfast.models import ModelUnavailable
-from holdfast.reliability.errors import ErrorType
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ErrorType
+from holdfast.reasoning.model_client import ModelUnavailable
 from tests.reliability.wire import STREAM, Pause, Step, event, piece
 from tests.test_models import DONE, MESSAGES, calls, delta, failure, model, part
 from tests.test_models import ask as asked

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from holdfast.contracts import Json
-from holdfast.conversation import CUT
-from holdfast.models import ModelClient, ModelUnavailable
-from holdfast.options import ModelOptions
-from holdfast.reliability.errors import ErrorType
+from holdfast.authoring.options import ModelOptions
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ErrorType
+from holdfast.reasoning.conversation import CUT
+from holdfast.reasoning.model_client import ModelClient, ModelUnavailable
 from holdfast.settings import ModelTarget
 from tests.fixtures.model import FakeModel, error, say
 from tests.test_models import MESSAGES, TOOL, settings

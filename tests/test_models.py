@@ -12,10 +12,13 @@ import openai
 import pytest
 from llmock.pytest_plugin import LLMock
 
-from holdfast.answers import ModelAnswer, ModelUnavailable
-from holdfast.contracts import Json, Usage
-from holdfast.models import ModelClient
-from holdfast.reliability.errors import ErrorType, Failure, classify
+from holdfast.authoring.options import ModelAnswer
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ErrorType, Failure
+from holdfast.contracts.turn import Usage
+from holdfast.reasoning.answers import ModelUnavailable
+from holdfast.reasoning.model_client import ModelClient
+from holdfast.reliability.errors import classify
 from holdfast.settings import Settings
 from tests.fixtures.clock import PATIENCE_S
 from tests.reliability.wire import END, STREAM, Pause, Step, Then, Wire, answer, event, free_port, piece, wire
@@ -143,7 +146,7 @@ async def test_connection_is_used_again() -> None:
 
 
 async def test_two_hundred_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holdfast.models.CONNECT_S", PATIENCE_S)
+    monkeypatch.setattr("holdfast.reasoning.model_client.CONNECT_S", PATIENCE_S)
     async with model(STREAM, Pause(0.05), WHOLE.removeprefix(STREAM)) as (client, server):
         answers = await asyncio.gather(*(client.complete(MESSAGES, [], key=str(n)) for n in range(200)))
 

@@ -14,13 +14,15 @@ from temporalio.exceptions import ApplicationError
 
 from activities.batches import page
 from activities.plan import _question  # pyright: ignore[reportPrivateUsage]
-from holdfast import door, outside
-from holdfast.batch import BatchSpec, Item
-from holdfast.contracts import ApprovalDecision, Reply
-from holdfast.graph import BadGraph
-from holdfast.starting import BadRequest, start_run
-from holdfast.temporal import DATA_CONVERTER
-from holdfast.turns import decision_of
+from holdfast.authoring.batch import BatchSpec
+from holdfast.contracts import door, outside
+from holdfast.contracts.batch import Item
+from holdfast.contracts.people import ApprovalDecision
+from holdfast.contracts.turn import Reply
+from holdfast.engine.client import DATA_CONVERTER
+from holdfast.engine.starting import BadRequest, start_run
+from holdfast.reasoning.graph import BadGraph
+from holdfast.reasoning.turns import decision_of
 from tests.fixtures.world import Anything, World, agent
 
 
@@ -105,7 +107,7 @@ def test_a_graph_that_decides_or_asks_what_is_hostile_is_told_so(value: Any) -> 
         {"calls": [{"tool": "book", "arguments": value, "by": "n", "version": "1"}], "then": [], "final": None},
         {"calls": [], "then": [], "final": value},
     ):
-        with pytest.raises(BadGraph, match="the graph decided"):
+        with pytest.raises(BadGraph, match="the graph's decision"):
             decision_of({"decision": decision}, spec)
     with pytest.raises(BadGraph, match=r"interrupt\(\) takes JSON that a person can read; got dict, and it (is|has) "):
         _question(Interrupt(value={"question": value}, id="q"))

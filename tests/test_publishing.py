@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from holdfast.publishing import without_credentials, without_password
+from holdfast.dev.published_settings import without_credentials, without_password
+from holdfast.dev.stack import Stack
 from holdfast.settings import Settings, settings
-from holdfast.stack import Stack
 
 HIDDEN = "hunter2"
 KEY = b64encode(b"hunter2" * 4 + b"1234").decode()

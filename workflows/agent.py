@@ -1,7 +1,7 @@
 """The life of an agent: plan → gate → human → act → … → finish or unwind. One workflow runs every agent.
 
 No I/O, no wall clock: everything that can fail is an activity. What has to survive continue-as-new is in `RunState`
-and nowhere else; the coroutines may be dropped whenever no activity is open, and start again from it.
+and nowhere else. The coroutines may be dropped whenever no activity is open, and start again from that state.
 """
 
 from __future__ import annotations
@@ -18,57 +18,40 @@ from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.workflow import ContinueAsNewVersioningBehavior
 
 with workflow.unsafe.imports_passed_through():
-    from holdfast import resets
     from holdfast.aio import to_the_end
-    from holdfast.contracts import (
-        AgentInput,
-        Approval,
-        DecisionReply,
-        Outcome,
-        OutcomeStatus,
-        Pending,
-        Phase,
-        PlanRequest,
-        PlanResult,
-        Question,
-        Reply,
-        RunEnd,
-        RunOutcome,
-        RunResult,
-        RunStatus,
-        Usage,
-        Verdict,
-        Wait,
-        clip,
-        key_base,
-    )
-    from holdfast.reliability.errors import ErrorType
+    from holdfast.contracts.data import clip
+    from holdfast.contracts.failures import ErrorType
+    from holdfast.contracts.people import Approval, DecisionReply, Verdict
+    from holdfast.contracts.run import AgentInput, Pending, Phase, RunEnd, RunOutcome, RunResult, RunStatus
+    from holdfast.contracts.tool_call import Outcome, key_base
+    from holdfast.contracts.turn import OutcomeStatus, PlanRequest, PlanResult, Question, Reply, Usage, Wait
+    from holdfast.recovery import resets
     from workflows import messages, progress, questions
-    from workflows.acts import Acts
+    from workflows.activity_runner import ActivityRunner, spent_by, why
     from workflows.approvals import Approvals
-    from workflows.aside import Aside
-    from workflows.calls import Calls, spent_by, why
+    from workflows.completion import gone, judge_final, judge_turn, offer_again, out_of_patience, out_of_turns
+    from workflows.deferred import DeferredCalls
     from workflows.gate import Gate
-    from workflows.given import RUN, start
-    from workflows.hooks import Hooks
     from workflows.inbox import Inbox
-    from workflows.judgement import gone, judge_final, judge_turn, offer_again, out_of_patience, out_of_turns
     from workflows.lookback import Lookback, void
     from workflows.parent import Parent
     from workflows.saga import unwind
+    from workflows.start_input import RUN, start
     from workflows.state import CallState, Ending, RunState
+    from workflows.tool_calls import ToolCalls
+    from workflows.webhooks import Webhooks
 
 PLAN_S = 420.0
-"""Three model calls of up to 130 s (`Settings.model_total_s`), and what lies between."""
+"""Three model calls of up to 130 s (`Settings.model_total_s`), and the time between them."""
 NO_PROFILE_DEADLINE = timedelta(days=1)
-"""How long a run tries to get its first turn done."""
+"""How long a run tries to complete its first turn."""
 MAX_ANSWERS = 1_000_000
 """Bytes of all answers of a turn together: the next turn's request has to fit into a Temporal payload (2 MB)."""
 MAX_NOTE = 2_000
-"""Bytes of a note; people and services write into them."""
+"""Bytes of a note; it may contain text of people and services."""
 
 
-# Pinned counts only where workers are versioned: a run in flight stays with the build that it began on.
+# Pinned: a run stays with the build that it began on. Has an effect only where workers are versioned.
 @workflow.defn(name="AgentWorkflow", versioning_behavior=VersioningBehavior.PINNED)
 class AgentWorkflow:
     @workflow.init
@@ -80,19 +63,23 @@ class AgentWorkflow:
         self._state = (
             RunState.model_validate(given.state)
             if given.state is not None
-            # Carried as data: stable over retries, continue-as-new and Reset, and new when the id is used again.
+            # Carried as data: stable over retries, continue-as-new and Reset, and new when the id is reused.
             else RunState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
         self._inbox = Inbox()
-        self._hooks = Hooks(given, self._state.key_base)
-        self._approvals = Approvals(self._state.approvals, self._note, self._changed, self._hooks.asked)
+        self._webhooks = Webhooks(given, self._state.key_base)
+        self._approvals = Approvals(self._state.approvals, self._note, self._changed, self._webhooks.asked)
         self._parent = Parent(self._state)
-        self._calls = Calls(self._parked, self._parent.goes_on, self._state.places, stops=True)
-        self._state.waits = self._calls.waits
-        self._acts = Acts(given.agent, given.tenant, self._state, self._calls)
-        self._aside = Aside(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
-        self._lookback = Lookback(self._state, self._approvals, self._calls, self._acts, self._conclude, self._note)
-        self._gate = Gate(self._state, given.standing, self._approvals, self._acts, self._note)
+        self._activities = ActivityRunner(self._parked, self._parent.goes_on, self._state.places, stops=True)
+        self._state.waits = self._activities.waits
+        self._tool_calls = ToolCalls(given.agent, given.tenant, self._state, self._activities)
+        self._deferred = DeferredCalls(
+            self._state, self._approvals, self._activities, self._tool_calls, self._conclude, self._note
+        )
+        self._lookback = Lookback(
+            self._state, self._approvals, self._activities, self._tool_calls, self._conclude, self._note
+        )
+        self._gate = Gate(self._state, given.standing, self._approvals, self._tool_calls, self._note)
         self._display = progress.Display(given, self._page, self._inbox.quiet)
         self._ending: Ending | None = None
         self._result: RunResult | None = None
@@ -112,8 +99,8 @@ class AgentWorkflow:
             await workflow.wait_condition(workflow.all_handlers_finished)
             # No await from here: a Signal handled now would be lost.
             carried = self._state.model_dump(mode="json", exclude_defaults=True)
-            # Nothing is replayed over this boundary and the state is a contract, so here a long run changes builds:
-            # one that never did would keep its first build's workers alive for ever.
+            # No replay crosses this boundary and the state is a contract, so a long run changes builds here. Otherwise
+            # it would keep the workers of its first build alive forever.
             workflow.continue_as_new(
                 given.model_copy(update={"state": carried}),
                 initial_versioning_behavior=ContinueAsNewVersioningBehavior.AUTO_UPGRADE,
@@ -131,11 +118,11 @@ class AgentWorkflow:
         work = asyncio.create_task(self._work())
         watch = asyncio.create_task(self._watch_deadline())
         look = asyncio.create_task(self._lookback.watch())
-        self._aside.resume()
+        self._deferred.resume()
         try:
             await workflow.wait_condition(
                 lambda: bool(
-                    work.done() or self._ending or self._continues_idle() or self._aside.broken() or look.done()
+                    work.done() or self._ending or self._continues_idle() or self._deferred.broken() or look.done()
                 )
             )
         except asyncio.CancelledError:
@@ -144,16 +131,16 @@ class AgentWorkflow:
             self._ending = Ending(RunOutcome.CANCELLED, words)
         watch.cancel()
         try:
-            if broken := self._aside.broken() or (look.exception() if look.done() else None):
+            if broken := self._deferred.broken() or (look.exception() if look.done() else None):
                 raise broken
             ending = self._ending or (work.result() if work.done() else None)
         except ActivityError as error:
-            # One that nothing stands in for, such as `check` or `settle`. The run ends by its own hand, and unwinds.
+            # An activity whose failure no code handles, such as `check` or `settle`. The run fails itself, and unwinds.
             ending = self._ending = Ending(RunOutcome.FAILED, f"gave up: {why(error)}")
-        rest = [task for task in (work, look, *self._aside.unfinished()) if not task.done()]
+        rest = [task for task in (work, look, *self._deferred.unfinished()) if not task.done()]
         for task in rest:
             task.cancel()
-        if not work.done() or self._calls.open:
+        if not work.done() or self._activities.open:
             # Tool calls settle first: an effect must not end after its undo began.
             await to_the_end(workflow.wait(rest))
         return self._ending or ending
@@ -167,8 +154,8 @@ class AgentWorkflow:
                 if ending := (await self._plan() if state.final is None else await self._finish(state.final)):
                     return ending
             under_way = (self._one(item) for item in state.calls if item.outcome is None)
-            # Collecting exceptions, because a plain gather ends with the first child that is cancelled (one that waits
-            # for a human), while an effect of another is still in flight.
+            # Collects exceptions: a plain gather would end with the first cancelled child (one that waits for a person)
+            # while an effect of another child is still in flight.
             for error in await asyncio.gather(*under_way, return_exceptions=True):
                 if error is not None:
                     raise error
@@ -183,17 +170,17 @@ class AgentWorkflow:
         return self._ending
 
     async def _close(self, ending: Ending) -> RunResult:
-        """Undoes what has to be undone and keeps the result where it outlives Temporal's retention."""
+        """Undoes what has to be undone, and stores the result where it outlives Temporal's retention."""
         self._ending = ending
-        self._state.calls = []  # what is left of them waited for a human and never began
+        self._state.calls = []  # the remaining calls waited for a person and never began
         self._approvals.close()
         if ending.outcome.unwinds and self._state.was_reset and workflow.patched("undo-beyond-reset"):
-            await self._acts.own_all()
+            await self._tool_calls.own_all()
         if ending.outcome.unwinds and self._state.saga:
             self._phase(Phase.COMPENSATING)
-            await unwind(self._state.saga, self._acts.undo, self._changed)
+            await unwind(self._state.saga, self._tool_calls.undo, self._changed)
         if ending.outcome.unwinds and self._state.seq and workflow.patched("ask-at-the-end"):
-            self._note(*await self._acts.ask_about_doubts())
+            self._note(*await self._tool_calls.ask_about_doubts())
         result = self._result = progress.result(self._given, self._state, ending)
         self._phase(Phase.ENDED)
         failed = ending.outcome is RunOutcome.FAILED
@@ -203,16 +190,16 @@ class AgentWorkflow:
             input=self._given.input if failed else None,
             requested_by=self._given.requested_by,
         )
-        more = await self._calls.run("record_end", end, list[Pending], summary=f"record: {ending.outcome}")
-        if more:  # calls in doubt that only the ledger knows of
+        more = await self._activities.run("record_end", end, list[Pending], summary=f"record: {ending.outcome}")
+        if more:  # unknown calls that only the ledger knows
             result = self._result = result.model_copy(update={"pending": [*result.pending, *more]})
-        await self._hooks.ended(result)
+        await self._webhooks.ended(result)
         return result
 
     # ------------------------------------------------------------ plan
 
     async def _plan(self) -> Ending | None:
-        """One turn. Sets the calls that it decided, or judges the final words."""
+        """Runs one turn. Sets the calls that it decided, or judges the final words."""
         state = self._state
         await self._lookback.done()
         if not state.planning:
@@ -222,7 +209,7 @@ class AgentWorkflow:
             state.planning = True
         request = PlanRequest(
             agent=self._given.agent,
-            key_base=self._acts.key_base,
+            key_base=self._tool_calls.key_base,
             turn=state.turn,
             base=state.base,
             answers=state.answers,
@@ -237,7 +224,7 @@ class AgentWorkflow:
         )
         self._phase(Phase.RUNNING)
         try:
-            planned = await self._calls.run(
+            planned = await self._activities.run(
                 "plan",
                 request,
                 PlanResult,
@@ -266,11 +253,11 @@ class AgentWorkflow:
         state.profile = planned.profile or state.profile
         self._note(*planned.notes)
         if planned.questions:
-            # The same turn goes on with the answers: what comes in meanwhile is for the next one.
+            # The same turn goes on with the answers. Notices that arrive meanwhile are for the next turn.
             state.heard = len(request.notices)
             return await self._answers(planned.questions)
         self._turns_here += 1
-        # Whatever came in while the model thought is for the next turn.
+        # Notices that arrived during the model call are for the next turn.
         del state.notices[: len(request.notices)]
         state.planning, state.answers, state.statuses = False, [], []
         state.heard, state.asked, state.replies = None, [], []
@@ -282,18 +269,18 @@ class AgentWorkflow:
         state.usage += planned.usage
         if planned.final is not None:
             return await self._finish(planned.final)
-        # Keys are allotted in decision order before anything is awaited, so a replay allots the same.
+        # Keys are allotted in decision order before any await, so a replay allots the same keys.
         state.calls = [CallState(call=call, seq=state.seq + n) for n, call in enumerate(planned.calls, 1)]
         state.seq += len(state.calls)
         return None
 
     def _tried(self, request: PlanRequest, planned: PlanResult) -> None:
-        """Keeps what the turn has used so far: it is counted also when the turn never comes to its end."""
+        """Keeps what the turn has used so far: it counts even if the turn never ends."""
         self._state.spent["turn"] = planned.usage
         request.tried = True
 
     async def _refused_turn(self, why: str) -> Ending | None:
-        """The model refuses by its policy, and no retry helps: a person lets it be asked again, or ends the run."""
+        """Asks a person what to do when the model refuses a turn by its policy, which no retry changes."""
         state = self._state
         decision = await self._approvals.ask(questions.refused_turn(state, why, workflow.now()))
         state.refused_turns += 1
@@ -302,7 +289,7 @@ class AgentWorkflow:
         return None
 
     async def _answers(self, asked: list[Question]) -> None:
-        """The agent asks: waits for all answers, and keeps them for this turn."""
+        """Puts the agent's questions to people, waits for all answers, and keeps them for this turn."""
         state = self._state
         approvals = [questions.asked(state, each, workflow.now()) for each in asked]
         for approval in approvals:
@@ -313,9 +300,9 @@ class AgentWorkflow:
                 state.replies.append(Reply(id=question.id, value=decision.answer))
 
     async def _finish(self, final: str) -> Ending | None:
-        """The model has said its final words: the end, unless something is open that the run cannot end without."""
+        """The ending after the model's final words; None when a step is missing, or the model has notices to read."""
         state = self._state
-        # No turn is left to hear what comes in, and that is no reason to undo what is done.
+        # The last turn: no turn is left to read what arrives, which is no reason to undo what is done.
         last = out_of_turns(state) is not None and workflow.patched("last-turn-ends")
         may_offer = bool(state.withdrawn) and not last and workflow.patched("offer-again")
         if may_offer and (again := offer_again(state, workflow.now())):
@@ -324,11 +311,11 @@ class AgentWorkflow:
             self._note(again)
             return None
         state.final = final
-        if self._aside.open_ends and workflow.patched("wait-for-open-ends"):
+        if self._deferred.open_ends and workflow.patched("wait-for-open-ends"):
             await self._open_ends(last)
         await self._lookback.done()
         state.final = None
-        if state.notices and not last:  # something has ended that the model does not know of: it finishes anew
+        if state.notices and not last:  # the model has to read these, and finish again
             return None
         if unread := messages.unread(state):
             self._note(f"{unread} messages came after the last turn that the run may take: the agent has not read them")
@@ -340,7 +327,7 @@ class AgentWorkflow:
         return None
 
     async def _open_ends(self, last: bool) -> None:
-        """Waits for what the run cannot end without: a service, a person, or first the one and then the other."""
+        """Waits for what must be settled before the end: by a service, a person, or one after the other."""
         state = self._state
         goes_on = False
         follow = workflow.patched("holds-what-is-asked-later")
@@ -348,7 +335,7 @@ class AgentWorkflow:
             held = questions.held(state)
             self._approvals.hold_for(held)
             if held and state.phase is Phase.PARKED:
-                self._phase(Phase.RUNNING)  # shown as waiting for a person, because it holds for one
+                self._phase(Phase.RUNNING)  # `_changed` makes it WAITING_HUMAN: the run now waits for a person
             elif state.deferred and not held:
                 self._phase(Phase.PARKED)
                 self._parent.stands_still()
@@ -360,7 +347,7 @@ class AgentWorkflow:
         self._phase(Phase.RUNNING)
 
     def _can_go_on(self, last: bool) -> bool:
-        return not self._aside.open_ends or (messages.unread(self._state) > 0 and not last)
+        return not self._deferred.open_ends or (messages.unread(self._state) > 0 and not last)
 
     # ------------------------------------------------------------ gate, human, act
 
@@ -379,25 +366,25 @@ class AgentWorkflow:
         self._conclude(item)
 
     def _conclude(self, item: CallState) -> None:
-        """Accounts for the outcome, and asks a person about one that the platform cannot settle."""
+        """Accounts for the outcome, and asks a person if the platform cannot settle it."""
         assert item.outcome is not None
         self._state.account(item)
         self._note(*item.outcome.notes)
-        self._aside.ask(item)
+        self._deferred.ask(item)
         self._changed()
 
     async def _act(self, item: CallState) -> Outcome:
         item.acting = True
-        outcome = await self._acts.tool(item.call, item.seq, workflow.now())
+        outcome = await self._tool_calls.tool(item.call, item.seq, workflow.now())
         if outcome.wait is None:
             return outcome
         self._note(outcome.wait.why)
-        return self._aside.put_off(item, outcome.wait)
+        return self._deferred.put_off(item, outcome.wait)
 
     # ------------------------------------------------------------ time
 
     async def _watch_deadline(self) -> None:
-        """Ends the run when its time is used up. The clock stands still while a human is asked."""
+        """Ends the run when its time is used up. The clock stops while the run waits for a person."""
         state, approvals = self._state, self._state.approvals
         while self._ending is None:
             await workflow.wait_condition(lambda: state.profile is not None and approvals.asked_since is None)
@@ -415,41 +402,42 @@ class AgentWorkflow:
                 continue
 
     def _is_long(self) -> bool:
-        """Time to continue as new."""
+        """Whether it is time to continue as new."""
         profile = self._state.profile
         limit = profile is not None and self._turns_here >= profile.turns_per_execution
         return limit or workflow.info().is_continue_as_new_suggested()
 
     def _continues_idle(self) -> bool:
-        """Nothing is open but a human's answer or a park, and the history is long."""
+        """Whether the run only waits for a person or is parked, and its history is long."""
         idle = self._state.approvals.blocking or self._state.phase is Phase.PARKED
         return bool(idle) and self._at_rest() and self._is_long()
 
     def _at_rest(self) -> bool:
-        return self._calls.open == 0 and self._hooks.idle and not self._lookback.due
+        return self._activities.open == 0 and self._webhooks.idle and not self._lookback.due
 
-    # ------------------------------------------------------------ what the world says and sees
+    # ------------------------------------------------------------ Signals, Updates and queries
 
     @workflow.signal(name="decide", description="Answers an approval: approval_id, verdict, approver")
     async def decide(self, *payload: Any) -> None:
         await self._approvals.foresee(*payload)
         await self._inbox.take(lambda: self._approvals.decide(*payload))
 
-    @workflow.update(name="decide", description="The same as the Signal, answered with what became of it")
+    @workflow.update(name="decide", description="The same as the Signal, answered with what came of it")
     async def decide_now(self, *payload: Any) -> DecisionReply:
         await self._approvals.foresee(*payload)
         return await self._inbox.take(lambda: self._approvals.decide(*payload))
 
-    @workflow.signal(name="message", description="Says something to the run: text, by")
+    @workflow.signal(name="message", description="Sends a message to the run: text, by")
     async def message(self, *payload: Any) -> None:
         await self._inbox.take(lambda: self._hear(*payload))
 
-    @workflow.update(name="message", description="The same as the Signal, answered with what becomes of it")
+    @workflow.update(name="message", description="The same as the Signal, answered with what comes of it")
     async def message_now(self, *payload: Any) -> DecisionReply:
         return await self._inbox.take(lambda: self._hear(*payload))
 
-    @workflow.signal(name=resets.SIGNAL, description="The sweep tells that it has reset this run")
+    @workflow.signal(name=resets.SIGNAL, description="Sent by the sweep: it has reset this run")
     async def was_reset(self, *payload: Any) -> None:
+        await self._approvals.foreseen()
         await self._inbox.take(lambda: self._reset(*payload))
 
     def _reset(self, *payload: Any) -> None:
@@ -457,12 +445,12 @@ class AgentWorkflow:
             self._note(told.words)
             self._approvals.recall()
         else:
-            self._note(f"Signal {resets.SIGNAL} ignored: it is the sweep's own, and this one is not readable")
+            self._note(f"Signal {resets.SIGNAL} ignored: only the sweep sends it, and its payload is not valid")
         self._display.page()
 
     @workflow.signal(dynamic=True, description="Any other name: noted, and nothing else")
     async def other(self, name: str, _: Sequence[RawValue]) -> None:
-        """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
+        """Takes a Signal of any other name. Raw, because Temporal drops what cannot be converted without a trace."""
         await self._inbox.take(lambda: self._unknown(name))
 
     def _unknown(self, name: str) -> None:
@@ -497,9 +485,9 @@ class AgentWorkflow:
     def _parked(self, wait: Wait | None) -> None:
         if wait:
             self._note(wait.why)
-            if wait.service:  # a rate limit is over soon, and shared: another run would only wait as well
+            if wait.service:  # not for a rate limit: it is over soon, and another run would wait for it too
                 self._parent.stands_still()
-        if not wait and self._calls.waits and workflow.patched("parked-until-all-go-on"):
+        if not wait and self._activities.waits and workflow.patched("parked-until-all-go-on"):
             return
         if self._state.phase is Phase.COMPENSATING and workflow.patched("says-what-it-undoes"):
             self._changed()

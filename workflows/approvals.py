@@ -1,7 +1,7 @@
-"""Asking a human: may this call run, how did that one end, what does the agent not know; and the decisions that answer.
+"""Requests to people (may this call run, how did that call end, what does the agent need to know) and their decisions.
 
-A decision is checked before it changes anything; one that is bad, late, double or for another request changes nothing
-and is noted. The state survives continue-as-new, so asking again under the same id finds its answer.
+A decision is checked before it changes anything. A decision that is invalid, late, repeated or for another request
+changes nothing and is noted. The state survives continue-as-new, so asking again under the same id finds the answer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import BaseModel
 from temporalio import workflow
 
-from holdfast import door
-from holdfast.contracts import Approval, ApprovalDecision, DecidedApproval, DecisionReply, Verdict
-from holdfast.door import T
-from holdfast.wording import did_you_mean
+from holdfast.contracts import door
+from holdfast.contracts.door import T
+from holdfast.contracts.people import Approval, ApprovalDecision, DecidedApproval, DecisionReply, Verdict
+from holdfast.contracts.wording import did_you_mean
 
 PAST = {
     Verdict.APPROVE: "approved",
@@ -37,39 +37,39 @@ VERDICTS = {
 }
 
 MAX_DECISION = 2_000_000
-"""Bytes of a decision as JSON. What Temporal itself takes: so no history holds a larger one that was accepted."""
+"""Bytes of a decision as JSON. Temporal's own limit, so no history holds a larger decision that was accepted."""
 
 
 MAX_EARLY = 20
 MOMENT = timedelta(milliseconds=10)
-"""How long a decision about a request that is not open waits for it: until the next workflow task."""
+"""How long a decision waits for its request to open: until the next workflow task."""
 
 
 class ApprovalsState(BaseModel):
     open: dict[str, Approval] = {}
     decided: dict[str, DecidedApproval] = {}
     asked_since: datetime | None = None
-    """When the run began to wait for a human; None while it waits for none."""
+    """When the run began to wait for a person; None while it waits for nobody."""
     waited_s: float = 0.0
     """Seconds waited before `asked_since`."""
     held: list[str] = []
     """Requests of kind `outcome` that the run cannot end without."""
     withdrawn: dict[str, str] = {}
-    """Requests of kind `outcome` that have answered themselves, and how."""
+    """Requests of kind `outcome` that no longer need an answer, and why."""
     early: dict[str, ApprovalDecision] = {}
     """The last decisions about requests that were not open. They count only if the run was reset after them."""
     recalled: dict[str, ApprovalDecision] = {}
-    """Those that the server has sent again after a reset: each counts as soon as its request is open again."""
+    """Early decisions that the server sent again after a reset: each counts as soon as its request is open again."""
 
     @property
     def blocking(self) -> list[Approval]:
-        """The open requests that somebody's work waits for."""
+        """The open requests that the run waits for."""
         return [a for a in self.open.values() if a.kind != "outcome" or a.id in self.held]
 
 
 class Approvals:
-    """The approvals of one run. `note` records what was ignored, `changed` tells that the state is another,
-    `opened` that somebody is asked something new."""
+    """The approvals of one run. `note` is called with each decision that was ignored, `changed` after each change of
+    the state, `opened` with each new request."""
 
     def __init__(
         self,
@@ -85,14 +85,14 @@ class Approvals:
         self._moment: asyncio.Task[None] | None = None
 
     async def ask(self, approval: Approval) -> ApprovalDecision:
-        """Blocks until a human decides, for days if need be; nothing is held in a worker meanwhile."""
+        """Waits until a person decides, for days if need be, without holding anything in a worker."""
         self.open(approval)
         decided = self.state.decided
         await workflow.wait_condition(lambda: approval.id in decided)
         return decided[approval.id].decision
 
     def open(self, approval: Approval) -> None:
-        """Asks and does not wait. Asking again under the same id changes nothing."""
+        """Opens a request and does not wait. Opening it again under the same id changes nothing."""
         if not self.asked(approval.id):
             self.state.open[approval.id] = approval
             self._keep_time()
@@ -102,14 +102,14 @@ class Approvals:
             self._opened(approval)
 
     def recall(self) -> None:
-        """After a reset: what people have answered before it counts."""
+        """After a reset: makes the decisions count that people sent before it."""
         self.state.recalled |= self.state.early
         self.state.early.clear()
         for name in list(self.state.open):
             self._answered_before(name)
 
     def _answered_before(self, name: str) -> bool:
-        """Takes the answer that was given before the reset. It is bound to what was shown like any other."""
+        """Takes the decision that was sent before the reset. Its digest is checked like any other."""
         if (decision := self.state.recalled.pop(name, None)) is None:
             return False
         reply = self._take(decision)
@@ -124,14 +124,14 @@ class Approvals:
         return state.decided[approval_id].decision if approval_id in state.decided else None
 
     def withdraw(self, approval_id: str, why: str) -> None:
-        """The question has answered itself."""
+        """Closes a request that no longer needs an answer."""
         if self.state.open.pop(approval_id, None):
             self.state.withdrawn[approval_id] = why
             self._keep_time()
             self.changed()
 
     def hold_for(self, approval_ids: list[str]) -> None:
-        """From now on nothing goes on without these answers, so the clock stands still for them too."""
+        """Marks the requests that the run now waits for: the run's clock stops for them too."""
         if approval_ids != self.state.held:
             self.state.held = approval_ids
             self._keep_time()
@@ -141,10 +141,11 @@ class Approvals:
         return approval_id in self.state.open or approval_id in self.state.decided
 
     async def foresee(self, *payload: Any) -> None:
-        """Waits a moment when a decision is about a request that is not open.
+        """Waits a moment when the request of a decision is not open yet.
 
-        A query may show a request before the workflow task that opens it is complete. A person who answers at once is
-        then heard in the same task again, and the SDK brings Signals and Updates before results of activities.
+        A query may show a request before the workflow task that opens it is complete. The decision of a person who
+        answers at once is then handled in that same task, where the SDK delivers Signals and Updates before results of
+        activities.
         """
         name = payload[0].get("approval_id") if payload and isinstance(payload[0], dict) else None
         if not isinstance(name, str) or self.asked(name) or name in self.state.withdrawn:
@@ -155,8 +156,13 @@ class Approvals:
             self._moment = asyncio.create_task(self._pass())
         await asyncio.wait([self._moment])
 
+    async def foreseen(self) -> None:
+        """Waits until the decisions that came before this have been taken: a recall counts those that came early."""
+        if self._moment and not self._moment.done():
+            await asyncio.wait([self._moment])
+
     async def _pass(self) -> None:
-        """One for all that wait: a condition each would be looked at again and again."""
+        """One condition for all early decisions: the SDK would check one for each again and again."""
         before = len(self.state.open)
         with suppress(TimeoutError):
             await workflow.wait_condition(
@@ -164,7 +170,7 @@ class Approvals:
             )
 
     def decide(self, *payload: Any) -> DecisionReply:
-        """Takes one decision. Never raises, and takes anything: a typed handler would drop what does not decode."""
+        """Takes one decision of any shape. Never raises: a typed handler would drop what does not decode."""
         reply = self._decide(payload)
         if not reply.accepted:
             self._note(reply.message)
@@ -212,13 +218,13 @@ class Approvals:
         return DecisionReply(accepted=True, message=f"{name}: {decision.verdict} recorded")
 
     def close(self) -> None:
-        """The run no longer waits: what is still open can no longer be decided."""
+        """Closes all open requests when the run ends: nobody can decide them any more."""
         self.state.open.clear()
         self._keep_time()
         self.changed()
 
     def _keep_time(self) -> None:
-        """Starts or stops the count of the time in which the run waits for people."""
+        """Starts or stops counting the time that the run waits for people."""
         state, now = self.state, workflow.now()
         if state.blocking:
             state.asked_since = state.asked_since or now
@@ -228,7 +234,7 @@ class Approvals:
 
 
 def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:
-    """The decision, or what is wrong with it in words."""
+    """The decision, or a text that says what is wrong with it."""
     if (size := len(json.dumps(payload, default=str, ensure_ascii=False).encode())) > MAX_DECISION:
         return f"it has {size:,} bytes, and at most {MAX_DECISION:,} are taken"
     example = '{"approval_id": "…", "verdict": "approve", "approver": "…"}'
@@ -245,7 +251,7 @@ def _parse(payload: tuple[Any, ...]) -> ApprovalDecision | str:
 
 
 def parse(kind: type[T], payload: tuple[Any, ...], example: str) -> T | str:
-    """What a person sent, as this kind, or what is wrong with it in words: one JSON object is expected."""
+    """One JSON object that a person sent, as this kind, or a text that says what is wrong with it."""
     if len(payload) != 1 or not isinstance(payload[0], dict):
         got = json.dumps(payload[0] if len(payload) == 1 else list(payload), default=str)[:200]
         return f"expected one JSON object like {example}, got {got}"
@@ -255,7 +261,7 @@ def parse(kind: type[T], payload: tuple[Any, ...], example: str) -> T | str:
         problem = str(error)
     with suppress(door.Unfit):
         before = door.parsed(kind, payload[0])
-        # A run from before this check may have taken it: its replay has to take it again.
+        # A run that is older than this check may have accepted it: its replay has to accept it again.
         if not workflow.patched("checked-at-the-door"):
             return before
     return problem

@@ -1,7 +1,7 @@
-"""A batch: one run of an agent for each item, a window of them at a time, each a child of its own.
+"""A batch: one run of an agent for each item, each a child workflow, a window of them at a time.
 
-No I/O: listing the items and writing the batch's report are activities. What survives continue-as-new is `BatchState`:
-a cursor and counts. A batch continues as new only when none of its children is open.
+No I/O: listing the items and writing the batch's report are activities. Only `BatchState`, a cursor and counts,
+survives continue-as-new. A batch continues as new only when none of its children is open.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ with workflow.unsafe.imports_passed_through():
     from pydantic import ValidationError
 
     from holdfast.aio import to_the_end
-    from holdfast.batch import BatchInput, BatchReport, BatchState, ChildNews, Item, ItemFailure, ItemPage, ListRequest
-    from holdfast.contracts import (
-        AgentInput,
-        Items,
-        Pending,
-        Phase,
-        RunEnd,
-        RunOutcome,
-        RunResult,
-        RunStatus,
-        Wait,
-        key_base,
+    from holdfast.contracts.batch import (
+        BatchInput,
+        BatchReport,
+        BatchState,
+        ChildNews,
+        Item,
+        ItemFailure,
+        ItemPage,
+        ListRequest,
     )
-    from holdfast.reliability.errors import ErrorType
-    from holdfast.temporal import AGENT, STATUS, TENANT
-    from workflows import batching, messages
-    from workflows.calls import Calls, why
-    from workflows.given import BATCH, MAX_NAME, start
+    from holdfast.contracts.failures import ErrorType
+    from holdfast.contracts.run import AgentInput, Items, Pending, Phase, RunEnd, RunOutcome, RunResult, RunStatus
+    from holdfast.contracts.tool_call import key_base
+    from holdfast.contracts.turn import Wait
+    from holdfast.engine.client import AGENT, STATUS, TENANT
+    from workflows import batch_decisions, messages
+    from workflows.activity_runner import ActivityRunner, why
     from workflows.inbox import Inbox
+    from workflows.start_input import BATCH, MAX_NAME, start
     from workflows.state import Ending
 
 LIST_S = 300.0
 REPORT_S = 300.0
 DEADLINE_S = 86_400.0
-"""Over all tries to list the items, or to write the report."""
+"""Time for all attempts to list the items, or to write the report."""
 TASK_TIMEOUT = timedelta(seconds=5)
 
 
@@ -68,12 +68,12 @@ class BatchWorkflow:
             else BatchState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
         self._inbox = Inbox()
-        self._calls = Calls(self._waits)
+        self._activities = ActivityRunner(self._waits)
         self._ahead: list[Item] = []
         self._open: dict[str, asyncio.Task[None]] = {}
         """By the child's workflow id."""
         self._heard: dict[str, int] = {}
-        """The last news of each open child that ever stood still: odd while it does."""
+        """Number of the last `child` Signal of each open child that sent one: odd while the child waits."""
         self._started_here = 0
         self._changes = 0
         self._broken: BaseException | None = None
@@ -95,7 +95,7 @@ class BatchWorkflow:
         if ending is None:
             await workflow.wait_condition(workflow.all_handlers_finished)
             # No await from here: a Signal handled now would be lost.
-            self._state.listed = False  # what was listed and not started is listed again
+            self._state.listed = False  # the next execution lists again what was not started
             carried = self._state.model_dump(mode="json", exclude_defaults=True)
             workflow.continue_as_new(
                 given.model_copy(update={"state": carried}),
@@ -111,7 +111,7 @@ class BatchWorkflow:
         return result
 
     async def _work(self) -> Ending | None:
-        """Starts items as there is room, until all have ended; None when the batch should continue as new."""
+        """Starts items while there is room, until all have ended. None when the batch should continue as new."""
         state = self._state
         self._changed()
         while True:
@@ -129,7 +129,7 @@ class BatchWorkflow:
                 if not more and not state.total:
                     return Ending(RunOutcome.FAILED, f"there are no {self._unit}")
                 if not more:
-                    return batching.judge(state)
+                    return batch_decisions.judge(state)
                 if self._is_long():
                     await self._drained()
                     self._heed()
@@ -137,24 +137,24 @@ class BatchWorkflow:
             await self._news()
 
     async def _news(self) -> None:
-        """Waits until something has changed. Raises what a bug in one of the tasks has raised."""
+        """Waits until something has changed. Raises the exception of a task that a bug ended."""
         seen = self._changes
         await workflow.wait_condition(lambda: self._changes != seen)
         if self._broken:
             raise self._broken
 
     def _heed(self) -> None:
-        """An activity that has ended before it hears of the batch's cancellation swallows it."""
+        """Raises the cancellation again: an activity that ends before it hears of the cancellation swallows it."""
         if workflow.cancellation_reason() is not None and workflow.patched("cancelled-within-an-activity"):
             raise asyncio.CancelledError
 
     async def _list(self) -> str:
-        """Takes in the next items; why that cannot be, else nothing."""
+        """Lists the next items. Returns why that failed, or an empty string."""
         state = self._state
         request = ListRequest(batch=self._given.batch, input=self._given.input, after=state.after)
         queue = state.profile.queue if state.profile else self._given.queue
         try:
-            page = await self._calls.run(
+            page = await self._activities.run(
                 "list_items",
                 request,
                 ItemPage,
@@ -168,23 +168,23 @@ class BatchWorkflow:
         state.profile = page.profile or state.profile
         total = state.done + state.failed + len(self._open) + page.left
         if total < state.total:
-            self._note(f"{state.total - total} of the {self._unit} that were there are there no longer")
+            self._note(f"{state.total - total} of the {self._unit} are no longer in the list")
         state.total = total
         self._ahead, state.listed = page.items, len(page.items) == page.left
         state.phase = Phase.RUNNING
         if not state.marks:
-            batching.mark(state, workflow.now())
+            batch_decisions.mark(state, workflow.now())
         self._changed()
         return ""
 
     async def _drained(self) -> None:
-        """Waits for all that is open."""
+        """Waits until no child and no report is open."""
         await workflow.wait_condition(lambda: not self._open)
         if self._report:
             await self._report
 
     async def _cancelled(self, reason: str | None) -> Ending:
-        """No new children; those there are unwind what they did, and are waited for."""
+        """Starts no new children, and waits until the open ones have unwound what they did."""
         self._ending = Ending(RunOutcome.CANCELLED, f"cancelled: {reason}" if reason else "cancelled")
         self._state.phase = Phase.COMPENSATING
         self._changed()
@@ -194,20 +194,20 @@ class BatchWorkflow:
         return self._ending
 
     async def _close(self, ending: Ending) -> RunResult:
-        """Writes the last report, and keeps the result where it outlives Temporal's retention."""
+        """Writes the last report, and stores the result where it outlives Temporal's retention."""
         state = self._state
         if self._report:
             await self._report
         if state.profile:
             await self._reported(ended=True)
         if ending.outcome in (RunOutcome.COMPLETED, RunOutcome.PARTIAL):
-            ending = batching.judge(state)  # the report has said where the results are
+            ending = batch_decisions.judge(state)  # the report returns where the results are
         self._ending, state.phase = ending, Phase.ENDED
-        result = self._result = batching.result(self._given, state, self._items(), ending)
+        result = self._result = batch_decisions.result(self._given, state, self._items(), ending)
         self._changed()
         failed = ending.outcome is RunOutcome.FAILED
         end = RunEnd(tenant=self._given.tenant, result=result, input=self._given.input if failed else None)
-        await self._calls.run("record_end", end, list[Pending], summary=f"record: {ending.outcome}")
+        await self._activities.run("record_end", end, list[Pending], summary=f"record: {ending.outcome}")
         return result
 
     # ------------------------------------------------------------ one item
@@ -221,7 +221,7 @@ class BatchWorkflow:
         self._changed()
 
     def _gone(self, child: str, task: asyncio.Task[None]) -> None:
-        # Here and not in the task: one that is cancelled at once never begins.
+        # Here and not in the task: a task that is cancelled at once never begins.
         self._open.pop(child, None)
         self._heard.pop(child, None)
         self._broken = self._broken or (None if task.cancelled() else task.exception())
@@ -259,23 +259,23 @@ class BatchWorkflow:
         except ChildWorkflowError as error:
             result, failed = _ended(error)
         except asyncio.CancelledError:
-            failed = "cancelled before it had begun"
+            failed = "cancelled before it began"
         self._open.pop(child)
         self._heard.pop(child, None)
         if self._ending is None or failed is None:
             name = ItemFailure(id=item.id, name=item.name, why=failed[:300]) if failed else None
-            batching.count(state, result, name)
+            batch_decisions.count(state, result, name)
             self._progress(name)
 
     def _progress(self, failure: ItemFailure | None) -> None:
-        """Every few items a mark, a note and a report; one report at a time."""
+        """Every few items: a mark for the rate, a note and a report. One report at a time."""
         state = self._state
         assert state.profile is not None
         if failure:
             self._note(f"{failure.name} failed: {failure.why}")
         if (state.done + state.failed) % state.profile.every == 0:
-            batching.mark(state, workflow.now())
-            self._note(batching.tally(state, self._items()))
+            batch_decisions.mark(state, workflow.now())
+            self._note(batch_decisions.tally(state, self._items()))
         due = state.done + state.failed - state.reported >= state.profile.every
         if due and self._ending is None and (self._report is None or self._report.done()):
             self._report = asyncio.create_task(self._reported())
@@ -287,7 +287,7 @@ class BatchWorkflow:
             batch=self._given.batch, input=self._given.input, items=counts, failures=state.failures, ended=ended
         )
         try:
-            state.words = await self._calls.run(
+            state.words = await self._activities.run(
                 "report_batch",
                 report,
                 str,
@@ -305,20 +305,20 @@ class BatchWorkflow:
 
     def _has_room(self) -> bool:
         profile = self._state.profile
-        return profile is not None and batching.has_room(profile, len(self._open), self._parked())
+        return profile is not None and batch_decisions.has_room(profile, len(self._open), self._parked())
 
     def _is_long(self) -> bool:
         profile, info = self._state.profile, workflow.info()
         full = profile is not None and self._started_here >= profile.items_per_execution
         full = full or info.is_continue_as_new_suggested()
-        return batching.is_long(full, info.get_current_history_length(), self._parked())
+        return batch_decisions.is_long(full, info.get_current_history_length(), self._parked())
 
     def _parked(self) -> int:
         return sum(n % 2 for n in self._heard.values())
 
-    # ------------------------------------------------------------ what the world says and sees
+    # ------------------------------------------------------------ Signals and queries
 
-    @workflow.signal(name="child", description="Sent by the batch's own runs: one stands still, or goes on")
+    @workflow.signal(name="child", description="Sent by the batch's own runs: the run waits, or goes on")
     async def child(self, *payload: Any) -> None:
         await self._inbox.take(lambda: self._hear(*payload))
 
@@ -326,14 +326,14 @@ class BatchWorkflow:
         try:
             news = ChildNews.model_validate(payload[0] if payload else None)
         except ValidationError:
-            return  # not of a child of ours
+            return  # not sent by a child of this batch
         if news.id in self._open and news.n > self._heard.get(news.id, 0):
             self._heard[news.id] = news.n
             self._changed()
 
     @workflow.signal(dynamic=True, description="Any other name: noted, and nothing else")
     async def other(self, name: str, _: Sequence[RawValue]) -> None:
-        """A Signal of another name. Raw, because what cannot be converted would be dropped without a trace."""
+        """Takes a Signal of any other name. Raw, because Temporal drops what cannot be converted without a trace."""
         await self._inbox.take(lambda: self._unknown(name))
 
     def _unknown(self, name: str) -> None:
@@ -342,7 +342,7 @@ class BatchWorkflow:
 
     @workflow.query(description="What the batch is doing")
     def status(self) -> RunStatus:
-        return batching.status(self._given, self._state, self._items(), self._ending, workflow.now())
+        return batch_decisions.status(self._given, self._state, self._items(), self._ending, workflow.now())
 
     @workflow.query(description="The result, or null while the batch goes on")
     def result(self) -> RunResult | None:
@@ -353,7 +353,7 @@ class BatchWorkflow:
         return self._state.profile.unit if self._state.profile else "items"
 
     def _items(self) -> Items:
-        return batching.items(self._state, len(self._open), self._parked())
+        return batch_decisions.items(self._state, len(self._open), self._parked())
 
     def _waits(self, wait: Wait | None) -> None:
         if wait:
@@ -376,12 +376,12 @@ class BatchWorkflow:
     def _page(self) -> None:
         state, info = self._state, workflow.info()
         workflow.set_current_details(
-            batching.page(self._given, info.workflow_id, state, self._items(), self._ending, workflow.now())
+            batch_decisions.page(self._given, info.workflow_id, state, self._items(), self._ending, workflow.now())
         )
 
 
 def _ended(error: ChildWorkflowError) -> tuple[RunResult | None, str]:
-    """What a child that did not complete leaves: its result if it gave one, and why."""
+    """The result of a child that did not complete, if it has one, and why it did not."""
     cause = error.cause
     if isinstance(cause, ApplicationError):
         try:

@@ -1,4 +1,4 @@
-"""What a call has to pass before it may run: what stands from a run before, what is unknown, a person's yes."""
+"""The checks before a call may run: effects that still stand from an earlier run, unknown outcomes, and approval."""
 
 from __future__ import annotations
 
@@ -6,32 +6,41 @@ from collections.abc import Callable
 
 from temporalio import workflow
 
-from holdfast.contracts import ApprovalDecision, Effect, Outcome, OutcomeStatus, Standing, ToolCall, ToolPolicy, Verdict
+from holdfast.contracts.people import ApprovalDecision, Verdict
+from holdfast.contracts.profile import Effect, ToolPolicy
+from holdfast.contracts.run import Standing
+from holdfast.contracts.tool_call import Outcome
+from holdfast.contracts.turn import OutcomeStatus, ToolCall
 from workflows import questions
-from workflows.acts import Acts
 from workflows.approvals import Approvals
 from workflows.lookback import void
 from workflows.state import CallState, RunState
+from workflows.tool_calls import ToolCalls
 
 
 class Gate:
-    """The gate of one run. Policy and budget will ask here as well."""
+    """The gate of one run. The place for policy and budget checks too."""
 
     def __init__(
-        self, state: RunState, standing: list[Standing], approvals: Approvals, acts: Acts, note: Callable[[str], None]
+        self,
+        state: RunState,
+        standing: list[Standing],
+        approvals: Approvals,
+        tool_calls: ToolCalls,
+        note: Callable[[str], None],
     ) -> None:
         self._state = state
         self._all_standing = standing
         self._approvals = approvals
-        self._acts = acts
+        self._tool_calls = tool_calls
         self._note = note
 
     async def outcome(self, item: CallState) -> Outcome | None:
-        """The outcome of a call that must not run, or None when it may, perhaps with other arguments."""
+        """The outcome of a call that must not run; None when it may run, perhaps with edited arguments."""
         return void(self._state, item) or self._standing(item.call) or await self._pass(item)
 
     def _standing(self, call: ToolCall) -> Outcome | None:
-        """What a call did in the failed run that this one replays, and what was not undone: it is not done twice."""
+        """The result of an earlier call whose effect still stands: it answers this call, so nothing is done twice."""
         for each in (*self._all_standing, *self._state.standing):
             if each.tool == call.tool and each.key not in self._state.stood:
                 self._state.stood.append(each.key)
@@ -68,7 +77,7 @@ class Gate:
 
     async def _edit(self, item: CallState, decision: ApprovalDecision) -> bool:
         """Gives the call the edited arguments, if the tool takes them."""
-        checked = await self._acts.check(item, decision.arguments or {})
+        checked = await self._tool_calls.check(item, decision.arguments or {})
         if checked.problem:
             item.edits.append(checked.problem)
             self._note(f"edit of {decision.approver} ignored: {checked.problem}")
@@ -78,11 +87,14 @@ class Gate:
         return True
 
     def _refused(self, call: ToolCall, policy: ToolPolicy) -> Outcome | None:
-        """A call with an effect while another of its tool is unknown: its key is new, so it would be blind."""
+        """Refuses a call while another call of its tool is deferred; one with an effect also while another is unknown.
+
+        Its idempotency key is new, so it could do the same thing twice.
+        """
         if deferred := self._state.put_off(call.tool):
             return Outcome(status=OutcomeStatus.ERROR, content=f"refused: {questions.deferral(deferred).content}")
         unknown = self._state.unknown(call.tool)
         if not unknown or policy.effect is Effect.READ:
             return None
-        text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown and waits for a person"
+        text = f"refused: the outcome of call #{unknown} of {call.tool} is unknown, and a person has to settle it first"
         return Outcome(status=OutcomeStatus.ERROR, content=text)

@@ -1,8 +1,9 @@
-"""What comes from outside while a run works: Signals and Updates, taken one at a time.
+"""Signals and Updates that arrive while a run works, taken one at a time.
 
-How many of them a workflow task brings depends on the speed of workers and of the server. So two that come together
-must do what they do when they come apart: everything that follows from the first, in whatever coroutine, is scheduled
-before the second is taken. Otherwise the order of the commands would depend on how they were batched.
+How many of them one workflow task carries depends on the speed of the workers and of the server. Two that arrive
+together must have the same effect as two that arrive apart: the inbox takes the second only when everything that
+follows from the first, in any coroutine, is scheduled. Otherwise the order of the commands would depend on the
+batching.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TypeVar
 from temporalio import workflow
 
 ROUNDS = 8
-"""How long a chain of `wait_condition`s may be of which each waits for the one before."""
+"""The longest supported chain of `wait_condition`s in which each waits for the one before."""
 
 T = TypeVar("T")
 
@@ -25,25 +26,25 @@ class Inbox:
         self._in_turn: bool | None = None
 
     def quiet(self) -> bool:
-        """Nothing is being taken and nothing waits to be."""
+        """Whether no item is being taken and none is queued."""
         return not self._turn.locked()
 
     async def take(self, act: Callable[[], T]) -> T:
-        """Runs `act` when its turn has come; what it says. `act` changes the state at once and waits for nothing.
+        """Runs `act` when its turn has come, and returns its result. `act` changes the state at once, without awaiting.
 
-        A handler does nothing but call this, and is unfinished until its item is taken: a run that waits for
-        `all_handlers_finished` before it ends or continues as new leaves nothing behind.
+        A handler only calls this, and is unfinished until its item is taken. So a run that waits for
+        `all_handlers_finished` before it ends or continues as new loses no item.
         """
         if self._in_turn is None:
-            # Decided by the first item that the run ever gets, which is the same one however items are batched. A run
-            # that got one before there was an inbox goes on without it.
+            # The first item of the run decides, and it is the same one however items are batched. A run that got an
+            # item before the inbox existed goes on without it.
             self._in_turn = workflow.patched("one-item-at-a-time")
         if not self._in_turn:
             return act()
         async with self._turn:
             said = act()
             for _ in range(ROUNDS):
-                # Conditions are looked at when no coroutine can go on: each round lets through those that have become
-                # true, and all that they wake goes as far as it can.
+                # The SDK checks conditions when no coroutine can proceed. Each round resumes those that have become
+                # true, and everything they wake runs as far as it can.
                 await workflow.wait_condition(lambda: True)
             return said

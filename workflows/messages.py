@@ -1,14 +1,14 @@
-"""What people say to a run while it works: checked, then kept for the next turn.
+"""Messages that people send to a run while it works: checked, then kept for the next turn.
 
-A call in flight is not interrupted, and nothing that waits is answered by it: the model reads it beside the outcomes.
+A message neither interrupts a call in flight nor answers a request: the model reads it beside the outcomes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from holdfast.contracts import DecisionReply, Message
-from holdfast.wording import did_you_mean
+from holdfast.contracts.people import DecisionReply, Message
+from holdfast.contracts.wording import did_you_mean
 from workflows.approvals import parse
 from workflows.state import RunState
 
@@ -17,12 +17,12 @@ MAX_UNREAD = 20
 
 
 def unread(state: RunState) -> int:
-    """How many messages no turn has heard yet."""
+    """How many messages no turn has read yet."""
     return sum(notice.startswith(PREFIX) for notice in state.notices[state.heard or 0 :])
 
 
 def take(state: RunState, payload: tuple[Any, ...], ended: bool) -> DecisionReply:
-    """Takes one message. Never raises: a Signal that does not decode would be lost without a trace."""
+    """Takes one message. Never raises, because Temporal drops a Signal that does not decode without a trace."""
     message = parse(Message, payload, '{"text": "…", "by": "…"}')
     if isinstance(message, str):
         return _ignored(message)
@@ -37,7 +37,7 @@ def take(state: RunState, payload: tuple[Any, ...], ended: bool) -> DecisionRepl
 
 
 def unknown_signal(name: str, known: tuple[str, ...], kind: str) -> str:
-    """What is noted of a Signal that no handler takes. known: those that a run of this kind takes from people."""
+    """The note about a Signal without a handler. known: the Signals that this kind of run takes from people."""
     takes = f"it takes {' and '.join(known)}" if known else "it takes none from people; send it to one of its runs"
     return f"signal {name[:80]!r} ignored: {kind} has no such signal{did_you_mean(name, known)} ({takes})"
 

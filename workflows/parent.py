@@ -1,4 +1,4 @@
-"""A run that was started by a batch tells it when it stands still, so that another item gets its place meanwhile."""
+"""Tells the batch that started a run when the run waits, so that another item gets its place meanwhile."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import asyncio
 from temporalio import workflow
 from temporalio.exceptions import FailureError
 
-from holdfast.batch import ChildNews
+from holdfast.contracts.batch import ChildNews
 from workflows.state import RunState
 
 
 class Parent:
-    """Says nothing when there is none. What was told is in the state: a run that continues as new says nothing twice.
+    """Does nothing for a run without a batch. The state has what was told, so continue-as-new repeats no Signal.
 
-    A run that is tried again and waits again has stood still all the time: only what has really gone on counts, or the
-    children of a service that is down for hours would fill the batch's history.
+    A run whose call is tried again and waits again has waited all the time. Only real progress is reported; otherwise
+    the children that wait for a service that is down for hours would fill the batch's history.
     """
 
     def __init__(self, state: RunState) -> None:
@@ -42,5 +42,5 @@ class Parent:
         try:
             await workflow.get_external_workflow_handle(self._batch.workflow_id).signal("child", news)
         except FailureError as error:
-            # It was terminated, and asks this run to cancel: whether it has heard of us is all the same.
-            workflow.logger.info("the batch %s does not hear: %s", self._batch.workflow_id, error)
+            # The batch was terminated, and its close policy cancels this run: the Signal no longer matters.
+            workflow.logger.info("cannot signal the batch %s: %s", self._batch.workflow_id, error)

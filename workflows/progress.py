@@ -1,4 +1,4 @@
-"""What a run tells its readers: a line, a percentage, a page for the Web UI, search attributes, the result."""
+"""What a run shows its readers: a line, a percentage, a page for the Web UI, search attributes, the result."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from math import ceil
 
 from temporalio import workflow
 
-from holdfast.contracts import (
+from holdfast.contracts.people import Approval
+from holdfast.contracts.run import (
     AgentInput,
-    Approval,
     Phase,
     RunOutcome,
     RunResult,
@@ -21,12 +21,12 @@ from holdfast.contracts import (
     StepState,
     StepStatus,
     UndoRecord,
-    UndoStatus,
-    Usage,
     percent,
 )
-from holdfast.temporal import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
-from holdfast.wording import WHAT_WAS_DONE, WHY, YOUR_ANSWER, YOUR_NAME, in_words, standing
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.contracts.turn import Usage
+from holdfast.contracts.wording import WHAT_WAS_DONE, WHY, YOUR_ANSWER, YOUR_NAME, in_words, standing
+from holdfast.engine.client import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
 from workflows.state import Ending, RunState
 
 TICKS = {
@@ -41,15 +41,15 @@ TICKS = {
 }
 
 DECIDE = "decide"
-"""The Signal that answers."""
+"""The Signal that answers an approval."""
 
 ESCAPED = str.maketrans({char: f"\\{char}" for char in "\\`*_[]<>#|!"})
-"""What Markdown would read as markup."""
+"""Characters that Markdown would read as markup."""
 
 MAX_SHOWN = 10_000
 """Characters of an argument that the page shows."""
 MAX_ROWS = 10
-"""Questions, and undos, that the page shows. A page of hundreds would cost the run more than what it is about."""
+"""Questions, and undos, that the page shows. Rendering hundreds of them would cost the run more than its work."""
 
 
 def line(agent: str, steps: list[StepState], doing: str, now: datetime) -> str:
@@ -63,7 +63,7 @@ def headline(agent: str, state: RunState, ending: Ending | None, now: datetime) 
         return line(agent, state.steps(), state.doing(), now)
     steps = state.steps()
     ended = f"{agent.capitalize()} {ending.outcome}" + (f": {_tally(steps)}" if steps else "")
-    # What a partial run waits for has been said by then.
+    # The lines about pending steps already say what a partial run waits for.
     reason = "" if ending.outcome is RunOutcome.PARTIAL else ending.reason
     if state.phase is Phase.COMPENSATING:
         return ". ".join([ended, *filter(None, [reason, state.doing()])])
@@ -97,7 +97,7 @@ def _eta(eta: datetime | None, now: datetime | None) -> str:
 
 
 def evidence(state: RunState) -> str:
-    """What a person who decides should know of the run so far."""
+    """What a person should know of the run so far before a decision."""
     steps = state.steps()
     ahead = (StepStatus.TODO, StepStatus.ACTIVE, StepStatus.WAITING)
     behind = [s for s in steps if s.status not in ahead]
@@ -108,14 +108,14 @@ def evidence(state: RunState) -> str:
 
 
 def signal_data(approval_id: str, verdict: str, **more: str) -> str:
-    """The data of the Signal that answers an approval, but for the person's own words."""
+    """The data of the Signal that answers an approval, with placeholders for the person's own words."""
     body = {"approval_id": approval_id, "verdict": verdict, "approver": YOUR_NAME, **more}
     # Short lines: the page cuts off what does not fit.
     return json.dumps(body).replace(', "approver"', ',\n "approver"')
 
 
 def signal_command(workflow_id: str, data: str) -> str:
-    """The exact command that sends it with the plain Temporal CLI."""
+    """The exact Temporal CLI command that sends this Signal."""
     return (
         f"temporal workflow signal --workflow-id {shlex.quote(workflow_id)} \\\n"
         f"  --name decide --input \\\n{shlex.quote(data)}"
@@ -128,7 +128,7 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
     if steps := state.steps():
         parts.append(
             "\n".join(
-                f"- {TICKS[s.status]} {s.title or s.name}: {s.status}{_aside(s.detail or s.origin)}" for s in steps
+                f"- {TICKS[s.status]} {s.title or s.name}: {s.status}{_deferred(s.detail or s.origin)}" for s in steps
             )
         )
     asked = list(state.approvals.open.values())
@@ -144,7 +144,7 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
         rows = [f"- {plain(each)}: {plain(each.why)}" for each in stands[:MAX_ROWS]]
         rows += [f"- … and {more} more"] if (more := len(stands) - MAX_ROWS) > 0 else []
         parts.append("### Still stands\nWhat was done and is not undone:\n\n" + "\n".join(rows))
-    if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_aside(u.note)}" for u in undone[:MAX_ROWS]]:
+    if rows := [f"- undo of #{u.seq} {u.tool}: {u.status}{_deferred(u.note)}" for u in undone[:MAX_ROWS]]:
         rows += [f"- … and {more} more"] if (more := len(undone) - MAX_ROWS) > 0 else []
         parts.append("### Undo\n" + "\n".join(rows))
     if state.notes:
@@ -155,7 +155,7 @@ def page(agent: str, workflow_id: str, state: RunState, ending: Ending | None) -
 
 
 def _undos(state: RunState) -> list[UndoRecord]:
-    """What was undone, or failed to be; while the run unwinds also what is still to be undone."""
+    """The undos that succeeded or failed; while the run unwinds, also those still to run."""
     unwinds = state.phase is Phase.COMPENSATING
     return [u for u in state.saga if unwinds or u.status is not UndoStatus.REGISTERED]
 
@@ -204,7 +204,7 @@ def _question(workflow_id: str, approval: Approval, state: RunState) -> str:
 
 
 def _short(text: str) -> str:
-    """The beginning of a long text: a page of a megabyte is of no use to a browser."""
+    """The beginning of a long text: a browser cannot use a page of a megabyte."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} … ({len(text):,} characters in all)"
 
 
@@ -268,8 +268,8 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
 class Display:
     """Keeps the Web UI's page and the search attributes up to date, writing history only for what changed.
 
-    A coroutine of its own makes the page, once for all that a workflow task brings: a hundred calls that end, or a
-    hundred questions that are asked or answered, are one page and not a hundred. `quiet`: nothing waits in the inbox.
+    A separate coroutine makes the page once per workflow task: a hundred calls that end, or a hundred questions that
+    are asked or answered, make one page and not a hundred. `quiet`: whether the inbox is empty.
     """
 
     def __init__(self, given: AgentInput, page: Callable[[], str], quiet: Callable[[], bool]) -> None:
@@ -286,16 +286,16 @@ class Display:
 
     async def _keep(self) -> None:
         while True:
-            # Looked at when nothing else of the workflow task is left to do. Several hundred Signals in one task, with
-            # a page after each, would take longer than the two seconds that the SDK gives a task.
+            # The condition is checked when the workflow task has nothing else left to do. Several hundred Signals in
+            # one task, with a page after each, would exceed the two seconds that the SDK allows a task.
             await workflow.wait_condition(lambda: self._outdated and self._quiet())
             self._outdated = False
             workflow.set_current_details(self._page())
 
     def page(self) -> None:
-        """The page alone, which is not in history."""
+        """Marks the page as outdated. The page is not in history."""
         if self._paging and self._paging.done():
-            self._paging.result()  # raises the bug that ended it
+            self._paging.result()  # raises the error that ended it
         self._outdated = True
 
     def show(self, state: RunState) -> None:
@@ -310,10 +310,10 @@ def _done(steps: list[StepState]) -> int:
     return sum(step.status is StepStatus.DONE for step in steps)
 
 
-def _aside(text: str) -> str:
+def _deferred(text: str) -> str:
     return f" ({plain(text)})" if text else ""
 
 
 def plain(value: object) -> str:
-    """Text of a model or a service, so that it cannot pose as markup of this page."""
+    """Escapes text of a model or a service, so that it cannot act as markup on this page."""
     return " ".join(str(value).split()).translate(ESCAPED)

@@ -1,4 +1,4 @@
-"""What the run asks people, and what their answers change. Pure functions over the state."""
+"""What a run asks people, and what their answers change. Pure functions over the state."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from datetime import datetime, timedelta
 
 from temporalio import workflow
 
-from holdfast.contracts import Approval, ApprovalDecision, Outcome, OutcomeStatus, Question, Verdict, digest
+from holdfast.contracts.data import digest
+from holdfast.contracts.people import Approval, ApprovalDecision, Verdict
+from holdfast.contracts.tool_call import Outcome
+from holdfast.contracts.turn import OutcomeStatus, Question
 from workflows import progress
 from workflows.state import CallState, Deferred, RunState, ToolEnd
 
 SUBJECT = 80
-"""Characters of a question that stand for it in a line."""
+"""Characters of a question that are shown where it takes one line."""
 
 
 def may_run(state: RunState, item: CallState, now: datetime) -> Approval:
-    """May this call run?"""
+    """The request for approval of this call."""
     call = item.call
-    why = f"Every call of {call.tool} needs a person's yes."
+    why = f"Every call of {call.tool} needs a person's approval."
     if item.edits:
-        why = f"The arguments as edited do not fit: {item.edits[-1]}. {why}"
+        why = f"The edited arguments do not fit: {item.edits[-1]}. {why}"
     return Approval(
         id=_numbered(f"a{item.seq}", len(item.edits)),
         subject=call.tool,
@@ -41,7 +44,7 @@ def _approver(state: RunState, tool: str) -> str:
 
 
 def refused_turn(state: RunState, why: str, now: datetime) -> Approval:
-    """The model refuses the turn by its policy: ask it again, or end the run?"""
+    """The request about a turn that the model refuses by its policy: ask the model again, or end the run."""
     again = f"-{state.refused_turns}" if state.refused_turns else ""
     return Approval(
         id=f"t{state.turn}{again}",
@@ -56,7 +59,7 @@ def refused_turn(state: RunState, why: str, now: datetime) -> Approval:
 
 
 def asked(state: RunState, question: Question, now: datetime) -> Approval:
-    """What does the agent have to know?"""
+    """The request that puts a question of the agent to a person."""
     if question.id not in state.asked:
         state.asked.append(question.id)
     data = (
@@ -82,21 +85,21 @@ def _numbered(name: str, n: int) -> str:
 
 
 def how_it_ended(state: RunState, item: CallState, now: datetime, before: int = 0) -> Approval | None:
-    """How did this call end? Asked when that is unknown, when an optional step is exhausted, or its service is down.
+    """The question how this call ended: when that is unknown, an optional step has failed, or its service is down.
 
-    before: how many questions about this call are closed; the new one gets an id of its own.
+    before: how many questions about this call are closed; the new question gets an id of its own.
     """
     call, outcome = item.call, item.outcome
     assert outcome is not None
     step = state.step_of(call.tool)
     match outcome.status:
         case OutcomeStatus.UNKNOWN:
-            why = f"{call.tool}: {outcome.reason}. It is not tried again until a person has found out."
+            why = f"{call.tool}: {outcome.reason}. It is not tried again until a person has settled it."
         case OutcomeStatus.FAILED if step and not step.critical:
             why = f"{call.tool} did not work: {outcome.reason or outcome.content}. It is left to a person."
         case OutcomeStatus.DEFERRED if step:
             off = _why_off(state, call.tool)
-            why = f"{call.tool} is put off: {off}. It is tried again; settle it if you have done it."
+            why = f"{call.tool} is deferred: {off}. The platform tries it again; settle it if you did it yourself."
         case _:
             return None
     return Approval(
@@ -128,7 +131,7 @@ def closed(state: RunState, seq: int) -> int:
 def held(state: RunState) -> list[str]:
     """Open questions about critical steps: the run cannot end without their answers."""
     asked = (a for a in state.approvals.open.values() if a.kind == "outcome")
-    asked = (a for a in asked if a.about != OutcomeStatus.DEFERRED)  # it waits for the service
+    asked = (a for a in asked if a.about != OutcomeStatus.DEFERRED)  # the platform tries these again
     return [a.id for a in asked if (step := state.step_of(a.subject)) and step.critical]
 
 
@@ -149,19 +152,19 @@ def outdated(state: RunState, tool: str) -> list[str]:
 
 
 def deferral(deferred: Deferred) -> Outcome:
-    """What the model and the reader hear of a call that is put off."""
+    """What the model and the reader hear of a deferred call."""
     content = (
-        f"put off: {deferred.words}. The platform does that, and tells you how it ended. "
+        f"deferred: {deferred.words}. The platform makes the call, and tells you how it ended. "
         f"Do not call {deferred.call.tool} again; go on with what does not need it."
     )
     return Outcome(status=OutcomeStatus.DEFERRED, content=content, reason=deferred.words)
 
 
 def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outcome: Outcome) -> None:
-    """Takes a person's finding into the state. `outcome`: what the ledger has recorded of it."""
+    """Applies a person's finding to the state. `outcome`: what the ledger has recorded."""
     tool, seq, who = approval.subject, approval.seq, decision.approver
     before = state.ends.get(tool)
-    beside = state.resolved(seq)  # another call of the tool says how that has ended
+    beside = state.resolved(seq)  # `ends` shows another call of the tool
     if outcome.status is OutcomeStatus.OK:
         if not beside:
             state.ended(tool, ToolEnd(status=OutcomeStatus.OK, seq=seq, origin=f"settled by {who}"))
@@ -171,7 +174,7 @@ def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outc
     comment = f": {decision.comment}" if decision.comment else ""
     mine = before and before.status is OutcomeStatus.UNKNOWN
     if before and mine and before.seq != seq and not beside:
-        mine = not workflow.patched("doubts-apart")  # runs from before took it for the end of this call
+        mine = not workflow.patched("doubts-apart")  # older runs took it for the end of this call
     if mine and not beside:
         del state.ends[tool]
     if mine or beside:
@@ -179,9 +182,9 @@ def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outc
             f"{who} settled call #{seq} of {tool}: it did not happen{comment}. Call it again if it is still needed."
         )
     else:
-        state.ended(tool, ToolEnd(status=OutcomeStatus.FAILED, seq=seq, detail=f"not done, says {who}{comment}"))
+        state.ended(tool, ToolEnd(status=OutcomeStatus.FAILED, seq=seq, detail=f"not done according to {who}{comment}"))
         state.notices.append(f"{who} settled call #{seq} of {tool}: it is not done{comment}.")
-    if decision.verdict is Verdict.HAPPENED:  # somebody else had settled it otherwise
+    if decision.verdict is Verdict.HAPPENED:  # the ledger already had another finding
         state.notices[-1] += f" ({who} said that it happened; {outcome.content})"
 
 

@@ -1,4 +1,4 @@
-"""The state of a run: one serialisable object, carried whole over continue-as-new, and what follows from it."""
+"""The state of a run: one serialisable object, carried whole over continue-as-new, and what is derived from it."""
 
 from __future__ import annotations
 
@@ -10,38 +10,30 @@ from datetime import datetime, timedelta
 from pydantic import BaseModel, Field
 from temporalio import workflow
 
-from holdfast.contracts import (
+from holdfast.contracts.profile import Effect, Profile, StepSpec, ToolPolicy
+from holdfast.contracts.run import (
     NO_UNDO,
-    Effect,
-    Outcome,
-    OutcomeStatus,
     Pending,
     Phase,
-    Profile,
-    Reply,
     RunOutcome,
     Standing,
     Stands,
-    StepSpec,
     StepState,
     StepStatus,
-    ToolCall,
-    ToolPolicy,
     UndoRecord,
-    UndoStatus,
-    Usage,
-    Wait,
     not_undone,
 )
+from holdfast.contracts.tool_call import Outcome, UndoStatus
+from holdfast.contracts.turn import OutcomeStatus, Reply, ToolCall, Usage, Wait
 from workflows.approvals import ApprovalsState
 
 NOTE_TIME = len("2026-11-21 12:00:00 ")
-"""Characters of the time that a note begins with."""
+"""Length of the timestamp that a note begins with."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the run ends. `summary`: the model's final words, if there were any."""
+    """How the run ends. `summary`: the model's final words, if any."""
 
     outcome: RunOutcome
     reason: str = ""
@@ -49,20 +41,20 @@ class Ending:
 
 
 class CallState(BaseModel):
-    """One call of the decision that is being carried out."""
+    """One call of the turn that is being carried out."""
 
     call: ToolCall
     seq: int
     outcome: Outcome | None = None
     edits: list[str] = []
-    """What was wrong with each edit of the arguments that the tool did not take."""
+    """For each edit of the arguments that the tool did not accept: what was wrong with it."""
     edited_by: str = ""
     acting: bool = False
     """It has passed the gate."""
 
 
 class ToolEnd(BaseModel):
-    """How the last call of a tool ended that came to an end (an ERROR is none: the model may do better)."""
+    """How the last finished call of a tool ended. An ERROR does not count: the model may correct the call."""
 
     status: OutcomeStatus
     seq: int
@@ -71,7 +63,7 @@ class ToolEnd(BaseModel):
 
 
 class Doubt(BaseModel):
-    """A call that may have happened, while its tool has ended otherwise since: of two calls side by side."""
+    """A call that may have happened, of a tool whose `ToolEnd` is by now that of another, parallel call."""
 
     tool: str
     seq: int
@@ -83,7 +75,7 @@ def tried_again(wait: Wait | Deferred) -> str:
 
 
 class Deferred(BaseModel):
-    """A call that is put off because its service is down. It is tried again at `until`, and given up in the end."""
+    """A call that is deferred because its service is down. Tried again at `until`; given up at its deadline."""
 
     call: ToolCall
     seq: int
@@ -102,17 +94,17 @@ class RunState(BaseModel):
     phase: Phase = Phase.STARTING
     turn: int = 0
     planning: bool = False
-    """The turn was begun and has not answered."""
+    """The turn has begun and has not answered."""
     seq: int = 0
     base: str | None = None
-    """The checkpoint that the next turn goes on from."""
+    """The checkpoint that the next turn continues from."""
     answers: list[str] = []
     statuses: list[OutcomeStatus] = []
     """Of the answers; empty when all are ok."""
     notices: list[str] = []
-    """What the next turn has to hear."""
+    """Notices for the next turn."""
     heard: int | None = None
-    """How many of the notices the turn has heard that waits for answers; None while none does."""
+    """How many notices the turn that waits for answers has read; None while no turn waits for answers."""
     asked: list[str] = []
     """Ids of the questions that this turn has asked, in their order."""
     replies: list[Reply] = []
@@ -122,16 +114,16 @@ class RunState(BaseModel):
     ends: dict[str, ToolEnd] = {}
     """By tool."""
     doubts: list[Doubt] = []
-    """Calls in doubt that `ends` does not show."""
+    """Unknown calls that `ends` does not show."""
     refused: dict[str, str] = {}
-    """By tool: what the last call was told that ended in an error, while there is no end."""
+    """By tool without an end: the text of the last call that ended in an error."""
     saga: list[UndoRecord] = []
     approvals: ApprovalsState = ApprovalsState()
     notes: list[str] = []
     usage: Usage = Usage()
-    """Of turns and calls that have come to their end."""
+    """Of turns and calls that have ended."""
     spent: dict[str, Usage] = {}
-    """Of those that have not: of the turn under way ("turn"), and of calls, by their number."""
+    """Of those that have not: of the current turn ("turn"), and of calls, by their number."""
     model: str = ""
     failures: int = 0
     refusals: int = 0
@@ -139,38 +131,38 @@ class RunState(BaseModel):
     last_turn: str = ""
     deferred: list[Deferred] = []
     final: str | None = None
-    """The model's final words, said while something was put off or unknown that the run cannot end without."""
+    """The model's final words, kept while a call is deferred or unknown that must be settled before the run can end."""
     models: dict[str, int] = {}
     """Turns by the model that answered."""
     refused_turns: int = 0
     settled: list[str] = []
-    """Requests of kind `outcome` whose answers the ledger has taken."""
+    """Requests of kind `outcome` whose answers are recorded in the ledger."""
     stood: list[str] = []
-    """Keys of the standing effects that have answered a call."""
+    """Keys of the standing effects that have already answered a call."""
     withdrawn: list[str] = []
-    """Tools that the last turn did without because their service does not answer."""
+    """Tools that the last turn could not use because their service does not answer."""
     offered: dict[str, datetime] = {}
-    """Tools that were withdrawn and are offered again, because the model wanted to end without them; since when."""
+    """Withdrawn tools that are offered again because the model wanted to end without them, and since when."""
     waits: list[Wait] = Field(default=[], exclude=True)
-    """What activities wait for right now. Not carried: who waits asks again."""
+    """What activities wait for right now. Not carried: a waiting activity asks again."""
     standing: list[Standing] = []
-    """Effects beyond the point of a Reset that still stand: each answers a call of its tool."""
+    """Effects after the point of a Reset that still stand: each answers a call of its tool."""
     was_reset: bool = False
-    """Effects may stand that this execution has not come to."""
+    """The run was reset: effects may stand that this execution has not reached."""
     void_turn: int = 0
-    """The turn whose calls were decided before the run knew what was undone before a Reset."""
+    """The turn whose calls were decided before the run learned what was undone before a Reset."""
     told: int = 0
-    """What the batch that started this run was told: odd that it stands still, even that it goes on."""
+    """Number of the last Signal to the batch that started this run: odd says that it waits, even that it goes on."""
 
     lasting: list[Stands] = []
-    """Effects that were done and that this run cannot undo, by the order of their ends."""
+    """Effects that this run cannot undo, in the order in which their calls ended."""
 
     def policy(self, tool: str) -> ToolPolicy | None:
-        """The rules of a tool, as they were when the run began; None for one that is newer than the run."""
+        """The rules of a tool as they were when the run began; None for a tool that is newer than the run."""
         return self.profile.tools.get(tool) if self.profile else None
 
     def places(self) -> int:
-        """How many tool calls may be at work at a time; 0: any number."""
+        """How many tool calls may run at a time; 0: any number."""
         return self.profile.parallel_calls if self.profile else 0
 
     def account(self, item: CallState) -> None:
@@ -191,10 +183,10 @@ class RunState(BaseModel):
             self.refused[item.call.tool] = outcome.content[:300]
 
     def ended(self, tool: str, end: ToolEnd) -> None:
-        """Keeps the end of a call as its tool's. Another call of the tool that is in doubt stays so."""
+        """Keeps the end of a call as its tool's end. Another call of the tool that is unknown stays so."""
         before = self.ends.get(tool)
         other = before and before.status is OutcomeStatus.UNKNOWN and before.seq != end.seq
-        # Runs from before forgot it.
+        # Older runs dropped the other call.
         if before and other and workflow.patched("doubts-apart"):
             self.doubts.append(Doubt(tool=tool, seq=before.seq, detail=before.detail))
         self.resolved(end.seq)
@@ -208,23 +200,23 @@ class RunState(BaseModel):
         return found
 
     def lasts(self, tool: str, seq: int, origin: str) -> None:
-        """Keeps in mind that a call is done, if it has an effect that the saga does not undo."""
+        """Records that a call is done, if it has an effect that the saga does not undo."""
         policy = self.policy(tool)
         if policy and policy.effect is not Effect.READ and all(record.seq != seq for record in self.saga):
-            # A tool with an undo is missing from the saga only when the effect is that of an earlier run.
+            # A tool with an undo is missing from the saga only when the effect belongs to an earlier run.
             self.lasting.append(Stands(seq=seq, tool=tool, why=origin if policy.undo else NO_UNDO))
 
     def stands(self) -> list[Stands]:
-        """The effects that are left when the run has been unwound."""
+        """The effects that remain when the run has been unwound."""
         return sorted(self.lasting + not_undone(self.saga), key=lambda each: each.seq)
 
     @property
     def used(self) -> Usage:
-        """All that the run has used of models so far."""
+        """The model usage of the whole run so far."""
         return sum(self.spent.values(), self.usage)
 
     def open_tools(self) -> list[str]:
-        """Tools of critical steps that have no outcome; none once a person's no has made the end allowed."""
+        """Tools of critical steps that have no outcome; empty once a person's rejection allows the run to end."""
         found = zip(self._specs(), self.steps(), strict=True)
         steps = [(spec, step.status) for spec, step in found if spec.critical]
         if any(status is StepStatus.REJECTED for _, status in steps):
@@ -234,7 +226,7 @@ class RunState(BaseModel):
         ]
 
     def found_out(self, tool: str, seq: int, status: OutcomeStatus) -> None:
-        """Takes what a service says of a call in doubt: OK, FAILED, or still UNKNOWN."""
+        """Applies what a service says of an unknown call: OK, FAILED, or still UNKNOWN."""
         end = self.ends.get(tool)
         if status is not OutcomeStatus.UNKNOWN:
             self.resolved(seq)
@@ -246,7 +238,7 @@ class RunState(BaseModel):
                 self.ends[tool] = ToolEnd(status=OutcomeStatus.OK, seq=seq)
 
     def unknown(self, tool: str) -> int | None:
-        """The call of this tool whose outcome is unknown, if there is one."""
+        """Number of the call of this tool whose outcome is unknown, if there is one."""
         return next((each.seq for each in self.in_doubt() if each.tool == tool), None)
 
     def in_doubt(self) -> list[Doubt]:
@@ -256,7 +248,7 @@ class RunState(BaseModel):
         return last + self.doubts
 
     def put_off(self, tool: str) -> Deferred | None:
-        """The call of this tool that is put off, if there is one."""
+        """The deferred call of this tool, if there is one."""
         return next((each for each in self.deferred if each.call.tool == tool), None)
 
     def step_of(self, tool: str) -> StepSpec | None:
@@ -283,22 +275,22 @@ class RunState(BaseModel):
         ]
 
     def missing(self) -> dict[str, list[str]]:
-        """By step without an outcome: its tools that were withdrawn, and were not offered again since."""
+        """By step without an outcome: its tools that were withdrawn and not offered again since."""
         todo = {step.name for step in self.steps() if step.status is StepStatus.TODO}
         gone = {*self.withdrawn} - {*self.offered, *self.ends}
         specs = [spec for spec in self._specs() if spec.name in todo and gone.intersection(spec.tools)]
         return {spec.name: [tool for tool in spec.tools if tool in gone] for spec in specs}
 
     def owed(self) -> list[str]:
-        """Tools that were offered again and have not come to an end since."""
+        """Tools that were offered again and have no end since."""
         return [tool for tool in self.offered if tool not in self.ends]
 
     def lost(self) -> list[str]:
-        """Those of them that the last turn could not have."""
+        """The tools of `owed` that the last turn could not use."""
         return [tool for tool in self.owed() if tool in self.withdrawn]
 
     def patience(self) -> datetime | None:
-        """How long the next turn may wait for the tools that it was promised."""
+        """Until when the next turn may wait for the tools of `lost`."""
         ends = (self.offered[t] + timedelta(seconds=p.deadline_s) for t in self.lost() if (p := self.policy(t)))
         return max(ends, default=None)
 
@@ -308,7 +300,7 @@ class RunState(BaseModel):
         return [tool for tool in self.ends if tool not in in_steps]
 
     def stage(self) -> str:
-        """The step at work, for the search attribute."""
+        """The current step, for the search attribute."""
         steps = self.steps()
         busy = (StepStatus.WAITING, StepStatus.ACTIVE)
         return next((s.name for status in busy for s in steps if s.status is status), "")
@@ -322,12 +314,12 @@ class RunState(BaseModel):
                 again = (f"{each.call.tool} at {each.until:%H:%M:%S} UTC ({each.why})" for each in self.deferred)
                 return f"Trying again: {', '.join(again)}"
             case Phase.PARKED if self.waits:
-                return f"On hold: {'; '.join(dict.fromkeys(map(tried_again, self.waits)))}"
+                return f"Parked: {'; '.join(dict.fromkeys(map(tried_again, self.waits)))}"
             case Phase.PARKED:
-                return f"On hold: {self.notes[-1][NOTE_TIME:]}" if self.notes else "On hold"
+                return f"Parked: {self.notes[-1][NOTE_TIME:]}" if self.notes else "Parked"
             case Phase.COMPENSATING:
                 left = _names(f"{u.tool} (#{u.seq})" for u in reversed(self.saga) if u.status is UndoStatus.REGISTERED)
-                held = f". On hold: {'; '.join(dict.fromkeys(map(tried_again, self.waits)))}" if self.waits else ""
+                held = f". Parked: {'; '.join(dict.fromkeys(map(tried_again, self.waits)))}" if self.waits else ""
                 return f"Still to be undone: {left}{held}" if left else "Undoing what was done"
             case _:
                 running = _names(c.call.tool for c in self.calls if c.outcome is None)
@@ -360,7 +352,7 @@ class RunState(BaseModel):
         undone = {r.tool for r in self.saga if r.status is UndoStatus.UNDONE}
         refused = (self.refused[tool] for tool in spec.tools if tool in self.refused and tool not in self.ends)
         detail = worst.detail if worst else "; ".join([*failed, *refused])
-        if worst and worst.status is OutcomeStatus.DEFERRED:  # when it is tried again changes with every try
+        if worst and worst.status is OutcomeStatus.DEFERRED:  # the time of the next attempt changes with every attempt
             detail = next((each.words for each in self.deferred if each.call.tool in spec.tools), detail)
         status = StepStatus.TODO
         if undone.intersection(spec.tools):
@@ -399,4 +391,4 @@ _BAD = {
     OutcomeStatus.UNKNOWN: StepStatus.PENDING,
     OutcomeStatus.DEFERRED: StepStatus.PENDING,
 }
-"""Ends that decide a step, the worst first. A failed optional step is pending: a person looks at it."""
+"""Ends that decide a step, the worst first. A failed optional step is pending: a person handles it."""

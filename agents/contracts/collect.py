@@ -1,7 +1,7 @@
-"""Collects licence texts that this machine has anyway: `python -m agents.contracts.collect FOLDER [--limit N]`.
+"""Collects the licence texts installed on this machine: `python -m agents.contracts.collect FOLDER [--limit N]`.
 
-From installed Python distributions (LICENSE*, COPYING*, NOTICE*), /usr/share/common-licenses and
-/usr/share/doc/*/copyright. Each content once, under a name that stays the same; `.manifest.json` says where it is from.
+Sources: installed Python distributions (LICENSE*, COPYING*, NOTICE*), /usr/share/common-licenses and
+/usr/share/doc/*/copyright. Copies each distinct content once, under a stable name; `.manifest.json` lists its sources.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DOC = Path("/usr/share/doc")
 
 
 def sources() -> Iterator[tuple[str, Path]]:
-    """A name for each text and its file."""
+    """Yields a name and the file of each text."""
     for distribution in importlib.metadata.distributions():
         for file in distribution.files or ():
             path = Path(str(distribution.locate_file(file)))
@@ -37,7 +37,7 @@ def sources() -> Iterator[tuple[str, Path]]:
 
 
 def collect(folder: Path, limit: int | None = None) -> int:
-    """Copies the texts into the folder; how many there are."""
+    """Copies the texts into the folder and returns their number."""
     contents: dict[str, bytes] = {}
     found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, path in sources():
@@ -59,7 +59,7 @@ def collect(folder: Path, limit: int | None = None) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="agents.contracts.collect", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--limit", type=int, help="at most so many, the first by name")
+    parser.add_argument("--limit", type=int, help="at most this many texts, in the order of their names")
     options = parser.parse_args()
     print(f"{collect(options.folder, options.limit)} texts in {options.folder}")
     return 0

@@ -1,4 +1,4 @@
-"""From a file to its text: plain text, Markdown and HTML; anything else is refused in words."""
+"""Reads a file's text: plain text, Markdown and HTML. Refuses any other file with a reason."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 MAX_BYTES = 1_000_000
 PART = 24_000
-"""Characters of a text that a model is asked about at a time: some 6,000 to 8,000 tokens."""
+"""Most characters of a text in one model call: some 6,000 to 8,000 tokens."""
 
 
-_GONE, _DENIED = "there is no such file any more", "this worker has no right to read it"
+_GONE, _DENIED = "there is no such file any more", "this worker has no permission to read it"
 _WHY = {errno.ENOENT: _GONE, errno.ENOTDIR: _GONE, errno.ELOOP: _GONE, errno.EACCES: _DENIED, errno.EPERM: _DENIED}
-_WHY |= dict.fromkeys((errno.EISDIR, errno.ENXIO), "it is no file but a folder, a pipe or a device")
+_WHY |= dict.fromkeys((errno.EISDIR, errno.ENXIO), "it is a folder, a pipe or a device, not a file")
 _WHY |= {errno.ENAMETOOLONG: "its path is too long for this system"}
-"""What no repetition changes; any other trouble of a disk or a share may be over soon."""
+"""Errors that a retry does not change; any other error of a disk or a share may be temporary."""
 
 
 class Unreadable(Exception):
-    """There is no text to be had of this file. The message says why."""
+    """This file's text cannot be read. The message says why."""
 
 
 @dataclass(frozen=True)
 class Document:
     text: str
     sha256: str
-    """Of the file's bytes, in hex."""
+    """Digest of the file's bytes, in hex."""
     bytes: int
     kind: str
     """`text` or `html`."""
@@ -43,7 +43,7 @@ class Document:
 
 
 def address(path: Path) -> str:
-    """The path as text for `located`: as it is, or as a `file:` address where its name is no Unicode."""
+    """Returns the path as text for `located`: unchanged, or as a `file:` URL when its name is not valid Unicode."""
     try:
         return os.fsencode(path).decode()
     except UnicodeDecodeError:
@@ -51,12 +51,12 @@ def address(path: Path) -> str:
 
 
 def located(address: str) -> Path:
-    """The path of an address or of a path as text."""
+    """Returns the path of a `file:` URL, or of a path as text."""
     return Path(os.fsdecode(unquote_to_bytes(address[7:])) if address.startswith("file:///") else address)
 
 
 def read_document(path: Path) -> Document:
-    """Raises Unreadable for what cannot be read as text, OSError for what may go better another time."""
+    """Reads a document. Raises Unreadable when it is not readable as text, OSError for a possibly temporary error."""
     try:
         raw = _read(path)
     except OSError as error:
@@ -64,7 +64,7 @@ def read_document(path: Path) -> Document:
             raise Unreadable(_WHY[error.errno]) from None
         raise
     except ValueError:
-        raise Unreadable("its path is none") from None
+        raise Unreadable("its path is not valid") from None
     text, encoding = decode(raw)
     kind = "html" if _is_html(path, text) else "text"
     text = tidy(html_text(text) if kind == "html" else text)
@@ -74,7 +74,7 @@ def read_document(path: Path) -> Document:
 
 
 def _read(path: Path) -> bytes:
-    # Without waiting: nobody may ever write to a pipe. And no further than the limit: a device has no end.
+    # Non-blocking, because a pipe may never have a writer. Only up to the limit, because a device has no end.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
@@ -86,7 +86,7 @@ def _read(path: Path) -> bytes:
 
 
 def decode(raw: bytes) -> tuple[str, str]:
-    """The text and the encoding: UTF-8, UTF-16 when marked as such, else Windows-1252. Raises Unreadable."""
+    """Returns the text and its encoding: UTF-8, UTF-16 with a byte order mark, else Windows-1252. Raises Unreadable."""
     if raw.startswith(b"%PDF"):
         raise Unreadable("it is a PDF, and no reader for those is installed; convert it to text")
     for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
@@ -112,18 +112,18 @@ def _decoded(raw: bytes, encoding: str) -> tuple[str, str]:
 
 
 def tidy(text: str) -> str:
-    """The same text with one kind of line end, no trailing space, and at most two blank lines in a row."""
+    """Returns the text with one kind of line end, no trailing spaces, and at most two blank lines in a row."""
     lines = (line.rstrip() for line in re.sub(r"\r\n?|\f", "\n", unicodedata.normalize("NFC", text)).split("\n"))
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip()
 
 
 def parts(text: str, size: int = PART) -> list[str]:
-    """The text in parts of at most `size` characters, cut between paragraphs where there are any."""
+    """Splits the text into parts of at most `size` characters, between paragraphs if possible."""
     found, rest = [], text
     while len(rest) > size:
         window = rest[:size]
         cut = max(window.rfind("\n\n"), 0) or max(window.rfind("\n"), 0) or max(window.rfind(" "), 0) or size
-        if cut < size // 2:  # a paragraph longer than half a part: rather cut within it
+        if cut < size // 2:  # a paragraph longer than half a part: cut within it
             cut = max(window.rfind("\n"), window.rfind(" "), size // 2)
         found.append(rest[:cut].strip())
         rest = rest[cut:]
@@ -134,9 +134,9 @@ def parts(text: str, size: int = PART) -> list[str]:
 
 
 def files(folder: Path, but: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden ones, links, and what is in the folder `but`.
+    """Yields the files below a folder, without hidden files, links and the contents of the folder `but`.
 
-    A folder that cannot be read, now or ever, stands for its files. Raises OSError for what may go better another time.
+    For a folder that can never be read, it yields the folder itself. Raises OSError for an error that may be temporary.
     """
     todo = [folder]
     while todo:
@@ -188,9 +188,9 @@ class _Text(HTMLParser):
 
 
 def html_text(html: str) -> str:
-    """What a reader of the page sees, a line a block."""
+    """Returns the visible text of a page, one line per block."""
     parser = _Text()
-    # Without comments, and with tags that never end as text: over those the parser takes the square of their number.
+    # Comments are removed and unclosed tags become text, because the parser takes quadratic time over them.
     first, *others = html.split("<!--")
     html = first + "".join(each.partition("-->")[2] for each in others)
     parser.feed(re.sub(r"<(?![^<>]*>)", "&lt;", html))

@@ -1,4 +1,4 @@
-"""One document: code decides which stage is next, no model."""
+"""The graph for one document: code, not a model, decides which stage is next."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Any
 from langgraph.graph import START, StateGraph
 
 from agents.contracts.documents import located
-from holdfast.batch import item_id
-from holdfast.contracts import Json
-from holdfast.graph import Turn, TurnState, answers, calls, final
+from holdfast import Json, item_id
+from holdfast.reasoning.graph import Turn, TurnState, answers, calls, final
 
 
 class State(TurnState):
     done: dict[str, Json]
-    """The result of each stage by its tool."""
+    """The result of each stage, by its tool's name."""
 
 
 def route(state: State) -> dict[str, Any]:
-    """The next stage, with what the ones before it made."""
+    """Decides the next stage, from the results of the stages before it."""
     given = state["input"]
     done = {**state.get("done", {}), **{each.tool: each.result for each in answers(state) if each.ok}}
     if bad := next((each for each in answers(state) if not each.ok), None):

@@ -1,4 +1,4 @@
-"""What the legal team reads: a page for each document, and the index of all."""
+"""Writes what the legal team reads: a page for each document, and an index of all documents."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pydantic import BaseModel, ValidationError
 
 from agents.contracts.terms import KINDS, Terms, _plain, lines
 from agents.contracts.workspace import Workspace
-from holdfast.batch import ItemFailure
-from holdfast.contracts import Items, Json
+from holdfast import ItemFailure, Json
+from holdfast.contracts.run import Items
 
 DOCUMENTS = "documents"
 COLUMNS = ("document", "title", "version", "spdx", "parties", "governing law", "extracted by", "notes", "result")
 Row = tuple[str, ...]
-"""One of the index, by `COLUMNS`."""
+"""One row of the index, in the order of `COLUMNS`."""
 SHOWN = 3
-"""Parties in a row of the index."""
+"""Most parties in a row of the index."""
 
 
 def json_name(id: str) -> str:
@@ -33,7 +33,7 @@ def markdown_name(id: str) -> str:
 
 
 def markdown(result: Json) -> str:
-    """The page of one document."""
+    """Returns the page of one document."""
     terms = Terms.model_validate(result["terms"])
     head = [f"# {_plain(result['document'])}", _plain(result["summary"])]
     facts = {
@@ -56,7 +56,7 @@ def markdown(result: Json) -> str:
 
 
 class Result(BaseModel):
-    """What the index takes from a result file."""
+    """The fields of a result file that the index uses."""
 
     document: str
     extracted_by: str
@@ -65,7 +65,8 @@ class Result(BaseModel):
 
 
 def read_rows(place: Workspace) -> list[Row]:
-    """The row of each result file in the order of the documents' names. What people have put beside them is none."""
+    """Returns a row for each result file, in the order of the documents' names. Ignores other files, which people may
+    have added."""
     found: list[Row] = []
     for path in (place.folder / DOCUMENTS).glob("[!.]*.json"):
         if path.is_file():
@@ -76,7 +77,7 @@ def read_rows(place: Workspace) -> list[Row]:
 
 
 def write_index(place: Workspace, items: Items, failures: Sequence[ItemFailure], ended: bool) -> str:
-    """Writes index.md, index.csv and progress.json from the results that are there; where they are, in words."""
+    """Writes index.md, index.csv and progress.json from the results so far; returns a text that says where they are."""
     rows = read_rows(place)
     place.write("index.csv", _csv(rows))
     progress = items.model_dump() | {"percent": items.percent, "ended": ended}
@@ -110,7 +111,7 @@ def _csv(rows: Iterable[Row]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A spreadsheet takes a cell that begins like this for a formula."""
+    """Quotes a text that a spreadsheet would interpret as a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
 
 

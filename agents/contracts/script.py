@@ -1,6 +1,6 @@
-"""The contract agent's rules for the scripted model: patterns over the text it is sent, and nothing else.
+"""The contract agent's rules for the scripted model: patterns over the text in the request.
 
-They find what licences say in the usual words, quote the sentence, and miss what is said otherwise.
+They find the usual wording of licences, quote the sentence, and miss any other wording.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agents.contracts.prompts import EXTRACT, SUMMARISE
-from holdfast.contracts import Json
-from holdfast.simulation.script import say
+from holdfast import Json
+from holdfast.dev.simulation.script import say
 
 QUOTE = 600
 MOST = 12
-"""Clauses of a kind in one part."""
+"""Most clauses of a kind in one part."""
 
 _RULES: dict[str, list[tuple[str, re.Pattern[str]]]] = {
     kind: [(what, re.compile(pattern, re.I | re.S)) for what, pattern in rules]
@@ -66,12 +66,12 @@ def decide(messages: Sequence[Json], tools: Sequence[Json]) -> Json | None:
     text = messages[1]["content"]
     if system == SUMMARISE:
         return say(summary(json.loads(text)))
-    # For a program to read, so without the label; that it is simulated stands beside the result.
+    # Without the label, because a program parses it; the result says elsewhere that it is simulated.
     return {"role": "assistant", "content": json.dumps(terms(text.partition("\n\n")[2]), ensure_ascii=False)}
 
 
 def terms(text: str) -> Json:
-    """The terms that the rules find in a text."""
+    """Returns the terms that the rules find in a text."""
     found: Json = {"title": _title(text), "version": _version(text), "spdx": "", "parties": _parties(text)}
     if spdx := _SPDX.search(text):
         found["spdx"] = " ".join(spdx[1].split())[:200]
@@ -87,7 +87,7 @@ def terms(text: str) -> Json:
 
 
 def summary(terms: Json) -> str:
-    """What the terms say, in a few sentences."""
+    """Summarises the terms in a few sentences."""
     name = terms.get("title") or "A text without a title"
     version = f", version {terms['version']}" if terms.get("version") else ""
     parties = terms.get("parties") or []
@@ -131,7 +131,7 @@ def _parties(text: str) -> list[str]:
 def _sentences(text: str) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n|\n\s*(?=[*•-] |\(?[0-9a-z]{1,2}[.)] )", text):
         found = re.split(r"(?<=[.;:])\s+(?=[A-Z(\"'0-9])", " ".join(paragraph.split()))
-        yield from (each for each in found if each.count(" ") > 2)  # a heading says nothing
+        yield from (each for each in found if each.count(" ") > 2)  # skips headings
 
 
 def _cut(sentence: str) -> str:

@@ -1,4 +1,4 @@
-"""The contract batch: key terms and a summary of every legal text in a folder."""
+"""The contract batch: extracts key terms and a summary of every legal text in a folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from agents.contracts import tools
 from agents.contracts.documents import address, files, located
 from agents.contracts.results import write_index
 from agents.contracts.workspace import Workspace
-from holdfast.agent import AgentSpec, StepSpec
-from holdfast.batch import BatchContext, BatchReport, BatchSpec, Item, item_id
-from holdfast.tools import ToolRefused
+from holdfast import AgentSpec, BatchContext, BatchReport, BatchSpec, Item, StepSpec, ToolRefused, item_id
 
 
 def _absolute(path: str) -> str:
@@ -67,14 +65,14 @@ SPEC = AgentSpec(
 
 
 def _items(given: ContractsInput, context: BatchContext) -> Sequence[Item]:
-    """Every file but hidden ones, links, and what is in the workspace."""
+    """Returns every file except hidden files, links and the contents of the workspace."""
     folder, place = Path(given.folder), _place(given, context)
     if not folder.is_dir():
         raise ToolRefused(f"there is no folder {folder} on the machine of the worker that reads")
     real = folder.resolve()
     if real.is_relative_to(place.resolve()):
         raise ToolRefused(
-            f"the folder is in the workspace {place}, where results are and no documents: name another one"
+            f"the folder is inside the workspace {place}, which holds results and no documents: name another one"
         )
     Workspace(place).belongs_to(real)
     names = (str(path.relative_to(real)) for path in files(real, but=place.resolve()))
@@ -83,7 +81,7 @@ def _items(given: ContractsInput, context: BatchContext) -> Sequence[Item]:
 
 def _item(name: str, path: Path, place: Path) -> Item:
     id = item_id(name)
-    # A file may be named by any bytes; people and their terminals see no others than printable ones.
+    # A file name may hold any bytes; people and their terminals get only printable characters.
     shown = "".join(each if each.isprintable() else "\ufffd" for each in name)
     return Item(id=id, name=shown, input={"id": id, "name": shown, "path": address(path), "workspace": str(place)})
 

@@ -1,4 +1,4 @@
-"""The key terms of a legal text: what they are, whether they are in the text, and how parts are put together."""
+"""The key terms of a legal text: their schema, the check that they are in the text, and how parts are merged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 MAX_CLAUSES = 60
-"""Of one kind, in the terms of a whole document."""
+"""Most clauses of one kind in the terms of a whole document."""
 KINDS = {
     "grants": "What is granted",
     "conditions": "Obligations and conditions",
@@ -22,12 +22,13 @@ Short = Annotated[str, Field(max_length=200)]
 
 
 def squash(text: str) -> str:
-    """The text as quotes are compared: without regard to white space, case, and the shape of quotation marks."""
+    """Normalizes a text to compare quotes: ignores white space, case, and the shape of quotation marks and dashes."""
     text = text.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-"})
     return re.sub(r"\s+", " ", text).strip().casefold()
 
 
 class Clause(BaseModel):
+    # The docstring is part of the JSON schema in the prompt: do not change it.
     """One term. A quote that is not in the text is refused: nobody should have to look whether it was made up."""
 
     model_config = ConfigDict(extra="forbid")
@@ -65,13 +66,13 @@ class Terms(BaseModel):
 
 
 def parse(answer: str, text: str) -> Terms:
-    """The terms in a model's answer about this text. Raises pydantic's ValidationError."""
-    found = re.search(r"\{.*\}", answer, re.S)  # some models put words or a fence around it
+    """Parses a model's answer about this text. Raises pydantic's ValidationError."""
+    found = re.search(r"\{.*\}", answer, re.S)  # some models put text or a code fence around the JSON
     return Terms.model_validate_json(found[0] if found else answer, context={"text": squash(text)})
 
 
 def merged(found: Sequence[Terms]) -> tuple[Terms, list[str]]:
-    """The terms of a whole document from those of its parts, and what was left out."""
+    """Merges the terms of a document's parts; returns them with notes on what was left out."""
     notes: list[str] = []
 
     def first(name: str) -> str:
@@ -96,7 +97,7 @@ def merged(found: Sequence[Terms]) -> tuple[Terms, list[str]]:
 
 
 def lines(clauses: Iterable[Clause]) -> str:
-    """Clauses as Markdown."""
+    """Formats clauses as Markdown."""
     return "\n".join(f"- **{_plain(each.what)}**: “{_plain(each.quote)}”" for each in clauses)
 
 

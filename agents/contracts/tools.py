@@ -1,7 +1,7 @@
-"""What is done with one document: read, extract, summarise, save. Each stage on a queue of its own.
+"""The stages for one document: read, extract, summarise, save. Each stage runs on a task queue of its own.
 
-What a stage makes goes into the workspace under its digest, and only the digest through Temporal's history. Each is
-recorded in the ledger under its call's key, each model call inside it too: nothing that is recorded is done again.
+A stage writes its result into the workspace under its digest; only the digest goes through Temporal's history. The
+ledger records each stage under its call's key, and each model call inside it: recorded work is not done again.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from agents.contracts import documents, prompts, terms
 from agents.contracts.documents import Unreadable
 from agents.contracts.results import json_name, markdown, markdown_name
 from agents.contracts.workspace import DiskTrouble, Workspace
-from holdfast.contracts import Effect, Json
-from holdfast.tools import ToolContext, ToolFailed, Undo, explain, tool
+from holdfast import Effect, Json, ToolContext, ToolFailed, Undo, tool
+from holdfast.contracts.failures import explain
 
 if TYPE_CHECKING:
-    from holdfast.answers import ModelAnswer
+    from holdfast import ModelAnswer
 
 PATIENT = 7 * 86_400.0
-"""Seconds that a stage may take with all its waits: a model that is down over a weekend loses no document."""
+"""Deadline of a stage in seconds, waits included: a model that is down over a weekend fails no document."""
 DISK = 1000
-"""Tries while the workspace is in trouble: a full disk is mended by a person, and costs no document."""
+"""Retries while the workspace cannot be used: a full disk fails no document before a person can free space."""
 REASKS = 2
 _stage = partial(tool, effect=Effect.IDEMPOTENT, deadline=PATIENT, retries=DISK, put_off=False)
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -69,7 +69,7 @@ async def extract(ctx: ToolContext, text: Digest, workspace: str) -> Json:
 
 
 async def _terms_of(ctx: ToolContext, part: str, number: int, of: int) -> tuple[terms.Terms, ModelAnswer, int]:
-    """The terms of one part, who said them, and in how many tries. Raises ToolFailed when none validates."""
+    """Returns the terms of one part, the answer and the number of attempts. Raises ToolFailed when none validates."""
     messages, label = prompts.ask_terms(part, number, of), f"terms-{number}"
     problem = ""
     for attempt in range(REASKS + 1):
@@ -109,7 +109,7 @@ def save(
         "terms": json.loads(place.kept(extracted["terms"])),
     }
     place.write(markdown_name(id), markdown(result))
-    # The index goes by this one, so it comes last.
+    # Written last, because the index lists the documents that have this file.
     place.write(json_name(id), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return {"saved": json_name(id)}
 

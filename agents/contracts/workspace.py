@@ -1,7 +1,7 @@
-"""The folder of a batch: results that people read, and beside them what the stages hand on, by its digest.
+"""The folder of a batch: results for people, and the data that the stages pass on, stored by digest.
 
-Files are written whole or not at all, and the same content always under the same name, so a stage that is repeated
-after a crash changes nothing. Workers on several machines need the folder on a disk that they share.
+Files are written atomically, and the same content always under the same name, so a stage that is repeated after a crash
+changes nothing. Workers on several machines need the folder on a shared disk.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+from holdfast import ToolFailed, ToolRefused
+from holdfast.contracts.failures import ErrorType, Failure
 from holdfast.files import write_whole
-from holdfast.reliability.errors import ErrorType, Failure
-from holdfast.tools import ToolFailed, ToolRefused
 
 
 class DiskTrouble(Exception):
-    """The workspace cannot be read or written for now: a full disk, a share that is gone."""
+    """The workspace cannot be read or written for now: the disk is full, or the share is unavailable."""
 
     def __init__(self, error: OSError) -> None:
         words = f"workspace: {error.strerror or error}"
@@ -30,16 +30,16 @@ class Workspace:
         self.folder = Path(folder)
 
     def belongs_to(self, folder: Path) -> None:
-        """Takes the workspace for this folder's documents. Raises ToolRefused when it is for another's, DiskTrouble.
+        """Claims the workspace for this folder's documents. Raises ToolRefused when it belongs to another, DiskTrouble.
 
-        Results are named by their documents: those of two folders would take each other's place.
+        Results are named after their documents, so the results of two folders would overwrite each other.
         """
         mark, name = self.folder / ".documents", os.fsencode(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError), mark.open("xb") as file:
                 file.write(name)
-            if not (owner := mark.read_bytes()):  # of a worker that died at this
+            if not (owner := mark.read_bytes()):  # left by a worker that died here
                 write_whole(mark, owner := name)
         except OSError as error:
             raise DiskTrouble(error) from None
@@ -48,8 +48,8 @@ class Workspace:
             raise ToolRefused(f"the workspace {self.folder} holds the results of {other}: name another one")
 
     def keep(self, text: str) -> str:
-        """Keeps a text for the stages that follow; its digest, by which `kept` finds it. Raises DiskTrouble."""
-        raw = text.encode(errors="replace")  # a model may answer with half a character
+        """Stores a text for the following stages and returns its digest, which `kept` takes. Raises DiskTrouble."""
+        raw = text.encode(errors="replace")  # a model's answer may hold a lone surrogate
         digest = sha256(raw).hexdigest()[:32]
         path = self._part(digest)
         if not path.exists():
@@ -57,7 +57,7 @@ class Workspace:
         return digest
 
     def kept(self, digest: str) -> str:
-        """Raises ToolFailed when it is gone or damaged, DiskTrouble."""
+        """Returns a stored text. Raises ToolFailed when it is missing or damaged, DiskTrouble."""
         try:
             raw = self._part(digest).read_bytes()
         except FileNotFoundError:
@@ -75,7 +75,7 @@ class Workspace:
         return path
 
     def delete(self, name: str) -> bool:
-        """Whether there was one. Raises DiskTrouble."""
+        """Deletes a result and returns whether it existed. Raises DiskTrouble."""
         try:
             (self.folder / name).unlink()
         except FileNotFoundError:

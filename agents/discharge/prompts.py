@@ -1,4 +1,4 @@
-"""The words of the discharge agent."""
+"""The prompts of the discharge agent."""
 
 INSTRUCTIONS = """\
 You prepare the discharge of one hospital patient. The first message is JSON: patient_id, and the physician in charge.

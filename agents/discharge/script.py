@@ -1,7 +1,7 @@
 """The discharge agent's rules for the scripted model.
 
-They react to what they read: records they have not seen before, failed and pending steps, rejections, notices, errors
-about their arguments. They know nothing of the hospital's state.
+They react only to the conversation: unknown records, failed and pending steps, rejections, notices, errors about their
+arguments. They do not know the hospital's state.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from holdfast.contracts import Json
-from holdfast.simulation.script import LABEL, Call, Talk, ask, offered, say, transcript
+from holdfast import Json
+from holdfast.dev.simulation.script import LABEL, Call, Talk, ask, offered, say, transcript
 
 STEPS = {
     "record": ("read_record", "read_orders"),
@@ -42,7 +42,7 @@ def decide(messages: Sequence[Json], tools: Sequence[Json]) -> Json | None:
 
 @dataclass
 class Facts:
-    """What a discharge needs of a FHIR record, whoever the patient is. Empty where the record says nothing."""
+    """The data of any patient's FHIR record that a discharge needs. Empty where the record says nothing."""
 
     patient_id: str
     name: str = ""
@@ -94,7 +94,7 @@ class Facts:
 
     @property
     def window(self) -> str:
-        """When the follow-up is due, in words."""
+        """When the follow-up is due, as text."""
         words = [
             f"from {self.not_before}" if self.not_before else "",
             f"until {self.not_after}" if self.not_after else "",
@@ -103,7 +103,7 @@ class Facts:
 
 
 def _resources(value: Any) -> Iterator[Json]:
-    """Every FHIR resource in a JSON value, bundles opened."""
+    """Yields every FHIR resource in a JSON value, including those inside bundles."""
     if isinstance(value, dict):
         if "resourceType" in value and value["resourceType"] != "Bundle":
             yield value
@@ -115,7 +115,7 @@ def _resources(value: Any) -> Iterator[Json]:
 
 
 def _concept(value: Any) -> str:
-    """The words of a CodeableConcept."""
+    """Returns the text of a CodeableConcept."""
     if not isinstance(value, dict):
         return ""
     return value.get("text") or next((each["display"] for each in value.get("coding", []) if "display" in each), "")
@@ -149,7 +149,7 @@ class Discharge:
         self._stop = self._reason_to_stop()
 
     def calls(self) -> list[Call]:
-        """The calls of this turn; none when it is time to end."""
+        """Returns the calls of this turn; none when the run is to end."""
         if self._stop:
             return []
         for stage in (self._reading, self._arranging, self._summing_up, self._notifying):
@@ -170,7 +170,7 @@ class Discharge:
         return ""
 
     def _call(self, tool: str, arguments: Json) -> Call | None:
-        """The call if it is to be made now: not yet made, to be made once more, or with its arguments mended."""
+        """Returns the call if it is due: not made yet, to be repeated, or to be repeated with corrected arguments."""
         if tool not in self._offered:
             return None
         tries = self._talk.tries.get(tool, [])
@@ -248,7 +248,7 @@ class Discharge:
         return self._talk.result(tool) is not None
 
     def open_points(self) -> list[str]:
-        """What a person still has to settle, as far as this conversation tells."""
+        """Returns the points that a person must still settle, as far as this conversation shows."""
         coverage = self._talk.result("verify_insurance")
         points = []
         if not self._talk.result("read_orders"):
@@ -315,7 +315,7 @@ class Discharge:
         return " ".join([text.removeprefix(LABEL), *points, *self._requested(reason)])
 
     def _requested(self, reason: str) -> list[str]:
-        """What a rejection asked for, put into the text."""
+        """Returns the lines that a rejection asked for."""
         lines = []
         if reason and _DRUGS.search(reason):
             lines.append(f"Medication: {self._drug_lines() or 'none ordered'}.")
@@ -326,7 +326,7 @@ class Discharge:
         return lines
 
     def final(self) -> str:
-        """The last words: what was done, what is pending, and why it stopped if it did."""
+        """Returns the final answer: what was done, what is pending, and why the agent stopped if it did."""
         did = {
             "read_record": "record read",
             "verify_insurance": "insurance checked",
@@ -350,7 +350,7 @@ class Discharge:
 
 
 def mend(arguments: Json, error: str, facts: Json) -> Json:
-    """The arguments as an error about them asks for, as far as the script can: `field: what is wrong; field: …`."""
+    """Corrects the arguments as far as the script can. The error has the form `field: what is wrong; field: …`."""
     mended = dict(arguments)
     for name, what in re.findall(
         r"(\w+)(?:\.[\w.]+)?: ([^;]+)", re.sub(r"^.*?(schema|bad arguments for \w+):", "", error)
@@ -365,7 +365,7 @@ def mend(arguments: Json, error: str, facts: Json) -> Json:
 
 
 def summary(data: Json) -> str:
-    """The discharge summary from the facts in the request: the model call of `write_summary`."""
+    """Answers the model call of `write_summary`: a discharge summary from the facts in the request."""
 
     def words(name: str) -> str:
         value = data.get(name)

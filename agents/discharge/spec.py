@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agents.discharge import tools
 from agents.discharge.prompts import INSTRUCTIONS
-from holdfast.agent import AgentSpec, BreakerRule, Service, StepSpec
+from holdfast import AgentSpec, BreakerRule, Service, StepSpec
 
 
 class DischargeInput(BaseModel):
@@ -19,7 +19,7 @@ class DischargeInput(BaseModel):
 
 
 def _optional(name: str, title: str, tool: str, role: str, minutes: int) -> StepSpec:
-    """A step that does not hold up the discharge: left pending, the role settles it, as a rule within `minutes`."""
+    """Returns a step that does not block the discharge. Left pending, the role usually settles it within `minutes`."""
     return StepSpec(name=name, title=title, tools=[tool], critical=False, role=role, review_s=60 * minutes)
 
 
@@ -47,7 +47,7 @@ SPEC = AgentSpec(
         StepSpec(name="notify", title="Notifications", tools=["notify_patient", "notify_providers"]),
     ),
     services=(
-        # Flaky as it is, it is worth its five retries; only when nearly nothing gets through it is left alone.
+        # A flaky service that is worth five retries: the circuit breaker opens only when nearly every call fails.
         Service("insurance", breaker=BreakerRule(failures=None, share=0.9, window_s=120, min_calls=12)),
     ),
 )

@@ -1,4 +1,4 @@
-"""What the discharge agent can do. Each effect is sent under its idempotency key."""
+"""The tools of the discharge agent. Each effect is sent with its idempotency key."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from agents.discharge.prompts import SUMMARY_INSTRUCTIONS, SUMMARY_TEMPLATE
-from holdfast.contracts import Effect, Json
-from holdfast.tools import ToolContext, ToolRefused, Undo, tool
+from holdfast import Effect, Json, ToolContext, ToolRefused, Undo, tool
 
 PatientId = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$", description="the patient's id in the records")]
 PATIENCE = 600.0
-"""Seconds after which a step that holds up nothing is left to its desk, however long its service stays down."""
+"""Deadline in seconds of a step that blocks nothing: after it, the step is left pending for its desk."""
 Line = Annotated[str, Field(min_length=1, max_length=500)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
 
@@ -25,7 +24,7 @@ class Medication(BaseModel):
 
 
 async def _request(ctx: ToolContext, method: str, path: str, **options: Any) -> Json | None:
-    """The hospital's answer, None for a 404. Raises httpx2.HTTPError for the platform to classify."""
+    """Returns the hospital's answer, or None for a 404. Raises httpx2.HTTPError, which the platform classifies."""
     url = ctx.service_url("hospital") + path
     response = await ctx.http.request(method, url, headers={"Idempotency-Key": ctx.key}, **options)
     if response.status_code == 404:
@@ -35,7 +34,7 @@ async def _request(ctx: ToolContext, method: str, path: str, **options: Any) -> 
 
 
 async def _of_patient(ctx: ToolContext, patient_id: str, method: str, path: str, **options: Any) -> Json:
-    """As `_request`, where a 404 means that the patient is unknown. Raises ToolRefused then."""
+    """Does the same as `_request`, but raises ToolRefused for a 404, which means that the patient is unknown."""
     answer = await _request(ctx, method, path, **options)
     if answer is None:
         raise ToolRefused(f"the hospital knows no patient {patient_id!r}; check the patient id")
@@ -45,7 +44,7 @@ async def _of_patient(ctx: ToolContext, patient_id: str, method: str, path: str,
 # ------------------------------------------------------------------ record, insurance
 
 
-# Without the record there is nothing right to say or to order, so a run waits for these two.
+# Without the record the agent can neither order nor write anything correct, so a run waits for these two.
 
 
 @tool(effect=Effect.READ, service="records", put_off=False)
@@ -103,7 +102,7 @@ async def cancel_appointment(ctx: ToolContext, undo: Undo) -> str | None:
 
 
 async def _cancel(ctx: ToolContext, path: str, undo: Undo, what: str) -> str | None:
-    """Cancels by the key of the call. A 404 also bars the key: a request still on its way will be refused."""
+    """Cancels by the call's key. On a 404 the service also bars the key, and refuses a request that arrives later."""
     cancelled = await _request(ctx, "DELETE", path, params={"key": undo.key})
     return f"{what} cancelled" if cancelled is not None else None
 
@@ -143,7 +142,7 @@ def summary_by_template(ctx: ToolContext, **facts: Any) -> dict[str, str]:
 # ------------------------------------------------------------------ messages: the service ignores keys
 
 SETTLES_WITHIN = 20.0
-"""Seconds: the service gives up a message that it could not send by then."""
+"""Seconds after which the service gives up a message that it could not send."""
 
 
 async def _send(ctx: ToolContext, patient_id: str, to: list[str], text: str, **more: str) -> Json:
@@ -152,7 +151,7 @@ async def _send(ctx: ToolContext, patient_id: str, to: list[str], text: str, **m
 
 
 async def _sent(ctx: ToolContext, reference: str) -> Json | None:
-    """The message that was sent under this reference, if one was."""
+    """Returns the message that was sent under this reference, or None."""
     found = await _request(ctx, "GET", "/messages", params={"reference": reference})
     messages = found["messages"] if found else []
     return messages[0] if messages else None
@@ -192,7 +191,7 @@ async def providers_were_notified(ctx: ToolContext, patient_id: str, recipients:
 
 @notify_providers.undo
 async def retract(ctx: ToolContext, undo: Undo) -> str | None:
-    """What was sent cannot be unsent: the same recipients are told, once, that it no longer holds."""
+    """Sends the same recipients one retraction, because a message cannot be unsent."""
     first = await _sent(ctx, undo.key)
     if first is None:
         return None

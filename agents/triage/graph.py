@@ -11,9 +11,9 @@ from langgraph.types import interrupt
 
 from agents.triage.prompts import CLASSIFY, DESKS
 from agents.triage.tools import clinic_facts, open_ticket, send_reply
-from holdfast.graph import Turn, begin_at, tools
-from holdfast.loop import Conversation
-from holdfast.tools import Tool
+from holdfast.authoring.tools import Tool
+from holdfast.reasoning.default_graph import Conversation
+from holdfast.reasoning.graph import Turn, begin_at, tools
 
 TOOLS: dict[str, tuple[Tool, ...]] = {
     "clinical": (open_ticket,),
@@ -32,7 +32,7 @@ async def classify(state: State, runtime: Runtime[Turn]) -> dict[str, Any]:
     desk = _desk(answer.text)
     question = "Which desk is this message for?"
     while desk not in DESKS:
-        # Runs again from the top when it is answered; the model's answer is recorded and not asked for again.
+        # The node runs again from the top after the answer; the model's answer is recorded and not asked for again.
         reply = interrupt({"question": question, "desks": list(DESKS), "mail": state["input"], "role": "front desk"})
         desk = _desk(reply)
         question = f"{reply!r} is no desk. Which of these is the message for?"
@@ -40,12 +40,12 @@ async def classify(state: State, runtime: Runtime[Turn]) -> dict[str, Any]:
 
 
 def _desk(words: Any) -> str:
-    """The desk that an answer names: its last word, because models like to introduce it."""
+    """Returns the desk that an answer names: its last word, because models often put words before it."""
     return words.lower().strip(" .\n").split()[-1] if isinstance(words, str) and words.strip(" .\n") else ""
 
 
 def answers_for(desk: str) -> Any:
-    """The node of a desk: its own instructions and tools over the one conversation."""
+    """Returns the node of a desk: it has its own instructions and tools, and shares the conversation."""
 
     async def node(state: State, runtime: Runtime[Turn]) -> dict[str, Any]:
         system = {"role": "system", "content": DESKS[desk]}

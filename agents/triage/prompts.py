@@ -1,4 +1,4 @@
-"""The words of the triage agent: one prompt to classify, and one for each desk."""
+"""The prompts of the triage agent: one to classify, and one for each desk."""
 
 CLASSIFY = """\
 You sort the mailbox of an outpatient clinic. The next message is JSON: sender and text. Say which desk it is for:

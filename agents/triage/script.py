@@ -1,12 +1,12 @@
-"""The triage agent's rules for the scripted model: words that tell the desk, then what each desk does."""
+"""The triage agent's rules for the scripted model: words that identify the desk, then what each desk does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from agents.triage.prompts import CLASSIFY, DESKS
-from holdfast.contracts import Json
-from holdfast.simulation.script import LABEL, Talk, ask, say
+from holdfast import Json
+from holdfast.dev.simulation.script import LABEL, Talk, ask, say
 
 WORDS = {
     "clinical": ("pain", "fever", "medication", "tablet", "dizzy", "breath", "rash", "bleeding", "blood", "symptom"),
@@ -25,7 +25,7 @@ def decide(messages: Sequence[Json], tools: Sequence[Json]) -> Json | None:
 
 
 def classify(text: str) -> str:
-    """The desk whose words are in the text; unsure when there are those of several desks, or of none."""
+    """Returns the desk whose words are in the text; "unsure" when words of several desks match, or none do."""
     found = [desk for desk, words in WORDS.items() if any(word in text.lower() for word in words)]
     return found[0] if len(found) == 1 else "unsure"
 
@@ -50,7 +50,7 @@ def work(desk: str, talk: Talk) -> Json:
 
 
 def _then(talk: Talk, call: tuple[str, Json], end: str) -> Json:
-    """The call, and these words once it has an answer."""
+    """Makes the call, or ends with this text once the call has an answer."""
     made = talk.last(call[0])
     if made is None:
         return ask(talk, call)

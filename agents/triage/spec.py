@@ -1,7 +1,7 @@
-"""Mail triage of a clinic: classifies a message, then one of three desks with its own prompt and tools answers it.
+"""Mail triage of a clinic: classifies a message; then one of three desks, with its own prompt and tools, answers it.
 
-A graph of its own: START → classify → clinical | appointments | billing, each in a loop with its tools. Where the
-model is unsure, a person says which desk.
+It has its own graph: START → classify → clinical | appointments | billing, each in a loop with its tools. When the
+model is unsure, a person chooses the desk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agents.triage.prompts import CLASSIFY
 from agents.triage.tools import clinic_facts, open_ticket, send_reply
-from holdfast.agent import AgentSpec, StepSpec
+from holdfast import AgentSpec, StepSpec
 
 
 class Mail(BaseModel):
@@ -28,7 +28,7 @@ SPEC = AgentSpec(
     instructions=CLASSIFY,
     input=Mail,
     tools=(clinic_facts, open_ticket, send_reply),
-    # Which of the two depends on the desk; a message that got neither was not answered.
+    # Which of the two depends on the desk; a message with neither was not answered.
     steps=(StepSpec(name="answer", title="Ticket or reply", tools=["open_ticket", "send_reply"], one_of=True),),
     graph="agents.triage.graph:GRAPH",
 )

@@ -1,8 +1,8 @@
-"""What the triage agent can do: tickets and replies are files in the agent's workspace, which the clinic's desks read.
+"""The tools of the triage agent. Tickets and replies are files in the agent's workspace, which the clinic's desks read.
 
     HOLDFAST_HOME/workspace/triage/tickets/<id>.json    outbox/<id>.json
 
-The id follows from the idempotency key, so a call that is repeated writes the same file.
+The id is derived from the idempotency key, so a repeated call writes the same file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from holdfast.contracts import Effect, Json
-from holdfast.tools import ToolContext, ToolFailed, Undo, tool
+from holdfast import Effect, Json, ToolContext, ToolFailed, Undo, tool
 
 Line = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
@@ -50,7 +49,7 @@ async def open_ticket(
 
 @open_ticket.undo
 async def withdraw_ticket(ctx: ToolContext, undo: Undo) -> str | None:
-    """Also bars the ticket: an attempt that was frozen must not open it afterwards."""
+    """Withdraws the ticket, and bars it, so that a frozen attempt cannot open it later."""
     ticket, withdrawn = _place(ctx, "tickets", undo.key), _withdrawn(ctx, undo.key)
     opened = ticket.exists() or (withdrawn.exists() and withdrawn.stat().st_size > 0)
     if ticket.exists():
@@ -66,7 +65,7 @@ async def send_reply(ctx: ToolContext, to: Line, subject: Line, text: Text) -> J
 
 
 def _put(ctx: ToolContext, folder: str, content: Json) -> Json:
-    """Writes the file unless it is there; whole or not at all."""
+    """Writes the file atomically, unless it exists."""
     place = _place(ctx, folder, ctx.key)
     if _withdrawn(ctx, ctx.key).exists():
         raise ToolFailed(f"{place.stem} was withdrawn before it was written")

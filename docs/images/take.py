@@ -10,12 +10,12 @@ from pathlib import Path
 import httpx2
 from playwright.async_api import Locator, Page, async_playwright
 
-from holdfast.contracts import RunStatus
-from holdfast.stack import Stack, without_ours
-from holdfast.starting import start_run
-from holdfast.state.database import open_database
+from holdfast.contracts.run import RunStatus
+from holdfast.dev.stack import Stack, without_ours
+from holdfast.engine.client import DATA_CONVERTER, Client
+from holdfast.engine.starting import start_run
+from holdfast.state.opening import open_database
 from holdfast.state.runs import Runs
-from holdfast.temporal import DATA_CONVERTER, Client
 
 HERE = Path(__file__).parent
 NAVIGATION = 256
@@ -35,7 +35,7 @@ async def main() -> None:
 
 
 async def waiting_run(stack: Stack) -> str:
-    """The demo's run up to the question: insurance fails twice, the pharmacy hangs, the physician is asked."""
+    """Runs the demo's run up to its question and returns its id: insurance fails twice, the pharmacy hangs."""
     async with httpx2.AsyncClient(base_url=f"{stack.hospital_url}/faults/") as hospital:
         await hospital.put("insurance", json={"mode": "fail", "times": 2, "status": 503})
         await hospital.put("pharmacy", json={"mode": "hang", "method": "POST"})
@@ -66,7 +66,7 @@ async def take(ui_url: str, run: str) -> None:
         await page.goto(f"{ui_url}/namespaces/default/workflows/{run}")
         await page.get_by_text("turn 4").first.wait_for()
         await shoot(page, "timeline.png", page.get_by_role("tab", name="Timeline"), None)
-        # Narrow, so that the page puts its parts below each other; high, so that nothing has to be scrolled.
+        # Narrow, so that the page stacks its parts; high, so that it needs no scrolling.
         await page.set_viewport_size({"width": 1000, "height": 2200})
         await page.get_by_role("tab", name="User Metadata").click()
         first_command = (
@@ -78,7 +78,7 @@ async def take(ui_url: str, run: str) -> None:
 
 
 async def shoot(page: Page, name: str, first: Locator, last: Locator | None) -> None:
-    """What lies right of the navigation bar, from the first thing to the last (None: the end of the window)."""
+    """Takes the part right of the navigation bar, from the first element to the last (None: the end of the window)."""
     size = page.viewport_size
     top, bottom = await first.bounding_box(), await last.bounding_box() if last else None
     assert size and top

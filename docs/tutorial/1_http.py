@@ -1,11 +1,10 @@
-"""What meetings is: it reserves a room over HTTP and invites people."""
+"""The agent meetings: it reserves a room over HTTP and invites people."""
 
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from holdfast.agent import AgentSpec, Effect, StepSpec
-from holdfast.tools import ToolContext, Undo, tool
+from holdfast import AgentSpec, Effect, StepSpec, ToolContext, Undo, tool
 
 
 class Meeting(BaseModel):

@@ -1,9 +1,8 @@
-"""What meetings is: it reserves a room over HTTP, and can ask whether an invitation went out."""
+"""The agent meetings: it reserves a room over HTTP, and can ask whether an invitation went out."""
 
 from pydantic import BaseModel, ConfigDict
 
-from holdfast.agent import AgentSpec, Effect, StepSpec
-from holdfast.tools import ToolContext, Undo, tool
+from holdfast import AgentSpec, Effect, StepSpec, ToolContext, Undo, tool
 
 
 class Meeting(BaseModel):

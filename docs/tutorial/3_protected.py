@@ -1,11 +1,10 @@
-"""What meetings is: as before, with limits, a breaker of its own and a front desk that stands in for the service."""
+"""The agent meetings, now with limits, a breaker of its own, and a front desk as the fallback for the service."""
 
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from holdfast.agent import AgentSpec, BreakerRule, Effect, Service, StepSpec
-from holdfast.tools import ToolContext, Undo, tool
+from holdfast import AgentSpec, BreakerRule, Effect, Service, StepSpec, ToolContext, Undo, tool
 
 
 class Meeting(BaseModel):

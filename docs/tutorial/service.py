@@ -1,9 +1,9 @@
-"""A service to call in the tutorial: it books rooms and sends invitations, and tells what it has done.
+"""A service to call in the tutorial: it books rooms, sends invitations, and lists what it has done.
 
 uv run docs/tutorial/service.py 9000
 
-Bookings honour an idempotency key. Invitations do not, but can be asked for by their reference. Nothing is kept when
-it ends.
+Bookings honour an idempotency key. Invitations do not, but a client can ask for one by its reference. The service keeps
+everything in memory.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""meetings against its real service, on a real Temporal server: a yes, a no that undoes, and the service away."""
+"""Tests meetings with its real service, on a real Temporal server: a yes, a no that undoes, and the service down."""
 
 import socket
 import subprocess
@@ -10,15 +10,15 @@ import pytest
 
 from agents.meetings.script import decide
 from agents.meetings.spec import SPEC, Meeting
-from holdfast.contracts import Json
-from holdfast.stack import ROOT
+from holdfast import Json
+from holdfast.dev.stack import ROOT
 from tests.fixtures.stack import until as soon
 from tests.fixtures.temporal import Stage, until
 
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both services, in a process of its own. Rooms may be sought elsewhere: see the last test."""
+    """Starts both services in one process. The last test looks for rooms at another address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
@@ -38,7 +38,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 async def outcome(stage: Stage, verdict: str) -> str:
-    """How the run ends when the invitation is answered like this."""
+    """Returns the outcome of a run whose invitation gets this verdict."""
     stage.model.script = lambda messages: decide(messages, ()) or {}
     async with stage.worker():
         run = await stage.start(SPEC, Meeting().model_dump())

@@ -1,4 +1,4 @@
-"""`starter.py breakers`: the circuit breakers, as they stand in the store; trips and resets by hand."""
+"""`starter.py breakers`: lists the circuit breakers in the store, and trips and resets them by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from holdfast.reliability.breaker import Breaker, Row
     from holdfast.state.clock import StoreClock
 
-commands = typer.Typer(help="List the circuit breakers, trip and reset them by hand.", no_args_is_help=False)
+commands = typer.Typer(help="List the circuit breakers; trip and reset them by hand.", no_args_is_help=False)
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs")]
 Target = Annotated[
@@ -29,25 +29,25 @@ By = Annotated[str, typer.Option("--by", metavar="NAME", help="who does it (defa
 
 @commands.callback(invoke_without_command=True)
 def listing(context: typer.Context, json: Json = False) -> None:
-    """List the circuit breakers, trip and reset them by hand."""
+    """List the circuit breakers; trip and reset them by hand."""
     if context.invoked_subcommand is None:
         asyncio.run(_list(json))
 
 
 @commands.command("list")
 def list_breakers(json: Json = False) -> None:
-    """List the breakers of all services that ever failed."""
+    """List the circuit breakers of all services that ever failed."""
     asyncio.run(_list(json))
 
 
 @commands.command()
 def trip(
     target: Target,
-    why: Annotated[str, typer.Option("--why", help="those whose runs wait for it read this")],
+    why: Annotated[str, typer.Option("--why", help="why; runs that wait for the service show it")],
     by: By = "",
     json: Json = False,
 ) -> None:
-    """Open a breaker: no call goes out to the service, and none probes it, until it is reset."""
+    """Open a circuit breaker: no call or probe goes out to the service until a reset."""
     if not why.strip():
         raise Refused("--why is empty: say why, the runs that wait for it show it")
     asyncio.run(_trip(target, why.strip(), by.strip() or getpass.getuser(), json))
@@ -55,7 +55,7 @@ def trip(
 
 @commands.command()
 def reset(target: Target, by: By = "", json: Json = False) -> None:
-    """Close a breaker, and end a pause that the service asked for: calls go out again."""
+    """Close a circuit breaker, and end a pause that the service asked for: calls go out again."""
     asyncio.run(_reset(target, by.strip() or getpass.getuser(), json))
 
 
@@ -71,8 +71,8 @@ async def _list(as_json: bool) -> None:
 
 
 async def _trip(target: str, why: str, by: str, as_json: bool) -> None:
-    from agents.registry import agents
-    from holdfast.wording import did_you_mean
+    from holdfast.authoring.registry import agents
+    from holdfast.contracts.wording import did_you_mean
 
     async with _store() as (breaker, _):
         known = {row.target for row in await breaker.rows()}
@@ -93,7 +93,7 @@ async def _trip(target: str, why: str, by: str, as_json: bool) -> None:
 
 
 async def _reset(target: str, by: str, as_json: bool) -> None:
-    from holdfast.wording import did_you_mean
+    from holdfast.contracts.wording import did_you_mean
 
     async with _store() as (breaker, _):
         if not await breaker.reset(target, by):
@@ -125,7 +125,7 @@ def _show(rows: list[Row], now: float) -> None:
 
 
 def _reason(row: Row) -> str:
-    """Of a closed breaker, why it was open the last time."""
+    """Why the breaker is open; for a closed one, why it was open last."""
     return f"last: {row.reason}" if row.reason and row.state == "closed" else row.reason
 
 
@@ -146,7 +146,7 @@ async def _store() -> AsyncIterator[tuple[Breaker, StoreClock]]:
     from holdfast.reliability.breaker import Breaker
     from holdfast.settings import settings
     from holdfast.state.clock import StoreClock
-    from holdfast.state.database import open_database
+    from holdfast.state.opening import open_database
     from holdfast.state.version import check_schema
 
     db = await open_database(settings().store_url)

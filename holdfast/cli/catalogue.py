@@ -1,4 +1,4 @@
-"""What there is: agents and tools."""
+"""`starter.py agents` and `starter.py tools`: what is installed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from collections.abc import Iterable
 
 from rich.text import Text
 
-from agents.registry import agent as find_agent
-from agents.registry import agents as all_agents
-from agents.registry import batches as all_batches
-from agents.registry import broken as broken_agents
-from holdfast.agent import AgentSpec
-from holdfast.batch import BatchSpec
+from holdfast.authoring.agent import AgentSpec, ToolServer
+from holdfast.authoring.batch import BatchSpec
+from holdfast.authoring.registry import agent as find_agent
+from holdfast.authoring.registry import agents as all_agents
+from holdfast.authoring.registry import batches as all_batches
+from holdfast.authoring.registry import broken as broken_agents
+from holdfast.authoring.tools import LastGood, Tool
 from holdfast.cli.output import counted, out, print_json
-from holdfast.contracts import Json
-from holdfast.mcp.hub import Hub
-from holdfast.mcp.spec import McpServer
-from holdfast.mcp.tool import RemoteTool
-from holdfast.tools import LastGood, Tool
+from holdfast.contracts.data import Json
+from holdfast.ext.mcp.hub import Hub
 
 Down = dict[str, str]
-"""MCP servers that cannot be asked for their tools, and why."""
+"""MCP servers that cannot list their tools now, and why."""
 ASK_S = 10.0
 """How long a server may take to start and list its tools."""
 
@@ -39,12 +37,12 @@ def _bound(specs: Iterable[AgentSpec]) -> list[tuple[AgentSpec, Down]]:
     return asyncio.run(bind())
 
 
-def _missing(spec: AgentSpec, server: McpServer, down: Down) -> str:
-    """What a reader should know of a server: that it does not answer, or lacks what the spec names."""
+def _missing(spec: AgentSpec, server: ToolServer, down: Down) -> str:
+    """What is wrong with an MCP server: it does not answer, or lacks tools that the spec names."""
     if server.name in down:
         return f"its tools are not known now: {down[server.name]}"
-    lost = [name for name in {*server.effects, *server.only} if server.tool_name(name) not in spec.by_name]
-    return f"the spec names tools that it does not have: {', '.join(sorted(lost))}" if lost else ""
+    lost = server.lacks(spec.by_name)
+    return f"the spec names tools that it does not have: {', '.join(lost)}" if lost else ""
 
 
 def show_agents(as_json: bool) -> None:
@@ -122,7 +120,7 @@ def show_tools(agent: str | None, as_json: bool) -> None:
             if problem := _missing(spec, server, down):
                 out.print(Text(f"  MCP server {server.name}: {problem}", "yellow"))
         for tool in spec.tools:
-            whose = f"MCP server {tool.service}" if isinstance(tool, RemoteTool) else tool.service
+            whose = f"MCP server {tool.service}" if tool.remote else tool.service
             marks = [str(tool.effect), *filter(None, [whose]), f"{tool.timeout_s:g} s"]
             marks.append(counted(tool.retries, "retry", "retries"))
             marks += [f"stage {tool.queue}"] * bool(tool.queue)
@@ -152,7 +150,7 @@ def _tool(tool: Tool) -> Json:
         "description": tool.description,
         "effect": tool.effect,
         "service": tool.service,
-        "mcp": isinstance(tool, RemoteTool),
+        "mcp": tool.remote,
         "timeout_s": tool.timeout_s,
         "deadline_s": tool.deadline_s,
         "retries": tool.retries,

@@ -6,18 +6,18 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
-from holdfast import claims
 from holdfast.cli.output import Refused
-from holdfast.codec_server import app
+from holdfast.engine import payload_storage
+from holdfast.engine.client import data_converter, profile
+from holdfast.engine.codec_server import app
 from holdfast.settings import settings
-from holdfast.temporal import data_converter, profile
 
 
 async def serve(host: str, port: int, origins: list[str]) -> int:
-    """Serves until a signal ends it; the exit status. Raises Refused without a token."""
+    """Serves until a signal stops it and returns the exit status. Raises Refused without a token."""
     token = settings().codec_token.get_secret_value()
     if not token:
-        raise Refused("HOLDFAST_CODEC_TOKEN is not set: who holds it may read everything, so make it long and random")
+        raise Refused("HOLDFAST_CODEC_TOKEN is not set: its holders can read every payload, so make it long and random")
     converter = data_converter(settings(), profile().namespace or "default")
     allowed = [_origin(each) for each in origins or [settings().ui_url]]
     config = uvicorn.Config(app(converter, token, allowed), host=host, port=port, log_level="warning")
@@ -25,12 +25,12 @@ async def serve(host: str, port: int, origins: list[str]) -> int:
     try:
         await uvicorn.Server(config).serve()
     finally:
-        await claims.close(converter.external_storage)
+        await payload_storage.close(converter.external_storage)
     return 0
 
 
 def _origin(url: str) -> str:
-    """`http://localhost:8233` of any address there. Raises Refused."""
+    """The origin of an address, such as `http://localhost:8233`. Raises Refused."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise Refused(f"--ui {url}: expected an origin such as http://localhost:8233")

@@ -1,7 +1,7 @@
-"""The lines of `list`: columns that are always the same ones, and never cut.
+"""Formats the lines of `list`. The columns are always the same, and no cell is cut.
 
-In a pipe each run is one line, however long, and an empty column is a dash. At a terminal that is too narrow for that
-the run's id gets a line of its own: an id that is cut cannot be copied.
+In a pipe each run is one line of any length, and an empty cell is a dash. At a terminal that is too narrow, the run's
+id gets a separate line: a cut id could not be copied.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from holdfast.cli.output import seconds
 from holdfast.cli.view import COLOURS
-from holdfast.contracts import Json
+from holdfast.contracts.data import Json
 
 HEADINGS = ("run", "agent", "status", "stage", "started", "took")
 GAP = 2
@@ -27,12 +27,12 @@ def clock(epoch: float) -> str:
 
 
 def room(console: Console) -> int | None:
-    """Cells of a line at this terminal; None in a pipe."""
+    """The width of a line at this terminal, in cells; None in a pipe."""
     return console.width if console.is_terminal else None
 
 
 def row(run: Json, now: float, *, short: bool) -> tuple[str, ...]:
-    """The cells of a run, as a command lists it. short: times as a person at a terminal reads them."""
+    """The cells of a run that `list` shows. short: times in a short form, for a person at a terminal."""
     took = max(0.0, (run["ended_at"] or now) - run["started_at"])
     started, span = clock(run["started_at"]), seconds(took)
     if short:
@@ -46,7 +46,7 @@ def row(run: Json, now: float, *, short: bool) -> tuple[str, ...]:
 
 
 def lines(rows: Sequence[tuple[str, ...]], width: int | None) -> Iterator[Text]:
-    """A heading, then each run. width: cells of a line; None: as many as it takes."""
+    """The heading, then each run. width: of a line, in cells; None: no limit."""
     table = [HEADINGS, *rows]
     widths = [max(cell_len(each[n]) for each in table) for n in range(len(HEADINGS))]
     fits = width is None or sum(widths) + GAP * (len(widths) - 1) <= width

@@ -1,4 +1,4 @@
-"""`starter.py demo`: one discharge that is killed twice and finishes, and what can be counted of it afterwards."""
+"""`starter.py demo`: one discharge whose worker is killed twice, and a count of its requests and effects."""
 
 from __future__ import annotations
 
@@ -21,47 +21,40 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from holdfast import door
 from holdfast.cli import runs, view
-from holdfast.cli.known import Handle, find, link
+from holdfast.cli.lookup import Handle, find, link
 from holdfast.cli.output import err, money, out, seconds
 from holdfast.cli.settle import settle
 from holdfast.cli.tally import Line, Sent, count, doubled, received, unmatched
 from holdfast.cli.up import cancelled_by_signal
-from holdfast.contracts import (
-    Approval,
-    Json,
-    Phase,
-    RunOutcome,
-    RunResult,
-    RunStatus,
-    StepStatus,
-    Verdict,
-)
+from holdfast.contracts import door
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import Approval, Verdict
+from holdfast.contracts.run import Phase, RunOutcome, RunResult, RunStatus, StepStatus
+from holdfast.dev.simulation.hospital import EffectRow, HospitalRecord
+from holdfast.dev.simulation.scripted_model import ModelRecord
+from holdfast.dev.stack import Child, Stack, temporal_cli, without_ours
+from holdfast.engine.client import Client, connect
+from holdfast.engine.starting import start_run
 from holdfast.reliability.ledger import Entry, Ledger
 from holdfast.settings import settings
-from holdfast.simulation.hospital import EffectRow, HospitalRecord
-from holdfast.simulation.scripted_model import ModelRecord
-from holdfast.stack import Child, Stack, temporal_cli, without_ours
-from holdfast.starting import start_run
-from holdfast.state.database import open_database
+from holdfast.state.opening import open_database
 from holdfast.state.runs import Runs
-from holdfast.temporal import Client, connect
 
 PHYSICIAN = "dr.lee"
 PHARMACIST = "ph.kim"
 BY_PHONE = "ordered by telephone"
 PATIENT = "pat-1"
 THINK_S = 0.4
-"""Seconds that the scripted model takes for an answer, so that one can see it think."""
+"""Seconds that the scripted model takes for an answer, so that a viewer can follow."""
 SLOW_S = 4.0
 WITHIN_S = 15.0
-"""A killed worker's run goes on within so many seconds, the start of another worker included."""
+"""Seconds within which a killed worker's run goes on, including the start of another worker."""
 PATIENCE_S = 45.0
 
 
 class Stuck(Exception):
-    """The story did not get to its next point. The message says which."""
+    """The demo did not reach its next step. The message says which."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,13 @@ class Kill:
 
 
 async def demo(*, fail: bool, yes: bool, keep: bool) -> int:
-    """Shows it. 0 when every claim held, 1 when one did not, 130 after Ctrl-C."""
+    """Runs the demo. Returns 0 when every claim held, 1 when one did not, 130 after Ctrl-C."""
     with tempfile.TemporaryDirectory(prefix="holdfast-demo-", ignore_cleanup_errors=True) as home:
-        # Nobody's key, server or store: what the demo shows must not depend on this machine's settings.
+        # No key, server or store of the user: the demo must not depend on this machine's settings.
         stack = Stack(Path(home), without_ours(os.environ), durable=False, think_s=THINK_S)
         os.environ.clear()
         os.environ.update(stack.environment)
-        settings.cache_clear()  # whoever has read them by now has read those of this machine
+        settings.cache_clear()  # settings that were read before this are those of the machine
         code = 130
         try:
             with cancelled_by_signal():
@@ -96,12 +89,12 @@ async def demo(*, fail: bool, yes: bool, keep: bool) -> int:
             err.print(Text(str(error), "red"))
             code = 1
         finally:
-            stack.stop(grace_s=0)  # nothing of it is kept
+            stack.stop(grace_s=0)  # its state is deleted anyway
     return code
 
 
 class Demo:
-    """One showing. The steps of the story are in `play`, in their order."""
+    """One run of the demo. `play` has its steps, in order."""
 
     def __init__(self, stack: Stack, *, fail: bool, ask: bool) -> None:
         self._stack = stack
@@ -115,7 +108,7 @@ class Demo:
         self._watching: asyncio.Task[None] | None = None
         self._live: Live | None = None
         self._told: set[str] = set()
-        """What was said already: ids of failed requests, names of pending steps, ids of answered approvals."""
+        """What was printed already: ids of failed requests, names of pending steps, ids of answered approvals."""
 
     async def play(self) -> int:
         out.print("[bold]Holdfast demo[/bold]: a patient's discharge whose workers are killed, on simulated services")
@@ -127,7 +120,7 @@ class Demo:
         try:
             await self._kill_in_flight()
             await self._kill_between_turns()
-            # After a rejection the agent may word it better and ask again.
+            # After a rejection the agent may change the message and ask again.
             while approvals := await self._until_asked_or_ended():
                 await self._decide(handle, approvals)
             await self._watching
@@ -173,7 +166,7 @@ class Demo:
             answer.raise_for_status()
 
     async def _kill_in_flight(self) -> None:
-        """Kills the worker from outside, while the hospital has a request of it that it has not answered yet."""
+        """Kills the worker while the hospital has not yet answered one of its requests."""
 
         def in_flight() -> bool:
             requests = self._hospital.requests()
@@ -186,16 +179,16 @@ class Demo:
         await self._replace(worker, "a booking in flight", HOLDFAST_FAULT="kill:turn-started@turn-4")
 
     async def _kill_between_turns(self) -> None:
-        """The second worker kills itself with SIGKILL, armed at its start with the crash point between turns 3 and 4.
+        """The second worker kills itself with SIGKILL at the crash point between turns 3 and 4, set at its start.
 
-        From outside that moment, some milliseconds, could only be hit by luck.
+        That moment lasts some milliseconds: a kill from outside would hit it only by luck.
         """
         worker = self._stack.workers[1]
         await self._until(lambda: not worker.alive, "the end of turn 3")
         await self._replace(worker, "between two turns")
 
     async def _replace(self, worker: Child, what: str, **environment: str) -> None:
-        """Starts another worker and waits until the run goes on, as the hospital and the model see it."""
+        """Starts another worker and waits until the hospital or the model hears from the run again."""
         killed = time.time()
         self._say("✗", "red", f"{worker.name} (process {worker.pid}) is killed with SIGKILL, {what}")
         worker.wait(5)
@@ -208,7 +201,7 @@ class Demo:
         self._say("✓", "green", f"the run goes on {resumed:.1f} s after the kill ({started})")
 
     async def _until_asked_or_ended(self) -> list[Approval]:
-        """What the physician is asked now; empty when the run has ended instead."""
+        """The open requests to the physician; empty when the run has ended instead."""
         assert self._watching is not None
         watching = self._watching
 
@@ -221,7 +214,7 @@ class Demo:
         return [] if watching.done() else asked()
 
     async def _decide(self, handle: Handle, approvals: list[Approval]) -> None:
-        """Gets the physician's answer to all that is asked, and sends it."""
+        """Gets the physician's answers to all open requests, and sends them."""
         self._show(None)
         self._told.update(approval.id for approval in approvals)
         if self._fail:
@@ -237,7 +230,7 @@ class Demo:
         for approval in approvals:
             self._show_request(handle, approval)
         commands = [self._signal_command(handle.id, approval.id) for approval in approvals]
-        out.print("\n[dim]no one is asked, so the demo approves with the plain Temporal CLI:[/dim]")
+        out.print("\n[dim]without a terminal, or with --yes, the demo approves with the plain Temporal CLI:[/dim]")
         for command in commands:
             print(f"  {shlex.join(command)}", flush=True)
         await asyncio.gather(*(_run(command) for command in commands))
@@ -246,7 +239,7 @@ class Demo:
         out.print(Padding(view.approval_view(handle.id, approval, hint=False), (0, 0, 0, 6)))
 
     async def _ask_person(self, handle: Handle, approval: Approval) -> None:
-        """Puts the question at the terminal. Returns too when it was answered elsewhere, in the Web UI say."""
+        """Asks at the terminal. Also returns when the approval was answered elsewhere, such as in the Web UI."""
         question = f"\n[bold yellow]{PHYSICIAN}, {approval.subject}: send this?[/bold yellow] (y)es or (n)o: "
         verdict, comment = None, ""
         while verdict is None:
@@ -262,7 +255,7 @@ class Demo:
         out.print(f"[dim]{sent.reply.message}[/dim]", end="\n\n")
 
     async def _settle(self, client: Client, run: str) -> RunResult | None:
-        """The pharmacist has placed the order by telephone, and says so; the result as it stands then."""
+        """Settles the order that the pharmacist placed by telephone. Returns the result after that."""
         self._say(
             "…", "yellow", "the run has ended partial; later the pharmacist places the order by telephone and says so:"
         )
@@ -275,7 +268,7 @@ class Demo:
     async def _line(self, question: str, approval: Approval) -> str | None:
         """A line typed at the terminal; None when the approval was answered elsewhere meanwhile.
 
-        Not `input()` in a thread: a thread that waits for a key would hold up the end after Ctrl-C.
+        Not `input()` in a thread: a thread that waits for a key would delay the exit after Ctrl-C.
         """
         out.print(question, end="")
         loop = asyncio.get_running_loop()
@@ -301,11 +294,11 @@ class Demo:
     # ------------------------------------------------------------ watching
 
     async def _watch(self, client: Client, handle: Handle) -> None:
-        """Keeps the picture of the run up to date until it ends."""
+        """Keeps the display of the run up to date until it ends."""
         self._show(Text(""))
         async for status in runs.changes(client, handle, every_s=0.2):
             if isinstance(status, str):
-                continue  # no worker, for the moment: that is what the demo is about
+                continue  # no worker at the moment: expected here
             told = self._status and view.plain_line(self._status)
             self._status = status
             for step in status.steps:
@@ -320,7 +313,7 @@ class Demo:
                 self._say("·", "dim", view.plain_line(status).strip())
 
     def _show(self, picture: RenderableType | None) -> None:
-        """Puts the picture below the lines, at a terminal; None takes it away."""
+        """Shows the live display below the printed lines, at a terminal; None removes it."""
         if picture is None and self._live is not None:
             self._live.stop()
             self._live = None
@@ -337,7 +330,7 @@ class Demo:
 
     def _tell_failures(self) -> None:
         for each in self._hospital.requests():
-            # A 404 is a plain answer: there was nothing to undo.
+            # A 404 is no failure: there was nothing to undo.
             if each.status is not None and each.status >= 400 and each.status != 404:
                 self._say_once(f"request {each.id}", "!", "yellow", f"{each.service} answers {each.status}")
 
@@ -348,7 +341,7 @@ class Demo:
         return received(self._hospital.requests(), self._model.calls())
 
     async def _until(self, condition: Callable[[], bool], what: str) -> None:
-        """Waits for something that other processes do. Raises Stuck."""
+        """Waits until a condition on other processes holds. Raises Stuck."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             self._tell_failures()
@@ -372,9 +365,9 @@ class Demo:
             await store.close()
 
     def _judge(self, workflow_id: str, result: RunResult, entries: list[Entry], later: RunResult | None) -> int:
-        """Shows what was counted and which claims held; 0 when all of them did.
+        """Prints the counts and which claims held. Returns 0 when all of them did.
 
-        result, entries: as the run left them. later: the result once the pharmacist has settled the order.
+        result, entries: at the run's end. later: the result after the pharmacist settled the order.
         """
         effects = self._hospital.effects()
         lines = count(self._sent(), effects, entries)
@@ -431,7 +424,7 @@ class Demo:
         yield f"the run ended as it should: {outcome}", result.outcome is outcome
 
     def _claims_of_messages(self, result: RunResult, effects: list[EffectRow]) -> Iterable[tuple[str, bool]]:
-        """Every yes sent one message, afterwards, and nothing else did; with --fail no message can be sent."""
+        """Each approval is followed by one message, and there is no other; with --fail no message can be sent."""
         sent = sorted(effect.at for effect in effects if effect.kind == "message")
         said = [each for each in result.decisions if each.decision.verdict is Verdict.APPROVE]
         yes = sorted(each.decided_at.timestamp() for each in said)
@@ -454,13 +447,13 @@ class Demo:
 
 
 def said(answer: str) -> Verdict | None:
-    """What a person means who is asked for a yes or a no; None when that is not clear."""
+    """The verdict that a typed yes or no means; None when it is not clear."""
     words = {"yes": Verdict.APPROVE, "approve": Verdict.APPROVE, "no": Verdict.REJECT, "reject": Verdict.REJECT}
     return next((verdict for word, verdict in words.items() if answer and word.startswith(answer.lower())), None)
 
 
 def counted(lines: list[Line]) -> Table:
-    """The table of what the hospital, the model and the ledger have on record."""
+    """The table of counts from the records of the hospital, the model and the ledger."""
     table = Table(
         title="counted from the hospital's and the model's own records, and the ledger",
         title_style="bold",
@@ -492,7 +485,7 @@ def counted(lines: list[Line]) -> Table:
 
 
 async def _run(command: list[str]) -> None:
-    """Runs the Temporal CLI. Raises Stuck with its words when it fails."""
+    """Runs the Temporal CLI. Raises Stuck with its output when it fails."""
     process = await asyncio.create_subprocess_exec(
         temporal_cli(), *command[1:], stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )

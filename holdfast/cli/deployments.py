@@ -1,4 +1,4 @@
-"""`starter.py deployments`: the builds of versioned workers, which of them takes new runs, and when one may go."""
+"""`starter.py deployments`: the builds of versioned workers, which one takes new runs, which may be stopped."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 from holdfast.cli.output import Refused, err, out, print_json, seconds
 
 if TYPE_CHECKING:
-    from holdfast.deployments import Deployment
+    from holdfast.engine.deployments import Deployment
 
-commands = typer.Typer(help="List the builds of versioned workers; say which one takes new runs.")
+commands = typer.Typer(help="List the builds of versioned workers; choose which one takes new runs.")
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs")]
 BuildId = Annotated[str, typer.Argument(metavar="BUILD", help="a build, as `deployments` lists it")]
@@ -32,28 +32,28 @@ def promote(
     build: BuildId,
     percent: Annotated[
         float | None,
-        typer.Option("--percent", metavar="N", min=0, max=100, help="only so many of 100 new runs; 0: none any more"),
+        typer.Option("--percent", metavar="N", min=0, max=100, help="the percentage of new runs; 0: none any more"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Let a build take the new runs. Runs under way stay on theirs; an older build here is the way back."""
+    """Send new runs to a build. Runs under way stay on theirs; name an older build to go back."""
     raise typer.Exit(asyncio.run(_promote(build, percent, json)))
 
 
 @commands.command()
 def drained(build: BuildId, json: Json = False) -> None:
-    """Say whether the workers of a build may be stopped for good: exit status 0 when so, 1 when not yet."""
+    """Check whether the workers of a build may be stopped for good: exit status 0 for yes, 1 for not yet."""
     raise typer.Exit(asyncio.run(_drained(build, json)))
 
 
 async def _describe() -> Deployment:
-    from holdfast.deployments import DeploymentError, describe
+    from holdfast.engine.client import connect
+    from holdfast.engine.deployments import DeploymentError, describe
     from holdfast.settings import settings
-    from holdfast.temporal import connect
 
     name = settings().deployment
     if not name:
-        raise Refused("HOLDFAST_DEPLOYMENT is not set: workers are not versioned, any of them goes on with any run")
+        raise Refused("HOLDFAST_DEPLOYMENT is not set: workers are not versioned, so any worker takes any run")
     try:
         return await describe(await connect(), name)
     except DeploymentError as error:
@@ -83,9 +83,9 @@ async def _list(as_json: bool) -> int:
 
 
 async def _promote(build: str, percent: float | None, as_json: bool) -> int:
-    from holdfast.deployments import DeploymentError, promote, without_versions
+    from holdfast.engine.client import connect
+    from holdfast.engine.deployments import DeploymentError, promote, without_versions
     from holdfast.settings import settings
-    from holdfast.temporal import connect
 
     before = await _describe()
     try:
@@ -108,7 +108,7 @@ async def _promote(build: str, percent: float | None, as_json: bool) -> int:
 
 
 async def _drained(build: str, as_json: bool) -> int:
-    from holdfast.wording import did_you_mean
+    from holdfast.contracts.wording import did_you_mean
 
     deployment = await _describe()
     found = next((each for each in deployment.builds if each.build == build), None)

@@ -1,4 +1,4 @@
-"""`starter.py doctor`: what is reachable, what is missing, and what to do about it."""
+"""`starter.py doctor`: checks what runs need and says how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,10 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSyste
 from temporalio.converter import StorageDriverRetrieveContext, StorageDriverStoreContext
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast.answers import ModelUnavailable
-from holdfast.claims import close
 from holdfast.cli.output import out, print_json
 from holdfast.cli.up import running_stack
-from holdfast.codec import parse_keys
-from holdfast.contracts import Json
-from holdfast.deployments import DeploymentError, describe, takes_new_runs, without_versions
-from holdfast.models import ModelClient
-from holdfast.orphans import is_scheduled, schedule
-from holdfast.settings import ModelTarget, settings, stack_file, temporal_profile
-from holdfast.state.database import StoreUnavailable, one_line, open_database
-from holdfast.state.version import SchemaMismatch, check_schema
-from holdfast.temporal import (
+from holdfast.contracts.data import Json
+from holdfast.engine.client import (
     OPERATORS_ONLY,
     Client,
     NoServer,
@@ -40,6 +31,16 @@ from holdfast.temporal import (
     profile,
     register_search_attributes,
 )
+from holdfast.engine.deployments import DeploymentError, describe, takes_new_runs, without_versions
+from holdfast.engine.payload_storage import close
+from holdfast.reasoning.answers import ModelUnavailable
+from holdfast.reasoning.model_client import ModelClient
+from holdfast.recovery.orphans import is_scheduled, schedule
+from holdfast.setting_formats import parse_keys
+from holdfast.settings import ModelTarget, settings, stack_file, temporal_profile
+from holdfast.state.database import StoreUnavailable, one_line
+from holdfast.state.opening import open_database
+from holdfast.state.version import SchemaMismatch, check_schema
 
 
 @dataclass
@@ -60,7 +61,7 @@ BROUGHT = {
     "model": ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
     "hospital (simulated)": ("HOLDFAST_HOSPITAL_URL",),
 }
-"""What the embedded stack brings along, and the variables by which somebody has it elsewhere."""
+"""What the embedded stack provides, and the variables that name another one instead."""
 
 
 async def doctor(fix: bool, as_json: bool) -> int:
@@ -86,7 +87,7 @@ async def doctor(fix: bool, as_json: bool) -> int:
 
 
 def _told_once(checks: list[Check]) -> list[Check]:
-    """The checks for a reader. Where nothing runs at all, what is missing for that reason alone is one finding."""
+    """The checks for display. When no stack runs, all that is missing for that reason becomes one finding."""
     failed = {check.what for check in checks if not check.ok}
     if not {"embedded stack", "Temporal server"} <= failed or temporal_profile().address:
         return checks
@@ -116,7 +117,7 @@ async def _temporal(client: Client, fix: bool) -> list[Check]:
     try:
         await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=client.namespace))
     except RPCError as error:
-        to_do = "TEMPORAL_NAMESPACE names another one, or the key or certificate is not for it"
+        to_do = "set TEMPORAL_NAMESPACE to the right namespace, or use a key or certificate for this one"
         if error.status is RPCStatusCode.NOT_FOUND:
             to_do = f"set TEMPORAL_NAMESPACE, or: temporal operator namespace create --namespace {client.namespace}"
         return [*checks, Check("namespace", False, f"{client.namespace}: {error.message}", to_do)]
@@ -127,7 +128,7 @@ async def _temporal(client: Client, fix: bool) -> list[Check]:
     except RPCError as error:
         if error.status not in OPERATORS_ONLY:
             raise
-        # Temporal Cloud: attributes are made in its own interface, not through the operator service.
+        # Temporal Cloud has its own interface for search attributes; its operator service refuses this.
         registered, missing = [], await missing_search_attributes(client)
     done = f"registered now: {', '.join(registered)}" if registered else "all there"
     lacking = f"missing: {', '.join(missing)}"
@@ -137,27 +138,27 @@ async def _temporal(client: Client, fix: bool) -> list[Check]:
         fixing = (
             "the server does not let you register them. Temporal Cloud: "
             f"tcld namespace search-attributes add --namespace {client.namespace} {each}, or in its Web UI; "
-            "elsewhere ask whoever runs the server"
+            "elsewhere ask the server's operator"
         )
     checks.append(Check("search attributes", not missing, lacking if missing else done, fixing))
     return [*checks, await _sweep(client, fix), *await _builds(client)]
 
 
 async def _builds(client: Client) -> list[Check]:
-    """Whether each build of versioned workers that has runs also has workers."""
+    """Checks that each build of versioned workers that has open runs also has workers."""
     name = settings().deployment
     try:
         if not name:
             return await _versioned_elsewhere(client, settings().task_queue)
         deployment = await describe(client, name)
     except (DeploymentError, RPCError) as error:
-        return [Check("deployment", False, str(error), "docs/deployment.md says how versioned workers begin")]
+        return [Check("deployment", False, str(error), "see docs/deployment.md on how to start versioned workers")]
     found = ", ".join(f"{each.build} {each.state} ({each.open_runs} runs open)" for each in deployment.builds)
     return [Check("deployment", not deployment.troubles, f"{name}: {found}", "; ".join(deployment.troubles))]
 
 
 async def _versioned_elsewhere(client: Client, queue: str) -> list[Check]:
-    """Whether workers without versions would get nothing: all new runs go to a build of a deployment."""
+    """Checks whether unversioned workers would get no runs, because all new runs go to a versioned build."""
     name, build = await takes_new_runs(client, queue)
     if not name:
         return []
@@ -171,9 +172,9 @@ async def _sweep(client: Client, fix: bool) -> Check:
         made = await schedule(client, settings().task_queue) if fix else False
         there = made or await is_scheduled(client)
     except RPCError as error:
-        return Check("orphan sweep", False, error.message, "ask whoever runs the server for schedules", needed=False)
+        return Check("orphan sweep", False, error.message, "ask the server's operator to allow schedules", needed=False)
     found = "scheduled now" if made else "scheduled"
-    to_do = "uv run starter.py doctor --fix: nobody undoes what a terminated run has left behind"
+    to_do = "uv run starter.py doctor --fix: without the sweep, the effects of terminated runs are not undone"
     return Check("orphan sweep", there, found if there else "not scheduled", to_do, needed=False)
 
 
@@ -182,14 +183,14 @@ def _encryption() -> Check:
     if not keys and (lacking := settings().kept_by_the_stack("HOLDFAST_ENCRYPTION_KEYS")):
         return Check("encryption", False, "the stack encrypts, and there is no key here", lacking)
     if not keys:
-        to_do = "set HOLDFAST_ENCRYPTION_KEYS to have nothing of a run readable in Temporal's database"
+        to_do = "set HOLDFAST_ENCRYPTION_KEYS to encrypt what runs keep in Temporal's database"
         return Check("encryption", False, "off: payloads are in clear text", to_do, needed=False)
     older = f"; also decrypts: {', '.join(keys[1:])}" if keys[1:] else ""
     return Check("encryption", True, f"on, with key {keys[0]}{older}", needed=False)
 
 
 async def _payload_store() -> Check:
-    """Where large payloads go, tried with a small one."""
+    """Checks payload storage by storing and reading a small payload."""
     limit, where = settings().payload_limit, settings().payload_store
     what = "large payloads"
     converter = data_converter(settings(), profile().namespace or "default")
@@ -202,14 +203,14 @@ async def _payload_store() -> Check:
             same = await driver.retrieve(StorageDriverRetrieveContext(), claims) == [probe]
     except TimeoutError:
         return Check(what, False, f"{where} does not answer within 10 s", "check HOLDFAST_PAYLOAD_STORE")
-    except Exception as error:  # noqa: BLE001 - of five libraries; what it is goes to whoever asked
+    except Exception as error:  # noqa: BLE001 - errors of five libraries; the check shows them
         words = one_line(error.__cause__ or error) or type(error).__name__
-        to_do = "check HOLDFAST_PAYLOAD_STORE, and the store below"
+        to_do = "check HOLDFAST_PAYLOAD_STORE, and the store check below"
         return Check(what, False, f"{where} does not take them: {words}", to_do)
     finally:
         await close(converter.external_storage)
-    found = f"over {limit:,} bytes: to {where}" + ("" if same else ", which gives back something else")
-    return Check(what, same, found, "look at what stands between this machine and that place")
+    found = f"over {limit:,} bytes: to {where}" + ("" if same else ", which returned other data")
+    return Check(what, same, found, "check for a proxy or cache between this machine and that store")
 
 
 async def _store() -> Check:
@@ -267,7 +268,7 @@ TRY_TOOL: list[Json] = [
 
 
 async def _tools() -> list[Check]:
-    """One real request to each model that has to end in a tool call: some endpoints take tools and ignore them."""
+    """Sends each model one real request that must end in a tool call: some endpoints accept tools and ignore them."""
     return [await _calls_tools(target) for target in settings().models]
 
 
@@ -277,7 +278,7 @@ async def _calls_tools(target: ModelTarget) -> Check:
     try:
         answer = await model.complete(TRY_TOOL, [REPORT], key=f"doctor/{token_hex(6)}", must_call=True)
     except ModelUnavailable as gone:
-        return Check(what, False, f"not tried: {gone.failure.message}", "see what it says; runs would wait or fail")
+        return Check(what, False, f"not tried: {gone.failure.message}", "fix what it says, else runs wait or fail")
     finally:
         await model.close()
     called = [each["function"]["name"] for each in answer.message.get("tool_calls") or ()]
@@ -310,7 +311,7 @@ async def _hospital() -> Check:
 
 
 async def _get(url: str, headers: dict[str, str]) -> httpx2.Response | str:
-    """The answer, or in words why there is none."""
+    """The response, or a description of why there is none."""
     try:
         async with httpx2.AsyncClient(timeout=5) as http:
             return await http.get(url, headers=headers)

@@ -1,4 +1,4 @@
-"""The one place where a process of ours ends."""
+"""Ends the process; the only place that does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NoReturn
 
 
 def end_process(code: int) -> NoReturn:
-    """Sends what is buffered and ends the process with exactly this status.
+    """Flushes all buffers and ends the process with exactly this status.
 
-    Not `sys.exit`: while the interpreter shuts down, threads of the Temporal client's native part can still abort the
-    process, and the status would then be theirs (temporalio/sdk-python issue 300).
+    Not `sys.exit`: while the interpreter shuts down, threads of the Temporal client's native code can abort the process
+    and change its exit status (temporalio/sdk-python issue 300).
     """
     if "holdfast.telemetry.tracing" in sys.modules:
         from holdfast.telemetry import tracing
@@ -23,7 +23,7 @@ def end_process(code: int) -> NoReturn:
 
         metrics.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # the reader has gone, or the disk is full: `main` has said so if it could
+        with suppress(OSError, ValueError):  # the reader is gone, or the disk is full: `main` reported it if it could
             if stream is not None:
                 stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What `follow` shows of a run or a batch: its status, and who is asked what."""
+"""What `follow` shows of a run or a batch: its status and its open requests to people."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from holdfast.cli import view
 from holdfast.cli.output import err, out, print_json
-from holdfast.contracts import RunStatus
-from holdfast.executions import OPEN, listed
+from holdfast.contracts.run import RunStatus
+from holdfast.engine.executions import OPEN, listed
 
 MOST_ASKING = 20
 LOOK_S = 2.0
 
 
 class Follower:
-    """At a terminal one picture that changes; in a pipe a line for each change, with JSON one object for each."""
+    """At a terminal, a live display; in a pipe, one line per change; with JSON, one object per change."""
 
     def __init__(self, client: Client, run: str, as_json: bool, live: Live) -> None:
         self._client = client
@@ -42,7 +42,7 @@ class Follower:
         self._ask({each.id: f"{each.subject} ({each.id})" for each in status.approvals})
 
     async def look_for_questions(self) -> None:
-        """Of a batch: which of its runs wait for a person. It hears only that a run stands still; visibility knows."""
+        """For a batch, finds the runs that wait for a person: its status does not name them, visibility does."""
         waits = f'ParentWorkflowId = "{self._run}" AND HoldfastStatus = "waiting-human"'
         while True:
             if self._status and self._status.items:
@@ -50,7 +50,7 @@ class Follower:
                     asking = [each.id async for each in listed(self._client, f"{OPEN} AND {waits}", MOST_ASKING)]
                 except RPCError as error:
                     if error.status is RPCStatusCode.INVALID_ARGUMENT:
-                        return  # a server without our search attributes
+                        return  # the server lacks our search attributes
                     raise
                 if sorted(asking) != self._asking:
                     self._asking = sorted(asking)
@@ -58,7 +58,7 @@ class Follower:
             await asyncio.sleep(LOOK_S)
 
     def _ask(self, asks: dict[str, str]) -> None:
-        """Shows the status with what is asked: new questions only, where lines are written."""
+        """Shows the status and the open requests; in a pipe, only new requests."""
         assert self._status is not None
         see = f"uv run starter.py approvals {shlex.quote(self._run)}"
         if self._as_json:

@@ -1,4 +1,4 @@
-"""`starter.py limits`: the limits, what the last minute has used of them, what is in flight, and who waits."""
+"""`starter.py limits`: the rate limits, their use in the last minute, calls in flight and calls that wait."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from holdfast.cli.output import out, print_json, seconds
 from holdfast.reliability.limits import usage
 from holdfast.settings import settings
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import open_database
+from holdfast.state.opening import open_database
 from holdfast.state.version import check_schema
 
 
 async def listing(as_json: bool) -> int:
-    """Raises StoreUnavailable, SchemaMismatch."""
+    """Prints the rate limits. Raises StoreUnavailable, SchemaMismatch."""
     db = await open_database(settings().store_url)
     try:
         await check_schema(db)

@@ -1,6 +1,7 @@
-"""The platform as an MCP server: what the commands do with runs, for a model at the other end.
+"""`starter.py mcp`: an MCP server that offers the run commands as tools.
 
-The same checks as the commands, by the same functions. Over stdio, stdout belongs to the protocol; nothing here prints.
+The tools use the functions of the commands, with the same checks. Over stdio, stdout carries the protocol, so nothing
+here prints to it.
 """
 
 from __future__ import annotations
@@ -20,29 +21,31 @@ from mcp.types import ToolAnnotations
 from pydantic import BaseModel, Field
 from temporalio.client import Client
 
-from agents.registry import agents, batches
+from holdfast.authoring.registry import agents, batches
 from holdfast.cli import runs
-from holdfast.cli.known import find, find_running, link
+from holdfast.cli.lookup import find, find_running, link
 from holdfast.cli.output import Refused
-from holdfast.contracts import Approval, DecisionReply, Json, RunResult, RunStatus, Verdict
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import Approval, DecisionReply, Verdict
+from holdfast.contracts.run import RunResult, RunStatus
+from holdfast.engine.client import connect
 from holdfast.settings import settings
-from holdfast.temporal import connect
 
 LOOKS = ToolAnnotations(read_only_hint=True)
 STARTS = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=True)
 DECIDES = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=False)
 
 INSTRUCTIONS = """\
-Runs agents that finish: a run survives crashes and may take days. Start one with start_run, which returns at once; look
-at it with status; read result when its phase is `ended`. A run that waits for a human shows it in status and approvals.
+Runs agents durably: a run survives crashes and may take days. Start one with start_run, which returns at once. Check it
+with status; read result when its phase is `ended`. When a run waits for a person, status and approvals show it.
 """
 
 Run = Annotated[str, Field(description="The run's id, as start_run returned it.")]
 
 
 class StartedRun(BaseModel):
-    run: str = Field(description="The run's id: what the other tools ask for.")
-    new: bool = Field(description="False: this request key was used before, and this is that run.")
+    run: str = Field(description="The run's id, which the other tools take.")
+    new: bool = Field(description="False: this request key was used before, and this is the run it started.")
     url: str = Field(description="The run's page in Temporal's Web UI, for a person.")
 
 
@@ -57,7 +60,7 @@ class Approvals(BaseModel):
 
 
 class Platform:
-    """The tools. `by` is who starts and decides; the connection is opened with the first call that needs it."""
+    """The tools. by: who starts runs and decides. The first call that needs the connection opens it."""
 
     def __init__(self, by: str) -> None:
         self._by = by
@@ -71,7 +74,7 @@ class Platform:
     async def start_run(
         self,
         agent: Annotated[str, Field(description="The agent's name; see the list above.")],
-        input: Annotated[Json, Field(description="What the agent works on, by its own schema.")],
+        input: Annotated[Json, Field(description="The agent's input, by its input schema.")],
         request_key: Annotated[
             str,
             Field(
@@ -87,21 +90,21 @@ class Platform:
         return StartedRun(run=started.workflow_id, new=started.new, url=link(client, started.workflow_id))
 
     async def status(self, run: Run) -> RunStatus:
-        """What a run is doing now: phase, steps, what it waits for. A phase of `ended` means that result has more."""
+        """Get what a run is doing now: phase, steps, what it waits for. When the phase is `ended`, read result."""
         client = await self.connected()
         found, _, complaint = await runs.look(client, await find(client, run))
         if found is None:
-            raise Refused(f"{run} cannot be asked: {complaint or 'nothing is known of it but that it was requested'}")
+            raise Refused(f"{run} cannot be asked: {complaint or 'only its request is on record'}")
         return found
 
     async def result(self, run: Run) -> RunResult:
-        """How a run ended: outcome, summary, what is pending for whom, what was undone. Refused while it still runs."""
+        """Get how a run ended: outcome, summary, what is pending for whom, undone effects. An error while it runs."""
         return await runs.ended(await self.connected(), run)
 
     async def approvals(
         self, run: Annotated[str, Field(description="One run; empty: all that are open.")] = ""
     ) -> Approvals:
-        """What waits for a human, with the arguments in question, the reasons, and the role it is addressed to."""
+        """List the requests that wait for a person, with their arguments, reasons and roles."""
         found, notes = await runs.waiting(await self.connected(), run or None)
         return Approvals(waiting=[Waiting(run=each, approval=approval) for each, approval in found], notes=notes)
 
@@ -142,7 +145,7 @@ class Platform:
 
 
 def make_server(by: str, *, decide: bool) -> MCPServer:
-    """The server, not yet serving. decide: whether approvals can be answered through it."""
+    """The server, not started. decide: whether clients can answer approvals."""
     platform = Platform(by)
     server = MCPServer("holdfast", instructions=INSTRUCTIONS, log_level="WARNING")
     offered: list[tuple[Callable[..., Awaitable[Any]], ToolAnnotations]] = [
@@ -172,11 +175,11 @@ def _compact(schema: Json) -> str:
 
 
 def _in_words(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """What a caller can mend reaches it in words, as on the command line; a bug stays in the log."""
+    """Returns errors that the caller can fix as messages, like the command line; bugs stay in the log."""
 
     @wraps(function)
     async def guarded(*args: Any, **kwargs: Any) -> Any:
-        from holdfast.cli.app import mendable
+        from holdfast.cli.errors import mendable
 
         try:
             return await function(*args, **kwargs)
@@ -193,7 +196,7 @@ def _in_words(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
 
 async def serve(by: str, *, decide: bool, host: str, port: int | None) -> int:
     """Serves until the end of stdin, or over HTTP until a signal. Raises Refused for HTTP without a token."""
-    with redirect_stdout(sys.stderr):  # imports the agents, and one of them may print
+    with redirect_stdout(sys.stderr):  # this imports the agents, and an agent may print
         server = make_server(by, decide=decide)
     if port is None:
         await server.run_stdio_async()
@@ -202,7 +205,7 @@ async def serve(by: str, *, decide: bool, host: str, port: int | None) -> int:
 
     token = settings().mcp_token.get_secret_value()
     if not token:
-        raise Refused("--http needs HOLDFAST_MCP_TOKEN: whoever has it may start runs, so make it long and random")
+        raise Refused("--http needs HOLDFAST_MCP_TOKEN: its holders can start runs, so make it long and random")
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
@@ -215,7 +218,7 @@ async def serve(by: str, *, decide: bool, host: str, port: int | None) -> int:
 
 
 def _only_with(token: str, app: Any) -> Any:
-    """The app for those who send the bearer token; 401 for all others."""
+    """The app behind a bearer token; requests without it get 401."""
     wanted = f"Bearer {token}".encode()
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""`starter.py new`: a working agent to begin with."""
+"""`starter.py new`: creates a working example agent."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 import shutil
 from pathlib import Path
 
-from agents.registry import agents, batches
+from holdfast.authoring.registry import agents, batches
 from holdfast.cli.output import Refused, out, print_json
-from holdfast.stack import ROOT
+from holdfast.dev.stack import ROOT
 
-SCAFFOLD = ROOT / "holdfast" / "scaffold"
+SCAFFOLD = ROOT / "holdfast" / "dev" / "scaffold"
 
 
 def files(name: str) -> dict[str, str]:
-    """The files of a new agent, by their path from the checkout's root."""
+    """The files of a new agent, by their path relative to the checkout's root."""
     here = f"agents/{name}"
     made = {f"{here}/__init__.py": ""}
     for path, template in (("spec", "spec"), ("script", "script"), (f"test_{name}", "test")):
@@ -24,13 +24,13 @@ def files(name: str) -> dict[str, str]:
 
 
 def new(name: str, as_json: bool) -> None:
-    """Writes a new agent under `agents/`. Raises Refused when there is something already, or the name does not fit."""
+    """Writes a new agent under `agents/`. Raises Refused when one of that name exists, or the name is not valid."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name) or keyword.iskeyword(name):
         raise Refused(
             f"{name!r} cannot be an agent's name: up to 40 lower-case letters, digits and underscores, a letter first"
         )
     folder = ROOT / "agents" / name
-    for path in (folder, folder.with_suffix(".py")):  # beside such a file the folder would be imported in its place
+    for path in (folder, folder.with_suffix(".py")):  # Python would import the folder instead of such a file
         if path.exists():
             raise Refused(f"{path} exists already: choose another name, or edit what is there")
     if name in {**agents(), **batches()}:
@@ -41,7 +41,7 @@ def new(name: str, as_json: bool) -> None:
         for path, text in made.items():
             (ROOT / path).write_text(text)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)  # half an agent would keep every other from being found
+        shutil.rmtree(folder, ignore_errors=True)  # a partial agent would stop the others from being found
         if isinstance(error, OSError):
             raise Refused(f"cannot write {folder}: {error.strerror}") from None
         raise

@@ -1,4 +1,4 @@
-"""What the commands write: words for people, JSON for machines, and one line for an error."""
+"""Output of the commands: text for people, JSON for programs, and one line for an error."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 
-from holdfast import outside
+from holdfast.contracts import outside
 
 
 def _reopen() -> list[str]:
-    """Opens those of stdin, stdout and stderr at nothing that are closed; their names.
+    """Opens the null device for each of stdin, stdout and stderr that is closed, and returns their names.
 
-    Otherwise the next file or connection would become one of them.
+    Otherwise the next file or connection would get its file descriptor.
     """
     closed = []
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -36,25 +36,25 @@ CLOSED = _reopen()
 
 class Console(RichConsole):
     def on_broken_pipe(self) -> None:
-        """For `main` to end well. Rich would end the process with status 1, which is that of a failed run."""
+        """Raises the error for `main`. Rich would exit with status 1, which means a failed run."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-# Wrapped for people at a terminal, one line a line for whatever reads a pipe; tables get the width they need there.
+# Lines wrap at a terminal only; in a pipe they stay whole, and tables get the width they need.
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 LINE = 1200
-"""Characters of an error line."""
+"""The longest error line, in characters."""
 
 
 class Refused(Exception):
-    """A command that cannot do what was asked. The message is one line that says what to do; exit status 2."""
+    """The command cannot do what was asked. The message is one line that says what to do; exit status 2."""
 
 
 def prepare_streams() -> None:
-    """For the start of a command. Raises Refused when there is no stdout.
+    """Prepares stdout and stderr at the start of a command. Raises Refused when stdout is closed.
 
     A character that the terminal's encoding lacks is written as `\\u2713`.
     """
@@ -66,7 +66,7 @@ def prepare_streams() -> None:
 
 
 def read_stdin(what: str) -> str:
-    """All of stdin, for an argument `-`. Raises Refused when it is closed, empty, or not UTF-8."""
+    """Reads all of stdin, for an argument `-`. Raises Refused when it is closed, empty, or not UTF-8."""
     try:
         text = sys.stdin.buffer.read().decode()
     except (OSError, ValueError) as error:
@@ -77,7 +77,7 @@ def read_stdin(what: str) -> str:
 
 
 def parse_json(what: str, text: str, limit: int | None = None) -> Any:
-    """JSON that a person typed. Raises Refused, naming the option or argument."""
+    """Parses JSON from the command line. Raises Refused, naming the option or argument."""
     try:
         return outside.loads(text) if limit is None else outside.loads(text, limit)
     except ValueError as error:
@@ -85,7 +85,7 @@ def parse_json(what: str, text: str, limit: int | None = None) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on a line of its own. Models are written out in full, defaults too."""
+    """Prints one JSON value on one line. Models include fields with default values."""
     plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     print(json.dumps(value, default=_plain, ensure_ascii=plain), flush=True)
 
@@ -95,7 +95,7 @@ def _plain(value: Any) -> Any:
 
 
 def fail(message: str) -> None:
-    """The error line of a command, on stderr and without markup. What was given in it may be long: its middle goes."""
+    """Prints the error line of a command on stderr, without markup. Cuts the middle out of a long line."""
     line = " ".join(message.split())
     if len(line) > LINE:
         line = f"{line[: LINE // 2]} … {line[-LINE // 2 :]}"
@@ -108,12 +108,12 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 def money(usd: float, unpriced: int = 0) -> str:
-    """`$0.0123`; calls without a known price are named and not counted as free."""
+    """`$0.0123`; names the calls without a known price, which are not counted as free."""
     return f"${usd:.4f}" + (f" + {counted(unpriced, 'unpriced call')}" if unpriced else "")
 
 
 def seconds(value: float) -> str:
-    """A span of time for people: `0.8 s`, `3 min 20 s`, `2 d 4 h`."""
+    """A duration as text: `0.8 s`, `3 min 20 s`, `2 d 4 h`."""
     if value < 60:
         return f"{value:.1f} s"
     whole = int(value)

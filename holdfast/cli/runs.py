@@ -1,4 +1,4 @@
-"""What the commands do with runs. Workflow code is not imported here: a command should answer at once."""
+"""What the commands do with runs. This module imports no workflow code, so that commands start fast."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from rich.text import Text
 from temporalio.client import Client, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.service import RPCError, RPCStatusCode
 
-from agents import registry
-from holdfast import door, outside
-from holdfast.cli import columns, left, view
+from holdfast.authoring import registry
+from holdfast.cli import columns, unfinished, view
 from holdfast.cli.columns import clock
 from holdfast.cli.following import Follower
-from holdfast.cli.known import (
+from holdfast.cli.lookup import (
     ANSWER,
     Handle,
     Known,
@@ -38,32 +37,26 @@ from holdfast.cli.known import (
 )
 from holdfast.cli.output import Refused, err, out, parse_json, print_json, read_stdin
 from holdfast.cli.stuck import in_flight
-from holdfast.contracts import (
-    Approval,
-    ApprovalDecision,
-    DecisionReply,
-    Json,
-    Message,
-    Phase,
-    RunResult,
-    RunStatus,
-    Verdict,
-)
-from holdfast.executions import OPEN, Execution, describe, listed
+from holdfast.contracts import door, outside
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import Approval, ApprovalDecision, DecisionReply, Message, Verdict
+from holdfast.contracts.run import Phase, RunResult, RunStatus
+from holdfast.contracts.wording import answer_commands, did_you_mean
+from holdfast.engine.client import connect
+from holdfast.engine.executions import OPEN, Execution, describe, listed
 from holdfast.settings import settings
-from holdfast.state.database import StoreUnavailable, open_database
+from holdfast.state.database import StoreUnavailable
+from holdfast.state.opening import open_database
 from holdfast.state.runs import Runs
-from holdfast.temporal import connect
-from holdfast.wording import answer_commands, did_you_mean
 
 if TYPE_CHECKING:
-    from holdfast.starting import Started
+    from holdfast.engine.starting import Started
 
 # ------------------------------------------------------------------ run
 
 
 async def run(agent: str, value: str, key: str, *, webhook: str, wait: bool, follow_it: bool, as_json: bool) -> int:
-    """Starts a run (or finds the one of this key), prints its id at once; the exit status."""
+    """Starts a run, or finds the one with this key, and prints its id at once. Returns the exit status."""
     import getpass
 
     data = read_input(value)
@@ -95,8 +88,8 @@ async def _ended(client: Client, workflow_id: str) -> str:
 
 
 async def begin(client: Client, agent: str, value: Json, key: str, by: str, *, webhook: str = "") -> Started:
-    """Starts a run, or finds the one of this key. Raises what `start_run` does, and SchemaMismatch."""
-    from holdfast.starting import start_run
+    """Starts a run, or finds the one with this key. Raises what `start_run` raises, and SchemaMismatch."""
+    from holdfast.engine.starting import start_run
     from holdfast.state.version import check_schema
 
     db = await open_database(settings().store_url)
@@ -117,7 +110,7 @@ async def begin(client: Client, agent: str, value: Json, key: str, by: str, *, w
 
 
 def read_input(value: str, option: str = "--input") -> Json:
-    """An option's JSON object: itself, the name of a file of it, `-` for stdin, or a folder. Raises Refused."""
+    """The JSON object that an option gives: inline, in a file, on stdin (`-`), or as a folder. Raises Refused."""
     text, source = value, option
     if value == "-":
         text, source = read_stdin(option), "stdin"
@@ -141,7 +134,7 @@ def read_input(value: str, option: str = "--input") -> Json:
 async def follow(
     client: Client, workflow_id: str, *, silent: bool = False, as_json: bool = False, told: Json | None = None
 ) -> int:
-    """Shows a run until it ends; the outcome's exit status. Ctrl-C leaves the run going and says so."""
+    """Shows a run until it ends and returns the outcome's exit status. Ctrl-C leaves the run going and says so."""
     known = await find(client, workflow_id)
     try:
         if not silent and known.running:
@@ -156,7 +149,7 @@ async def follow(
     known = await find(client, workflow_id, with_row=True)
     result = await known.result()
     if result is None:
-        why = await left.words(client, known.execution) if known.execution is not None else "its record is gone"
+        why = await unfinished.words(client, known.execution) if known.execution is not None else "its record is gone"
         raise Refused(f"{workflow_id} ended without a result: {why}")
     if as_json:
         print_json({**(told or {"workflow_id": workflow_id}), "result": result})
@@ -180,9 +173,9 @@ async def watch(client: Client, handle: Handle, as_json: bool) -> None:
 
 
 async def changes(client: Client, handle: Handle, every_s: float = 0.3) -> AsyncIterator[RunStatus | str]:
-    """The status each time it differs from the last, a line of text while nothing goes on; ends with the run.
+    """Yields the status whenever it changes, and a line of text while the run stands still. Ends with the run.
 
-    The server is asked all the time, the run only when something has happened in it since.
+    It polls the server; it queries the run only when its history has grown since the last answer.
     """
     ended = asyncio.create_task(temporal_result(handle))
     told: RunStatus | None = None
@@ -205,7 +198,7 @@ async def changes(client: Client, handle: Handle, every_s: float = 0.3) -> Async
             if line and line != said:
                 yield line
             said = line
-            # A run that waits for days is looked at less often.
+            # Poll a run that waits for days less often.
             quiet = every_s if (told, said) != before else min(quiet * 1.3, 2.0)
             await asyncio.wait((ended,), timeout=quiet)
         await ended
@@ -231,7 +224,7 @@ async def status(workflow_id: str, as_json: bool) -> int:
         if row is not None:
             out.print(f"agent {row.agent}, asked for by {row.requested_by or 'unknown'} at {clock(row.created_at)}")
     for each in open_ones:
-        if found is None or each["said"] or each["paused"]:  # what simply runs stands in the status already
+        if found is None or each["said"] or each["paused"]:  # the status shows activities that run normally
             again = f", again at {clock(each['next_at'])}" if each["next_at"] else ""
             said = f": {each['said']}" if each["said"] else ""
             paused = f", {each['paused']}" if each["paused"] else ""
@@ -245,20 +238,20 @@ async def status(workflow_id: str, as_json: bool) -> int:
 
 
 async def _standing_still(client: Client, execution: Execution) -> list[str]:
-    """Why a run does not go on that no worker can tell: it is paused, or an activity of it."""
+    """Reasons why a run stands still that its worker cannot report: the run or one of its activities is paused."""
     stuck = [f"{each['activity']} is {each['paused']}" for each in await in_flight(client, execution) if each["paused"]]
     return [*filter(None, (execution.paused_words,)), *stuck]
 
 
 async def look(client: Client, known: Known) -> tuple[RunStatus | None, str, str]:
-    """What a run is doing, who says so (`workflow` or `store`), and what is odd about it."""
+    """A run's status, its source (`workflow` or `store`), and a note on what is wrong with the run."""
     if not known.running and (result := await known.result()):
-        # What was repaired after the end is only there.
+        # Only the store has repairs that were made after the end.
         return from_result(result), "store", ""
     if known.execution is None:
         return None, "workflow", ""
     if not known.running:
-        return None, "workflow", await left.words(client, known.execution)
+        return None, "workflow", await unfinished.words(client, known.execution)
     try:
         return await ask(client, known.handle, "status", RunStatus), "workflow", ""
     except NoAnswer as error:
@@ -290,7 +283,7 @@ def from_result(result: RunResult) -> RunStatus:
 
 
 async def ended(client: Client, workflow_id: str) -> RunResult:
-    """How a run ended. Raises Refused when it has not, or nobody recorded it."""
+    """How a run ended. Raises Refused when it has not ended, or its end is not recorded."""
     known = await find(client, workflow_id, with_row=True)
     if known.running:
         how = known.paused_words or f"still running: `uv run starter.py follow {quote(workflow_id)}` waits for its end"
@@ -313,9 +306,9 @@ async def result(workflow_id: str, as_json: bool) -> int:
 
 
 async def listing(limit: int, batch: str, as_json: bool) -> int:
-    """Runs, newest first: what Temporal lists, and from the store what it has forgotten.
+    """Lists runs, newest first: those that Temporal lists, and from the store those past retention.
 
-    batch: the runs of its items; without it those are left out.
+    batch: lists the runs of its items; without it, they are left out.
     """
     client = await connect()
     try:
@@ -325,7 +318,7 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
         err.print(f"[yellow]note: {error}[/yellow]")
         rows = {}
     found: dict[str, Json] = {}
-    # Only what every server knows is asked for: a query by an attribute that is not registered would be refused.
+    # Query only attributes that every server has: the server refuses one that is not registered.
     if '"' in batch:
         raise Refused(f"--batch: no run has an id like {batch}")
     parent = f'ParentWorkflowId = "{batch}"' if batch else "ParentWorkflowId IS NULL"
@@ -342,11 +335,11 @@ async def listing(limit: int, batch: str, as_json: bool) -> int:
             "agent": attributes.get("HoldfastAgent") or (row.agent if row else execution.id.partition("-")[0]),
             "status": row.outcome if row and row.outcome and not running else word,
             "stage": attributes.get("HoldfastStage", "") if running else "",
-            # A row without an input was made at the run's end.
+            # A row without an input was written at the run's end.
             "started_at": row.created_at if row and row.input_digest else execution.started_at,
             "ended_at": execution.ended_at,
             "running": running,
-            "note": left.note(execution, recorded=bool(row and row.outcome)),
+            "note": unfinished.note(execution, recorded=bool(row and row.outcome)),
         }
     for row in rows.values():
         word = row.outcome or ("unknown" if row.started_at else "never started")
@@ -404,7 +397,7 @@ async def approvals(workflow_id: str | None, role: str, as_json: bool) -> int:
 
 
 def _role(role: str) -> str:
-    """What is meant by a role that no agent here names."""
+    """A hint at the role that was meant, when no agent here names this one."""
     there = {each.role for spec in registry.agents().values() for each in (*spec.tools, *spec.steps)} - {""}
     return "" if role in there else did_you_mean(role, there)
 
@@ -412,9 +405,9 @@ def _role(role: str) -> str:
 async def waiting(
     client: Client, workflow_id: str | None = None, role: str = ""
 ) -> tuple[list[tuple[str, Approval]], list[str]]:
-    """What waits for a human in one run, in those of a batch, or in all, and which of them do not answer.
+    """Open requests to people in one run, in a batch's runs, or in all, and notes on runs that do not answer.
 
-    role: only what is addressed to it.
+    role: only requests to this role.
     """
     known = await find_running(client, workflow_id) if workflow_id is not None else None
     if known and known.execution and known.execution.type == "AgentWorkflow":
@@ -438,7 +431,7 @@ async def waiting(
 async def decide(
     workflow_id: str, approval_id: str, verdict: Verdict, approver: str, comment: str, as_json: bool
 ) -> int:
-    """Answers one approval, or all that are open at this moment. 0 when every answer was accepted, else 2."""
+    """Answers one approval, or all that are open now. Returns 0 when the run accepted every answer, else 2."""
     client = await connect()
     handle = (await find_running(client, workflow_id)).handle
     if approval_id:
@@ -467,7 +460,7 @@ def checked_decision(approval_id: str, verdict: Verdict, by: str, comment: str, 
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of something that was said to a run."""
+    """A decision or message that was sent to a run, and the reply."""
 
     said: ApprovalDecision | Message
     reply: DecisionReply
@@ -481,7 +474,7 @@ class Sent:
 
 
 def report(sent: Sent | list[Sent], as_json: bool) -> int:
-    """Tells what became of it. 0 when all was accepted, else 2."""
+    """Prints the replies. Returns 0 when the run accepted all of them, else 2."""
     several = sent if isinstance(sent, list) else [sent]
     if as_json:
         print_json([each.json for each in sent] if isinstance(sent, list) else sent.json)
@@ -495,7 +488,7 @@ def report(sent: Sent | list[Sent], as_json: bool) -> int:
 
 
 async def send(handle: Handle, said: ApprovalDecision | Message) -> Sent:
-    """Sends it as an Update, which answers; as a Signal, which waits in the history, when no worker does."""
+    """Sends an Update, which returns a reply; when no worker answers, a Signal, which stays in the history."""
     name, what = ("message", "it") if isinstance(said, Message) else ("decide", said.verdict)
     why = "no worker answered", "a worker is back"
     try:
@@ -521,7 +514,7 @@ async def send(handle: Handle, said: ApprovalDecision | Message) -> Sent:
 
 
 async def cancel(workflow_id: str, as_json: bool) -> int:
-    """Asks a run to stop and undo what it did."""
+    """Requests a run's cancellation; the run then undoes its effects."""
     client = await connect()
     known = await find_running(client, workflow_id)
     await known.handle.cancel()
@@ -530,5 +523,5 @@ async def cancel(workflow_id: str, as_json: bool) -> int:
     elif words := known.paused_words:
         out.print(f"asked to cancel; the run is {words}", markup=False)
     else:
-        out.print(f"asked to cancel; it undoes what it did: uv run starter.py follow {quote(workflow_id)}")
+        out.print(f"asked to cancel; the run undoes what it did: uv run starter.py follow {quote(workflow_id)}")
     return 0

@@ -1,4 +1,4 @@
-"""`starter.py settle`: a person says how a call ended that the platform does not know, or cannot do itself."""
+"""`starter.py settle`: a person records how a call ended whose outcome is unknown or left to a person."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from typing import Any
 
 from temporalio.client import Client
 
-from holdfast import door
-from holdfast.cli.known import Handle, Known, NoAnswer, ask, find
-from holdfast.cli.letters import store, wait_for
+from holdfast.cli.dead_letters import store, wait_for
+from holdfast.cli.lookup import Handle, Known, NoAnswer, ask, find
 from holdfast.cli.output import Refused, out, parse_json, print_json
 from holdfast.cli.runs import checked_decision, connect, report, send
-from holdfast.contracts import Approval, RunResult, Verdict
+from holdfast.contracts import door
+from holdfast.contracts.people import Approval, Verdict
+from holdfast.contracts.recovery import Action, Repair
+from holdfast.contracts.run import RunResult
+from holdfast.contracts.wording import did_you_mean
+from holdfast.engine.starting import BadRequest
+from holdfast.recovery.dead_letters import DeadLetters, LetterKind, letter_id
+from holdfast.recovery.model import concerns, doubtful
+from holdfast.recovery.requests import start_repair
 from holdfast.reliability.ledger import Entry, Ledger
-from holdfast.repairing import start_repair
-from holdfast.repairs import Action, Repair, concerns, doubtful
 from holdfast.settings import settings
-from holdfast.starting import BadRequest
-from holdfast.state.letters import LetterKind, Letters, letter_id
-from holdfast.wording import did_you_mean
 
 
 async def settle(run: str, what: str, *, happened: bool, result: str, by: str, comment: str, as_json: bool) -> int:
-    """While the run is open its question is answered; after its end a workflow of its own records the finding.
+    """Answers the question of an open run; after the run's end, starts a repair workflow that records the finding.
 
     what: the step, the tool, the ledger key or the approval's id. result: JSON. Raises Refused.
     """
@@ -87,7 +89,7 @@ async def _repair(known: Known, what: str, happened: bool, value: Any, by: str, 
         action = _open_end(known.workflow_id, what, result, entries)
         key = action.key.partition("/fb-")[0]
         kind = LetterKind.UNDO if key.endswith("/undo") else LetterKind.CALL
-        letter = await Letters(db).get(letter_id(kind, key or f"{result.key_base}/{action.step}"))
+        letter = await DeadLetters(db).get(letter_id(kind, key or f"{result.key_base}/{action.step}"))
     action.happened, action.result, action.comment = happened, value, comment
     return Repair(
         workflow_id=known.workflow_id,
@@ -101,7 +103,7 @@ async def _repair(known: Known, what: str, happened: bool, value: Any, by: str, 
 
 
 def _open_end(run: str, what: str, result: RunResult, entries: list[Entry]) -> Action:
-    """What is meant, among the things that a person may still settle. Raises Refused."""
+    """The call that `what` names, among those that a person may still settle. Raises Refused."""
     rows = {entry.key: entry for entry in entries}
     ends = {
         p.key or p.step: Action(do="settle", key=p.key, step=p.step, tool=rows[p.key].name if p.key in rows else "")
@@ -110,7 +112,7 @@ def _open_end(run: str, what: str, result: RunResult, entries: list[Entry]) -> A
     for entry in doubtful(entries):
         action = Action(do="settle", key=entry.key, tool=entry.name)
         if pending := next((p for p in result.pending if concerns(action, p.step, p.key)), None):
-            # What stood in for a call answers for it.
+            # A fallback's row stands for the call that it replaced.
             ends.pop(pending.key, None)
             action.step = pending.step
         ends[entry.key] = action

@@ -1,4 +1,4 @@
-"""Why a run does not go on: what is paused, and what its activities or its workflow task fail with, in words."""
+"""Why a run makes no progress: what is paused, and how its activities or its workflow task fail."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from temporalio.api.failure.v1 import Failure
 from temporalio.api.workflowservice.v1 import GetWorkflowExecutionHistoryReverseRequest
 from temporalio.client import Client
 
-from holdfast.codec import PayloadUnreadable
-from holdfast.contracts import Json
-from holdfast.executions import Execution, activity_words
-from holdfast.reliability.errors import ErrorType
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ErrorType
+from holdfast.engine.encryption import PayloadUnreadable
+from holdfast.engine.executions import Execution, activity_words
 
 RECENT = 100
-"""Events among which the failure of the last workflow task is looked for: Signals may have come since."""
+"""How many events are searched for the last workflow task's failure: Signals may have come since."""
 
 
 async def words(client: Client, failure: Failure) -> str:
-    """A failure's own words and those of its causes; they may be encrypted."""
+    """The messages of a failure and its causes, decrypted when they are encrypted."""
     try:
         error: BaseException | None = await client.data_converter.decode_failure(failure)
     except PayloadUnreadable as unreadable:
@@ -33,7 +33,7 @@ async def words(client: Client, failure: Failure) -> str:
 
 
 async def failing_task(client: Client, execution: Execution) -> str:
-    """That the run's workflow task fails and is tried again, and what with; empty when the last one did not fail."""
+    """A sentence on the failure of the run's workflow task; empty when the last one did not fail."""
     if execution.task_attempt < 2:
         return ""
     where = WorkflowExecution(workflow_id=execution.id, run_id=execution.run_id)
@@ -54,9 +54,9 @@ async def failing_task(client: Client, execution: Execution) -> str:
 
 
 async def in_flight(client: Client, execution: Execution | None) -> list[Json]:
-    """The open activities: what the last attempt said (a failure, or "not ready"), and when the next one begins.
+    """The open activities: how the last attempt failed (or "not ready"), and when the next attempt starts.
 
-    `paused`: that one is paused, and the command that lets it go on; empty otherwise.
+    `paused`: the command that unpauses the activity; empty when it is not paused.
     """
     found: list[Json] = []
     for each in execution.pending_activities if execution is not None else ():

@@ -1,4 +1,4 @@
-"""`message`, `edit` and `answer`: what a person says to a run while it works."""
+"""`starter.py message`, `edit` and `answer`: what a person sends to an open run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import json
 
 from pydantic import ValidationError
 
-from agents import registry
-from holdfast import door
-from holdfast.cli.known import Known, NoAnswer, ask, find_running
+from holdfast.authoring import registry
+from holdfast.cli.lookup import Known, NoAnswer, ask, find_running
 from holdfast.cli.output import Refused, parse_json, read_stdin
 from holdfast.cli.runs import checked_decision, connect, read_input, report, send
-from holdfast.contracts import Approval, Json, Message, RunStatus, Verdict
-from holdfast.tools import explain
-from holdfast.wording import did_you_mean
+from holdfast.contracts import door
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import explain
+from holdfast.contracts.people import Approval, Message, Verdict
+from holdfast.contracts.run import RunStatus
+from holdfast.contracts.wording import did_you_mean
 
 
 async def message(run: str, text: str, by: str, as_json: bool) -> int:
-    """Says something to a run. Raises Refused and Unfit."""
+    """Sends a message to a run. Raises Refused and Unfit."""
     text = read_stdin("TEXT").strip() if text == "-" else text
     said = door.checked(Message, {"text": text, "by": by})
     known = await find_running(await connect(), run)
@@ -25,7 +27,7 @@ async def message(run: str, text: str, by: str, as_json: bool) -> int:
 
 
 async def answer(run: str, question: str, text: str, by: str, comment: str, parse: bool, as_json: bool) -> int:
-    """Answers what the agent asks. parse: the answer is JSON, not a text. Raises Refused."""
+    """Answers an agent's question. parse: the answer is JSON, not text. Raises Refused."""
     value = parse_json("the answer", text) if parse else text
     if value is None or (isinstance(value, str) and not door.visible(value)):
         raise Refused("the answer is empty")
@@ -37,9 +39,9 @@ async def answer(run: str, question: str, text: str, by: str, comment: str, pars
 async def edit(
     run: str, approval_id: str, pairs: list[str], arguments: str, by: str, comment: str, as_json: bool
 ) -> int:
-    """Lets a call run with other arguments: some of them changed (`name=value`), or all given as JSON. Raises Refused.
+    """Approves a call with changed arguments: some of them (`name=value`), or all of them as JSON. Raises Refused.
 
-    They are checked here, and by the run once more: this machine may know another version of the tool.
+    The arguments are checked here and again by the run: this machine may have another version of the tool.
     """
     if bool(pairs) == bool(arguments):
         raise Refused("say what to change: --set NAME=VALUE (as often as needed), or all of it with --arguments JSON")
@@ -68,7 +70,7 @@ def _meant(known: Known, opened: list[Approval], approval_id: str) -> Approval:
 
 
 def _changes(pairs: list[str]) -> Json:
-    """The changes as JSON data; a value that is not JSON is a text."""
+    """The changes as JSON data; a value that is not JSON is taken as text."""
     changes: Json = {}
     for pair in pairs:
         name, is_given, value = pair.partition("=")
@@ -86,7 +88,7 @@ def _check(agent: str, tool: str, arguments: Json) -> None:
     try:
         known = registry.agent(agent).by_name.get(tool)
     except registry.UnknownAgent:
-        return  # it lives on the workers only: they check
+        return  # only the workers have this agent: they check
     try:
         if known:
             known.validate(arguments)

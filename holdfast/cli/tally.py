@@ -1,8 +1,8 @@
-"""Counting what a run did, from the other side's own records and the ledger. Pure functions; nothing is taken on trust.
+"""Counts what a run did, from the services' own records and the ledger. Pure functions.
 
-Every request after the first with the same key is one of three: a retry after a real failure, a repeat because a worker
-was killed before the answer was recorded (nobody can avoid that one), or a repeat of something that was recorded, which
-must never be.
+Every request after the first with the same key is one of three: a retry after a real failure; a repeat because a worker
+was killed before the answer was recorded, which cannot be avoided; or a repeat of a recorded call, which must never
+happen.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from holdfast.dev.simulation.hospital import EffectRow, RequestRow
+from holdfast.dev.simulation.scripted_model import CallRow
 from holdfast.reliability.ledger import Entry, State
-from holdfast.simulation.hospital import EffectRow, RequestRow
-from holdfast.simulation.scripted_model import CallRow
 
 DONE = (State.DONE, State.COMPENSATED)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """One request as the other side received it. `at` in epoch seconds."""
+    """One request as the service received it. `at` in epoch seconds."""
 
     service: str
     key: str
     what: str
     at: float
     answer: str
-    """The answer's status, `none` when there was none."""
+    """The answer's status; `none` without an answer."""
 
 
 @dataclass
 class Line:
-    """One service's share. `repeated`: after a kill. `recorded`: although its result was recorded."""
+    """One service's counts. `repeated`: repeats after a kill. `recorded`: repeats of calls with a recorded result."""
 
     service: str
     requests: int = 0
@@ -55,7 +55,7 @@ def received(requests: Iterable[RequestRow], calls: Iterable[CallRow]) -> list[S
 
 
 def count(sent: Iterable[Sent], effects: Iterable[EffectRow], entries: Iterable[Entry]) -> list[Line]:
-    """One line a service, in the order of their first requests."""
+    """One line per service, in the order of their first requests."""
     ledger = {entry.key: entry for entry in entries}
     by_key: defaultdict[tuple[str, str, str], list[Sent]] = defaultdict(list)
     lines: dict[str, Line] = {}
@@ -78,7 +78,7 @@ def count(sent: Iterable[Sent], effects: Iterable[EffectRow], entries: Iterable[
 
 
 def _was_recorded(request: Sent, entry: Entry | None) -> bool:
-    """Whether the result was in the ledger when this request came. Reads keep none there, by design."""
+    """Whether the ledger had the result when this request came. Reads store no result there, by design."""
     if entry is None or entry.effect == "read" or entry.state not in DONE or entry.settled_at is None:
         return False
     return request.at > entry.settled_at
@@ -91,13 +91,13 @@ def _failures_tried_again(entry: Entry | None) -> int:
 
 
 def doubled(effects: Iterable[EffectRow]) -> list[str]:
-    """Keys under which the same thing was done more than once."""
+    """Keys with more than one effect of the same kind."""
     counts = Counter((effect.service, effect.kind, effect.key) for effect in effects)
     return [key for (_, _, key), number in counts.items() if number > 1]
 
 
 def unmatched(effects: Iterable[EffectRow], entries: Iterable[Entry]) -> list[str]:
-    """Keys on which ledger and hospital disagree: done for the one and not for the other."""
+    """Keys on which the ledger and the hospital disagree: only one of them has the effect."""
     outside = {effect.key for effect in effects if not effect.kind.startswith(("cancel", "retraction"))}
     acts = [entry for entry in entries if entry.kind == "tool" and entry.effect != "read"]
     inside = {entry.key for entry in acts if entry.state in DONE}

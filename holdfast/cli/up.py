@@ -1,4 +1,4 @@
-"""`starter.py up`: the embedded stack in the foreground, watched over, its addresses where other commands find them."""
+"""`starter.py up`: runs and supervises the embedded stack, and publishes its addresses for other commands."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rich.markup import escape
 
 from holdfast.cli.output import Refused, err, out
 from holdfast.cli.watch import Watch
+from holdfast.dev.stack import Stack
 from holdfast.settings import stack_file
-from holdfast.stack import Stack
 
 
 async def up() -> int:
-    """Runs until Ctrl-C or SIGTERM, 0 then. Raises Refused when a stack runs here already, StackFailed."""
+    """Runs until Ctrl-C or SIGTERM, and returns 0. Raises StackFailed, and Refused when a stack runs here already."""
     home = stack_file().parent.resolve()
     home.mkdir(parents=True, exist_ok=True)
     scripted = not (os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
     with only_one(home):
-        stack_file().unlink(missing_ok=True)  # of an `up` that was killed: it says where nothing is any more
-        # Whatever is in flight at Ctrl-C goes on after the next `up`: no need to wait for it.
+        stack_file().unlink(missing_ok=True)  # left by an `up` that was killed: its addresses are stale
+        # Work in flight at Ctrl-C goes on after the next `up`: no need to wait for it.
         stack = Stack(home, {"HOLDFAST_DRAIN_S": "2", **os.environ}, scripted_model=scripted)
         try:
             with cancelled_by_signal():
                 out.print(f"[dim]starting; logs in {stack.logs}[/dim]")
-                watch = Watch(stack)  # what is saved from here on may be newer than what the workers have read
+                watch = Watch(stack)  # files saved from here on may be newer than what the workers have read
                 await stack.start()
                 stack.publish()
                 _announce(stack)
@@ -41,15 +41,15 @@ async def up() -> int:
         finally:
             stack_file().unlink(missing_ok=True)
             stack.stop()
-        out.print("stopped; the next `up` goes on with the same runs")
+        out.print("stopped; the next `up` continues the same runs")
     return 0
 
 
 @contextmanager
 def cancelled_by_signal() -> Iterator[None]:
-    """Within it, the first SIGINT or SIGTERM cancels the current task, at its next await. More of them add nothing.
+    """While active, the first SIGINT or SIGTERM cancels the current task at its next await; later ones do nothing.
 
-    So no signal ever falls between the start of a process and its being remembered, nor into the clean-up.
+    So no signal can interrupt the clean-up, or fall between the start of a process and its registration.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -68,7 +68,7 @@ def cancelled_by_signal() -> Iterator[None]:
 
 @contextmanager
 def only_one(home: Path) -> Iterator[None]:
-    """Holds the lock of this state directory; the kernel frees it with the process, however that ends."""
+    """Holds the lock of this state directory; the kernel releases it when the process ends."""
     with (home / "up.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +97,7 @@ def running_stack(home: Path) -> str | None:
 
 
 def _announce(stack: Stack) -> None:
-    """Says where everything is."""
+    """Prints the addresses of the stack."""
     if stack.codec_url:
         out.print(f"codec      {stack.codec_url}: sign in there with HOLDFAST_CODEC_TOKEN to read runs in the Web UI")
     model = "scripted and SIMULATED (set OPENAI_API_KEY or OPENAI_BASE_URL for a real one)"
@@ -107,10 +107,10 @@ def _announce(stack: Stack) -> None:
     out.print(f"model      {model if stack.scripted_model else 'as OPENAI_* and HOLDFAST_MODEL say'}")
     out.print("""try        uv run starter.py run discharge --input '{"patient_id": "pat-1"}' --follow""")
     if "TEMPORAL_ADDRESS" in os.environ:
-        err.print("[yellow]note: TEMPORAL_ADDRESS names a server of your own: this stack leaves it alone[/yellow]")
+        err.print("[yellow]note: TEMPORAL_ADDRESS names another server, which this stack does not use[/yellow]")
     if secrets := " and ".join(stack.published["stack_secrets"]):
-        words = f"secrets of {secrets} are written nowhere: commands in other terminals need them set as well"
+        words = f"the stack does not publish the secrets of {secrets}: set them in other terminals too"
         err.print(f"[yellow]note: {words}[/yellow]")
     for broken in {each: None for worker in stack.workers for each in worker.not_served}:
-        err.print(f"[yellow]broken and not served:[/yellow] {escape(broken)}; save the file and it is taken")
-    out.print("[dim]ready; Ctrl-C ends all of it[/dim]")
+        err.print(f"[yellow]broken and not served:[/yellow] {escape(broken)}; correct and save the file")
+    out.print("[dim]ready; Ctrl-C stops the stack[/dim]")

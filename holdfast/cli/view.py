@@ -1,4 +1,4 @@
-"""How a run looks at a terminal: pure functions from its status or result to something rich can print."""
+"""How the terminal shows a run: pure functions from its status or result to rich renderables."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.cli.output import money, seconds
-from holdfast.contracts import (
-    Approval,
-    Phase,
-    RunOutcome,
-    RunResult,
-    RunStatus,
-    Stands,
-    StepState,
-    StepStatus,
-    UndoRecord,
-    UndoStatus,
-    Usage,
-)
-from holdfast.wording import answer_commands, in_words
+from holdfast.contracts.people import Approval
+from holdfast.contracts.run import Phase, RunOutcome, RunResult, RunStatus, Stands, StepState, StepStatus, UndoRecord
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.contracts.turn import Usage
+from holdfast.contracts.wording import answer_commands, in_words
 
 MARKS: dict[StepStatus, tuple[str, str]] = {
     StepStatus.TODO: ("·", "dim"),
@@ -52,7 +43,7 @@ UNDO_WORDS = {
 
 
 def status_view(workflow_id: str, status: RunStatus, ask: bool = True) -> RenderableType:
-    """The live picture of a run. ask: with the open approvals and the commands that answer them."""
+    """The live display of a run. ask: include the open approvals and the commands that answer them."""
     word = word_of(status)
     head = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=100, completed=status.percent, width=24, complete_style="green", finished_style="green")
@@ -79,7 +70,7 @@ def asking_view(asking: list[str], see: str) -> list[RenderableType]:
 
 
 def word_of(status: RunStatus) -> str:
-    """What a run is: its outcome, once it has undone what it did."""
+    """The run's phase, or its outcome once compensation is complete."""
     return str(status.phase if status.phase is Phase.COMPENSATING else status.outcome or status.phase)
 
 
@@ -107,7 +98,7 @@ def shortened(text: str, width: int = 90) -> str:
 
 
 def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> RenderableType:
-    """What a human is asked, with the arguments in full: they are what is decided on."""
+    """A request to a person, with the arguments in full, because the decision is about them."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(width=3)
     grid.add_column(style="yellow", no_wrap=True)
@@ -115,7 +106,7 @@ def approval_view(workflow_id: str, approval: Approval, hint: bool = True) -> Re
     head = {"tool": "approval", "outcome": "question"}.get(approval.kind, approval.kind)
     grid.add_row("", Text(f"{head} {approval.id}", "bold yellow"), Text(approval.subject, "bold"))
     if approval.role:
-        due = f", as a rule by {approval.eta:%H:%M} UTC" if approval.eta else ""
+        due = f", usually by {approval.eta:%H:%M} UTC" if approval.eta else ""
         grid.add_row("", "for", Text(f"{approval.role}{due}"))
     if approval.why:
         grid.add_row("", "why", Text(approval.why))
@@ -144,7 +135,7 @@ def undone_view(undone: list[UndoRecord]) -> RenderableType:
     for entry in reversed(undone):
         style = "red" if entry.status is UndoStatus.FAILED else "magenta"
         words = UNDO_WORDS[entry.status] + (f": {entry.note}" if entry.note else "")
-        if entry.status is not UndoStatus.FAILED:  # what a person must act on is shown in full
+        if entry.status is not UndoStatus.FAILED:  # a person must act on failures: show them in full
             words = shortened(words)
         table.add_row(Text("↶", style), Text(entry.tool, style), Text(words))
     return table
@@ -171,7 +162,7 @@ def result_view(workflow_id: str, result: RunResult) -> RenderableType:
     if not result.steps:
         parts += [Text(f"note: {note}", "dim") for note in result.notes[-1:]]
     if result.said:
-        parts.append(Text("(what the agent said before that, at the run's end: --json)", "dim"))
+        parts.append(Text("(--json also shows what the agent said at the run's end)", "dim"))
     for pending in result.pending:
         review = f", for {pending.role} review" if pending.role else ""
         parts.append(Text(f"pending: {pending.step}{review}: {pending.what}", "yellow"))

@@ -1,7 +1,7 @@
-"""What `up` does while it runs: starts again what ends, and takes a change under `agents/`.
+"""Supervises the stack for `up`: restarts processes that end, and reloads `agents/` when it changes.
 
-A mistake under `agents/` never ends the stack. A change that cannot be imported is not taken; a worker that has to
-start meanwhile serves the other agents, and one that cannot start at all waits for the next change.
+An error under `agents/` never ends the stack. A change that cannot be imported is not loaded; a worker that starts
+meanwhile serves the other agents, and a worker that cannot start at all waits for the next change.
 """
 
 from __future__ import annotations
@@ -19,35 +19,38 @@ from typing import NoReturn
 from rich.markup import escape
 
 from holdfast.cli.output import err, out
-from holdfast.stack import ROOT, Child, Stack, StackFailed
+from holdfast.dev.stack import ROOT, Child, Stack, StackFailed
 
 SHORT_LIFE_S = 10.0
 SHORT_LIVES = 3
-"""A process that ends so often within so short a time each is not started again."""
+"""A process that ends this often in a row, each time within SHORT_LIFE_S, is not restarted."""
 
 IMPORT_S = 60.0
-"""How long importing `agents/` may take: an import that waits for something would hold up the watch."""
+"""How long an import of `agents/` may take, in seconds: a hanging import would block the watch."""
 
 AGENTS = ROOT / "agents"
-IMPORT = "from agents import registry as r; r.load_graphs(); r.none_is_broken()"
-IMPORT_SCRIPTS = "from holdfast.simulation import script; script.scripts()"
+IMPORT = (
+    "from holdfast.authoring import registry; from holdfast.reasoning.loading import load_graphs;"
+    " load_graphs(); registry.none_is_broken()"
+)
+IMPORT_SCRIPTS = "from holdfast.dev.simulation import script; script.scripts()"
 
 Files = dict[Path, int]
-"""When each file was written last."""
+"""The modification time of each file, in nanoseconds."""
 
 
 class Watch:
-    """Over a stack that has started."""
+    """Watches a stack that has started."""
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
         self._short_lives: Counter[str] = Counter()
         self._waiting: set[Child] = set()
-        """What cannot start because of `agents/`."""
+        """Processes that cannot start because of an error in `agents/`."""
         self._taken = self._tried = agents_now()
 
     async def run(self) -> NoReturn:
-        """Raises StackFailed when something ends again and again, for another reason than what is in `agents/`."""
+        """Raises StackFailed when a process keeps ending for a reason other than an error in `agents/`."""
         seen = self._tried
         while True:
             for child in self._stack.children:
@@ -55,12 +58,12 @@ class Watch:
                     await self._revive(child)
             await asyncio.sleep(0.25)
             before, seen = seen, agents_now()
-            if seen == before != self._tried:  # changed, and nobody is writing any more
+            if seen == before != self._tried:  # changed, and stable since the last look
                 self._tried = seen
                 await self._take(seen)
 
     async def _take(self, files: Files) -> None:
-        """Replaces the processes that have imported the agents, unless those there are now cannot be imported."""
+        """Restarts the processes that import the agents, unless the changed agents cannot be imported."""
         if complaint := await self._complaint(self._stack.scripted_model):
             err.print(f"[red]agents/ has changed, but is not taken:[/red] {escape(complaint)}")
             return
@@ -86,7 +89,7 @@ class Watch:
             out.print(f"[yellow]{child.name} had ended (status {status}) and was started again[/yellow]")
 
     async def _start(self, child: Child) -> bool:
-        """Whether it is ready. When it is not, it waits for `agents/` to change, or `_revive` meets it again."""
+        """Starts a process; whether it is ready. If not, it waits for `agents/` to change, or `_revive` retries it."""
         before = agents_now()
         child.start()
         try:
@@ -100,7 +103,7 @@ class Watch:
                 err.print(f"[yellow]{child.name} waits:[/yellow] {escape(complaint)}; save the file and it goes on")
             else:
                 err.print(f"[red]{escape(str(error))}[/red]")
-            if complaint or now != before:  # the files that it met may be others than those there are now
+            if complaint or now != before:  # the files may have changed since it read them
                 self._short_lives[child.name] = 0
             return False
         for broken in child.not_served:
@@ -108,7 +111,7 @@ class Watch:
         return True
 
     async def _complaint(self, scripts: bool) -> str:
-        """Why `agents/` cannot be imported as it is now, in a line; empty when it can."""
+        """Why `agents/` cannot be imported now, in one line; empty when it can."""
         code = f"{IMPORT}; {IMPORT_SCRIPTS}" if scripts else IMPORT
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", code),
@@ -128,17 +131,17 @@ class Watch:
         if not process.returncode:
             return ""
         line = said.decode(errors="replace").strip().rpartition("\n")[2]
-        for name in ("agents.registry.BrokenAgent", "holdfast.simulation.script.ScriptFailed"):
+        for name in ("holdfast.authoring.registry.BrokenAgent", "holdfast.dev.simulation.script.ScriptFailed"):
             line = line.removeprefix(f"{name}: ")
         return line or f"importing agents/ ends the process with status {process.returncode}"
 
 
 def agents_now() -> Files:
-    """When each file under `agents/` was written last, prompts and tables too; not tests, nor what editors leave."""
+    """The files under `agents/` and their modification times, without tests and editors' temporary files."""
     found = (
         path for path in AGENTS.rglob("*") if path.is_file() and not any(map(_aside, path.relative_to(AGENTS).parts))
     )
-    with suppress(FileNotFoundError):  # a file may go between being listed and being looked at
+    with suppress(FileNotFoundError):  # a file may vanish between listing and stat
         return {path: path.stat().st_mtime_ns for path in found}
     return {}
 
@@ -148,7 +151,7 @@ def _aside(part: str) -> bool:
 
 
 def _changed(before: Files, after: Files) -> str:
-    """`expenses/spec.py`: which files differ, the first three of them."""
+    """The files that differ, such as `expenses/spec.py`: the first three and a count of the rest."""
     names = sorted({str(path.relative_to(AGENTS)) for path, _ in before.items() ^ after.items()})
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

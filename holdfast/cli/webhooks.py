@@ -1,4 +1,4 @@
-"""`starter.py webhooks`: does the receiver take what we sign?"""
+"""`starter.py webhooks`: tests whether the receiver accepts signed events."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import typer
 
 from holdfast.cli.output import Refused, out, print_json
 
-commands = typer.Typer(help="Webhooks: what runs tell the outside.", no_args_is_help=True)
+commands = typer.Typer(help="Test whether the receiver of webhooks accepts signed events.", no_args_is_help=True)
 
 LIMIT_S = 10.0
 
 
 @commands.callback()
 def _group() -> None:
-    """Keeps `test` a command of its own: a group of one would swallow its name."""
+    """Keeps `test` a subcommand: Typer would merge a group with only one command."""
 
 
 @commands.command()
@@ -26,14 +26,18 @@ def test(
     url: Annotated[str, typer.Argument(metavar="[URL]", help="without it, HOLDFAST_WEBHOOK_URL")] = "",
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs")] = False,
 ) -> None:
-    """Send a signed event of type `webhook.test` from here and say what came back. Exit status 1: it was not taken."""
+    """Send a signed event of type `webhook.test` from here and print the response.
+
+    Exit status 1 when the receiver does not accept it.
+    """
     raise typer.Exit(asyncio.run(_test(url, json)))
 
 
 async def _test(url: str, as_json: bool) -> int:
     import httpx2
 
-    from holdfast.hooks import TEST, BadAddress, host_of, new_id, payload, post
+    from holdfast.contracts.webhooks import payload
+    from holdfast.engine.webhooks import TEST, BadAddress, host_of, new_id, post
     from holdfast.reliability.errors import classify
     from holdfast.settings import settings
 
@@ -41,7 +45,7 @@ async def _test(url: str, as_json: bool) -> int:
     if not url:
         raise Refused("name an address, or set HOLDFAST_WEBHOOK_URL")
     if not secrets:
-        raise Refused("nothing is sent unsigned: set HOLDFAST_WEBHOOK_SECRET (`whsec_` and base64)")
+        raise Refused("there is no secret to sign with: set HOLDFAST_WEBHOOK_SECRET (`whsec_` and base64)")
     try:
         host_of(url, settings().webhook_hosts)
     except BadAddress as bad:
@@ -49,7 +53,7 @@ async def _test(url: str, as_json: bool) -> int:
     id, begun = new_id(), time.monotonic()
     body = payload(TEST, datetime.now(UTC), {})
     try:
-        # In all: the client's own limit begins anew with each byte of an answer.
+        # A limit for the whole request: the client's own limit restarts with each byte of the response.
         async with asyncio.timeout(LIMIT_S), httpx2.AsyncClient(timeout=LIMIT_S) as http:
             said, taken = f"answered {await post(http, url, id, body, secrets)}", True
     except TimeoutError:

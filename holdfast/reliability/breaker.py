@@ -1,13 +1,14 @@
-"""Circuit breakers that all workers share: one row a target says whether it may be called.
+"""Circuit breakers that all workers share: one row per target says whether calls may go out.
 
     closed → open                    after `failures` in a row, or a share of a window (`BreakerRule`)
     open → half-open                 one caller holds the probe under a lease; shown as a state, stored as an open row
-    half-open → closed | open        as the probe ends; open again for `probe_after_s`
+    half-open → closed | open        by the outcome of the probe; open again for `probe_after_s`
 
-Every change of state and every taking, giving back or ending of the probe raises `version`, so a prober that was
-overtaken changes nothing. A prober is named by its `holder`, the idempotency key of its call: the same call coming
-back after a crash takes its own probe over at once, another one when the lease is over and a probe is due again.
-Only calls that found the row not closed ask `admit`; a call through a closed breaker costs no statement here.
+Every change of state raises `version`, and so does taking, returning or ending the probe. A prober whose probe was
+taken over therefore changes nothing. `holder`, the idempotency key of its call, identifies a prober. When that call
+comes back after a crash, it takes over its own probe at once; another call has to wait until the lease is over and a
+probe is due again. Only calls that found the row not closed use `admit`; a call through a closed breaker costs no
+statement here.
 
 Times are epoch seconds by the store's clock. The SQL is the same for SQLite and Postgres.
 """
@@ -22,10 +23,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.authoring.services import BreakerRule
+from holdfast.contracts.failures import ErrorType, Failure
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import BreakerRule
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
 
@@ -38,7 +39,7 @@ TRIPS = frozenset(
         ErrorType.BAD_RESPONSE,
     }
 )
-"""Failures that say that the service is ill."""
+"""Failures that indicate a sick service."""
 ANSWERS = frozenset(
     {
         ErrorType.RATE_LIMITED,
@@ -49,46 +50,47 @@ ANSWERS = frozenset(
         ErrorType.RAMBLING,
     }
 )
-"""Failures by which a service shows that it is well. Those in neither set are ours and say nothing about it."""
+"""Failures that indicate a healthy service. Failures in neither set are ours and say nothing about the service."""
 
 JITTER_S = 1.0
-"""Those who wait come back within this of each other; as a rule the first has done the probe when the others come."""
+"""Seconds over which waiting calls come back. Usually the first one has done the probe when the others come."""
 PROBE_S = 5.0
-"""Who meets a probe under way asks again after this at the latest: as a rule it has ended long before its lease."""
+"""Seconds after which a call asks again, at the latest, while another call probes: a probe usually ends before its
+lease."""
 LONGEST_NAP_S = 60.0
-"""Who waits asks again after this at the latest: `breakers reset` cannot wake those that sleep."""
+"""Seconds after which a waiting call asks again, at the latest, because `breakers reset` cannot wake waiting calls."""
 LONG_PAUSE_S = 30.0
-"""A service that wants to be left alone for longer is as good as down: other work goes on meanwhile."""
+"""Seconds. A service that asks for a longer pause is treated as down: calls are deferred and other work goes on."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The leave to call a target now, to be handed back with how the call went. An empty target is guarded by none."""
+    """Permission to call a target now. The caller returns it with the outcome. No breaker guards an empty target."""
 
     target: str
     rule: BreakerRule
     version: int = 0
-    """Of a prober: the row's version as it took the probe. 0: the breaker was closed."""
+    """For a prober, the row's version when it took the probe. 0: the breaker was closed."""
     failures: int = 0
-    """What the row had counted, which a success takes back."""
+    """The failures that the row had counted; a success resets them."""
     lease_s: float = 0.0
     since: float = field(default_factory=time.monotonic)
-    """Monotonic time at which the call was let in."""
+    """Monotonic time at which the call was admitted."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of state that this call brought about."""
+    """A change of state that this call caused."""
 
     target: str
     kind: Literal["opened", "closed", "reopened"]
     words: str
-    """A sentence for people."""
+    """A sentence for display."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A breaker, for people and for planning."""
+    """A breaker's state, for display and for planning."""
 
     target: str
     state: Literal["closed", "open", "half-open"]
@@ -96,20 +98,20 @@ class Row:
     """None: it never left this state."""
     failures: int
     next_probe: float | None
-    """From when on a call may be the next probe; None while closed, and while held."""
+    """The time from which a call may be the next probe; None while closed, and while held."""
     prober: str
     """Idempotency key of the call that is the probe, while half-open."""
     paused_until: float | None
-    """The service has asked to be left alone until then."""
+    """The service has asked for no calls until this time."""
     held: bool
-    """Tripped by hand, until it is reset by hand."""
+    """An operator has tripped the breaker; it stays open until an operator resets it."""
     reason: str
-    """What opened it, or the last failure counted."""
+    """What opened the breaker, or the last failure counted."""
 
 
 @dataclass(frozen=True)
 class _State:
-    """What `admit` decides from, as it stands in the row."""
+    """The columns of the row that `admit` needs."""
 
     state: str
     version: int
@@ -130,7 +132,7 @@ _INSERT = """
 INSERT INTO breakers (target, state, version, failures, window_at, window_calls, window_failures, opened_at, probe_at,
                       lease_until, paused_until, held, reason, changed_at)"""
 
-# Also moves the next probe, so that one whose prober dies and never comes back is not repeated before its time.
+# Also moves the time of the next probe. If the prober dies, the probe is not repeated before that time.
 _TAKE = """
 UPDATE breakers SET version = version + 1, prober = ?, lease_until = ?, probe_at = ?
 WHERE target = ? AND version = ? AND state = 'open'
@@ -177,11 +179,11 @@ SELECT target, state, changed_at, failures, probe_at, prober, lease_until, pause
 
 @lru_cache(maxsize=256)
 def _count(rule: BreakerRule, failed: int) -> str:
-    """The statement that counts the end of a call through a closed breaker, and opens it when the rule says so.
+    """Returns the statement that counts the end of a call through a closed breaker, and opens it if the rule says so.
 
-    The rule's numbers stand in the text, for they are needed many times; `failed` is 1 or 0. What the statement would
-    open the breaker with stands in the row it would insert. Parameters: target, state of a first row, failed, now,
-    failed, now, time of the next probe, reason, time of the change of a first row, when the call began.
+    The statement contains the rule's numbers as text, because it needs them many times; `failed` is 1 or 0. The row to
+    insert contains the values for an open breaker. Parameters: target, state of a first row, failed, now, failed, now,
+    time of the next probe, reason, time of the change of a first row, when the call began.
     """
     fresh = f"breakers.window_at + {rule.window_s!r} <= excluded.window_at"
     calls = f"(CASE WHEN {fresh} THEN 1 ELSE breakers.window_calls + 1 END)"
@@ -208,19 +210,19 @@ RETURNING state, failures, window_calls, window_failures"""
 
 
 class Breaker:
-    """All breakers of one store. Its methods raise the database's own errors, and what they say themselves."""
+    """All circuit breakers of one store. Besides the errors that they document, methods raise those of the database."""
 
     def __init__(self, db: Database, clock: StoreClock, monotonic: Callable[[], float] = time.monotonic) -> None:
-        """monotonic: the clock that `Pass.since` was read from."""
+        """monotonic: the clock of `Pass.since`."""
         self._db = db
         self._clock = clock
         self._monotonic = monotonic
 
     async def admit(self, target: str, rule: BreakerRule, holder: str, lease_s: float) -> Pass:
-        """Lets a call through, perhaps as the probe. Raises NotYet.
+        """Admits a call, possibly as the probe. Raises NotYet.
 
-        holder: the call's idempotency key. lease_s: seconds that it takes at most, had it to be the probe; `check`
-        begins them anew.
+        holder: the call's idempotency key. lease_s: the longest time in seconds that the call can take as the probe;
+        `check` renews this lease.
         """
         while True:
             since, now = self._monotonic(), await self._clock.now()
@@ -235,10 +237,10 @@ class Breaker:
             took = await self._db.one(_TAKE, holder, now + lease_s, now + rule.probe_after_s, target, row.version)
             if took is not None:
                 return Pass(target, rule, took[0], row.failures, lease_s, since)
-            # Somebody changed the row since we read it: look what it is now.
+            # Another process has changed the row since the read: read it again.
 
     async def check(self, passed: Pass) -> None:
-        """Begins a prober's lease anew before it acts late. Raises ledger.Fenced when the probe is no longer its."""
+        """Renews the lease of a prober that acts late. Raises ledger.Fenced when it has lost the probe."""
         if passed.version:
             now = await self._clock.now()
             terms = (now + passed.lease_s, now + passed.rule.probe_after_s)
@@ -246,7 +248,7 @@ class Breaker:
                 raise Fenced(f"another call has become the probe of {passed.target}")
 
     async def succeeded(self, passed: Pass) -> Change | None:
-        """The call was answered. Costs no statement as long as nothing failed and the rule has no `share`."""
+        """Reports that the service answered. Costs no statement if nothing has failed and the rule has no `share`."""
         if passed.version:
             now = await self._clock.now()
             row = await self._db.one(_CLOSE, now, passed.target, passed.version)
@@ -261,7 +263,7 @@ class Breaker:
         return None
 
     async def failed(self, passed: Pass, failure: Failure) -> Change | None:
-        """The call failed. Counts it, or closes the breaker, or leaves it, as the kind of failure says."""
+        """Reports a failure: by its kind, counts it, closes the breaker, or changes nothing."""
         if failure.type in ANSWERS:
             return await self.succeeded(passed)
         if failure.type not in TRIPS:
@@ -279,42 +281,41 @@ class Breaker:
         return Change(passed.target, "reopened", words)
 
     async def released(self, passed: Pass) -> None:
-        """The call did not go out after all, or says nothing about its service: the next one may be the probe."""
+        """Returns the probe: the call did not go out, or says nothing about its service. The next call may probe."""
         if passed.version:
             await self._db.run(_GIVE_BACK, await self._clock.now(), passed.target, passed.version)
 
     async def abandoned(self, target: str, holder: str) -> None:
-        """The call is settled, so it probes no more: one that died after it had recorded its result holds the probe."""
+        """Releases the probe of a settled call: its worker may have died between the record and the release."""
         if target:
             await self._db.run(_ABANDON, await self._clock.now(), target, holder)
 
     async def pause(self, target: str, seconds: float) -> None:
-        """The service asked to be left alone for so long; of two such wishes the longer one holds. Not a trip."""
+        """Pauses calls for as long as the service asked. The longer of two pauses holds. Does not open the breaker."""
         await self._db.run(_PAUSE, target, await self._clock.now() + seconds)
 
     async def rows(self) -> list[Row]:
-        """All breakers that ever counted anything, by target."""
+        """Returns all breakers that ever counted anything, sorted by target."""
         return await self._rows(f"{_ROW} ORDER BY target")
 
     async def open_targets(self) -> dict[str, Row]:
-        """Those that let no call through now, by hand, by failures or paused for more than `LONG_PAUSE_S`."""
+        """Returns the breakers that are open, by hand or by failures, or paused for more than `LONG_PAUSE_S`."""
         long = await self._clock.now() + LONG_PAUSE_S
         return {row.target: row for row in await self._rows(f"{_ROW} WHERE state = 'open' OR paused_until > ?", long)}
 
     async def trip(self, target: str, why: str, by: str) -> None:
-        """Opens it by hand: no call and no probe goes out until it is reset by hand."""
+        """Opens a breaker by hand: no call and no probe goes out until an operator resets it."""
         now = await self._clock.now()
         await self._db.run(_TRIP, target, now, f"tripped by {by}: {why}", now)
 
     async def reset(self, target: str, by: str) -> bool:
-        """Closes it by hand, and ends a pause. False when there is no such breaker."""
+        """Closes a breaker by hand, and ends a pause. Returns False when there is no such breaker."""
         return await self._db.run(_RESET, await self._clock.now(), f"reset by {by}", target) == 1
 
     async def _counted(self, passed: Pass, failure: Failure | None) -> Change | None:
-        """Counts the end of a call through a closed breaker.
+        """Counts the end of a call through a closed breaker, unless the breaker has changed its state since it began.
 
-        Not if the row has changed its state since the call began: a call that hung since before the breaker opened
-        says nothing about the service as it is after it closed.
+        A call that began before the breaker opened says nothing about the service after the breaker closed.
         """
         rule, now = passed.rule, await self._clock.now()
         began = now - (self._monotonic() - passed.since)
@@ -336,11 +337,11 @@ class Breaker:
 
 
 def _must_wait(row: _State, target: str, rule: BreakerRule, holder: str, now: float) -> NotYet | None:
-    """Why this call may not go out now; None: it may, as the probe if the row is open."""
+    """Returns why this call may not go out now; None: it may, as the probe if the row is open."""
     jitter = random.uniform(0.0, JITTER_S)
     if row.held:
         undo = f"uv run starter.py breakers reset {shlex.quote(target)}"
-        words = f"{target} may not be called: {row.reason}; `{undo}` allows it"
+        words = f"{target} may not be called: {row.reason}; to allow calls again, run `{undo}`"
         return NotYet(min(rule.probe_after_s, LONGEST_NAP_S) + jitter, words, service=target)
     if row.paused_until > now:
         left = row.paused_until - now
@@ -372,7 +373,7 @@ def _reason(failure: Failure) -> str:
 
 
 def _span(seconds: float) -> str:
-    """Seconds for people: `30 s`, `4 min`."""
+    """Formats seconds for display: `30 s`, `4 min`."""
     return f"{round(seconds, 1 if seconds < 10 else 0):g} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 

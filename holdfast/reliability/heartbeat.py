@@ -1,6 +1,7 @@
-"""Every activity heartbeats by itself, so that a dead worker is noticed in seconds and nobody has to remember it.
+"""Heartbeats for every activity, so that the server notices a dead worker in seconds without code in the activity.
 
-Each beat carries the position that the activity has told (`advance`), so a long one resumes there on another worker.
+Each heartbeat carries the position that the activity reported with `advance`, so that a long activity resumes there on
+another worker.
 """
 
 from __future__ import annotations
@@ -12,54 +13,57 @@ from typing import Any
 from temporalio import activity
 from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, Interceptor
 
+from holdfast.authoring.tools import as_position
 from holdfast.reliability import lease
-from holdfast.tools import as_position
 
 _position: ContextVar[list[Any] | None] = ContextVar("position", default=None)
-"""What the beats of this activity carry: nothing, or one position, with the key of its call."""
+"""The heartbeat details of this activity: empty, or one `[key of the call, position]`."""
 
 
 def position(key: str) -> Any:
-    """Where the call of this key got to, in this activity; None when it told nothing. Stand-ins have their own."""
-    told = _position.get()
-    return told[-1][1] if told and told[-1][0] == key else None
+    """Returns the position that the call with this key reported in this activity, or None.
+
+    A fallback call has its own key, and so its own position.
+    """
+    details = _position.get()
+    return details[-1][1] if details and details[-1][0] == key else None
 
 
 def resume(key: str, position: Any) -> None:
-    """Begins where an earlier activity got to, unless this one has got further."""
-    told = _position.get()
-    if told is None:
-        _position.set(told := [])  # without a beat, for this attempt alone
-    if position is not None and not (told and told[-1][0] == key):
-        told[:] = [[key, position]]
+    """Sets the position that an earlier activity reported, unless this one has reported its own."""
+    details = _position.get()
+    if details is None:
+        _position.set(details := [])  # no heartbeat carries it: it holds for this attempt only
+    if position is not None and not (details and details[-1][0] == key):
+        details[:] = [[key, position]]
 
 
 def advance(key: str, position: Any) -> None:
-    """Tells how far the call has come: JSON data. The server hears at once; from a thread, with the next beat.
+    """Reports the call's position, as JSON data: to the server at once, from a thread with the next heartbeat.
 
-    Raises ValueError for what is none.
+    Raises ValueError when the position is not JSON data.
     """
-    told, position = _position.get(), as_position(position)
-    if told is None:
+    details, position = _position.get(), as_position(position)
+    if details is None:
         return
-    told[:] = [[key, position]]
+    details[:] = [[key, position]]
     if not activity.in_activity() or not activity.info().heartbeat_timeout:
         return
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return  # a sync tool's thread, where Temporal cannot be told
-    activity.heartbeat(*told)
+        return  # the thread of a sync tool, which cannot send a heartbeat
+    activity.heartbeat(*details)
 
 
 class HeartbeatInterceptor(Interceptor):
-    """Beats four times per heartbeat timeout while the activity runs. Without that timeout it leaves it alone."""
+    """Heartbeats four times per heartbeat timeout while the activity runs. Does nothing without that timeout."""
 
     def intercept_activity(self, next: ActivityInboundInterceptor) -> ActivityInboundInterceptor:
-        return _Beating(super().intercept_activity(next))
+        return _HeartbeatInbound(super().intercept_activity(next))
 
 
-class _Beating(ActivityInboundInterceptor):
+class _HeartbeatInbound(ActivityInboundInterceptor):
     async def execute_activity(self, input: ExecuteActivityInput) -> Any:
         timeout = activity.info().heartbeat_timeout
         if not timeout:
@@ -68,13 +72,13 @@ class _Beating(ActivityInboundInterceptor):
         interval = timeout.total_seconds() / 4
         held = lease.Lease(timeout.total_seconds())
         lease.current.set(held)
-        told = [each for each in activity.info().heartbeat_details[-1:] if isinstance(each, list) and len(each) == 2]
-        _position.set(told)
+        details = [each for each in activity.info().heartbeat_details[-1:] if isinstance(each, list) and len(each) == 2]
+        _position.set(details)
 
         def beat() -> None:
             nonlocal timer
             held.renew()
-            activity.heartbeat(*told)
+            activity.heartbeat(*details)
             timer = loop.call_later(interval, beat)
 
         timer = loop.call_later(interval, beat)

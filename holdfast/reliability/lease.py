@@ -1,7 +1,7 @@
-"""Whether this attempt is still the one that counts, as far as its own clock can tell.
+"""The lease of an activity attempt: whether it is still the current one, as far as its own clock can tell.
 
-The server gives an attempt that did not heartbeat in time to another worker. Where there is no reservation to look at
-(reads have none), a process that was frozen learns from this that what it finds on waking is no longer its to record.
+When an attempt does not heartbeat in time, the server starts another one. Calls without a reservation (reads) have no
+row that would tell them. The lease tells a process that was frozen that it must not record its result any more.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 
 class Lease:
-    """Held while it is renewed at least every `seconds`; once lost it stays lost."""
+    """Held while it is renewed at least every `seconds`; once lost, it stays lost."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
@@ -30,7 +30,7 @@ class Lease:
 
 
 current: ContextVar[Lease | None] = ContextVar("lease", default=None)
-"""The lease of the attempt that this code runs for; None outside of an activity that heartbeats."""
+"""The lease of the current attempt; None outside an activity that heartbeats."""
 
 
 def lost() -> bool:

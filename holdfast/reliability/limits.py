@@ -1,10 +1,11 @@
 """Rate limits that all workers share: calls and tokens per sliding minute, booked ahead in one row of the store.
 
-What a row holds and who may go out when is the `book`'s. A call that has to wait learns from `NotYet` when to come
-back: nobody waits in a worker, and those that wait come one by one, not as a herd.
+`limit_schedule` defines what a row holds and when a call may go out. A call that has to wait gets the time of its next
+try from `NotYet`. No call waits inside a worker, and each waiting call comes back at its own time, so they do not all
+come back at once.
 
-Far from its limit a call costs next to nothing: most go out on a spare place, without a statement, and what they have
-used is written with the next statement that is due anyway.
+Far below the limit, a call costs next to nothing. Most calls use a spare place, which takes no SQL statement, and the
+next statement that is due anyway writes what they used.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 
-from holdfast.reliability.book import (
+from holdfast.authoring.services import Limit
+from holdfast.reliability.in_flight import PREFIX, rooms
+from holdfast.reliability.limit_schedule import (
     AIM_S,
     LATE_S,
     SLOT_S,
-    Book,
+    LimitSchedule,
     Placed,
     Spares,
     advance,
@@ -31,21 +34,19 @@ from holdfast.reliability.book import (
     place,
     settle,
 )
-from holdfast.reliability.places import PREFIX, rooms
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
 
 _log = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
-"""Seconds after which what is settled or spare is written, when no other statement on the limit takes it along.
+"""Seconds after which the process writes settled usage and spare places, if no other statement on the limit did it.
 
-Spare places have expired by then, and most calls have asked for new ones: a flush of its own is the exception.
+Spare places have expired by then, and most calls have asked for new ones, so a separate flush is the exception.
 """
 HASTE_S = 0.2
-"""The same while calls wait: they want the room that is left over."""
+"""`FLUSH_S` while calls wait: they need the capacity that settled calls free."""
 
 
 # ------------------------------------------------------------------ the row in the store
@@ -53,7 +54,7 @@ HASTE_S = 0.2
 
 @dataclass(frozen=True)
 class Ticket:
-    """A call that was let out, or several. `tokens`: the estimate as it is counted."""
+    """Permission for one or more calls to go out now. `tokens`: the estimate as it is counted."""
 
     limit: Limit
     slot: int
@@ -68,28 +69,28 @@ class _Ask:
     tokens: int
     not_before: int
     answer: asyncio.Future[tuple[Placed, float]]
-    """With the time of the decision."""
+    """The result, and the time of the decision."""
 
 
 @dataclass
 class _Row:
-    """A limit's row as this process has last seen it, and what is to be written to it."""
+    """A limit's row as this process last saw it, and what it still has to write to it."""
 
     version: int | None = None
-    book: Book = field(default_factory=Book)
+    book: LimitSchedule = field(default_factory=LimitSchedule)
     spares: Spares = field(default_factory=Spares)
     shared: bool = False
-    """Other processes write to it as well: to read it first is cheaper than to try."""
+    """Other processes write to the row too, so reading it first is cheaper than a write that fails."""
     asks: list[_Ask] = field(default_factory=list)
     settled: list[tuple[Ticket, int | None]] = field(default_factory=list)
-    """With the tokens used; None: the call did not go out."""
+    """Each ticket with the tokens used; None: the call did not go out."""
     due: bool = False
-    """What is settled, or spare, has waited long enough."""
+    """The flush timer has fired: settled usage or spare places have to be written now."""
     timer: asyncio.TimerHandle | None = None
     task: asyncio.Task[None] | None = None
 
     def give_back(self) -> None:
-        """Notes the spare places as not used."""
+        """Records the spare places as not used."""
         spares = self.spares
         if spares.limit and spares.left:
             self.settled.append((Ticket(spares.limit, spares.slot, spares.tokens, spares.requests), None))
@@ -97,7 +98,10 @@ class _Row:
 
 
 class Limiter:
-    """The rate limits, for all calls of a process: spare places, or one statement for all that ask at the same time."""
+    """The rate limits for all calls of a process.
+
+    A call gets a spare place, or one statement serves all calls that ask at the same time.
+    """
 
     def __init__(self, db: Database, clock: StoreClock) -> None:
         self._db = db
@@ -105,17 +109,18 @@ class Limiter:
         self._rows: dict[str, _Row] = {}
 
     async def take(self, limit: Limit, key: str, tokens: int = 0) -> Ticket:
-        """Returns when the call may go out now, without delay: half a second later it should have reached the service.
+        """Takes a ticket for a call that goes out at once: it should reach the service within half a second.
 
-        key: the call's own; its place is kept under it while it waits. tokens: an estimate, rather high than low.
-        Raises NotYet, and the store's errors.
+        key: the call's idempotency key; while the call waits, its place is kept under this key.
+        tokens: an estimate, high rather than low.
+        Raises NotYet when the call has to wait, and the store's errors.
         """
         return (await self.take_all([limit], key, tokens))[0]
 
     async def take_all(self, limits: Sequence[Limit], key: str, tokens: int = 0) -> tuple[Ticket, ...]:
-        """Like `take`, under several limits at once: booked for one time at which all of them have room.
+        """Like `take`, for several limits: books one time at which all of them have capacity.
 
-        Taken one after another, a call would lose its place at one limit whenever it waits for another.
+        A call that took one limit after the other would lose its place at one limit while it waits for another.
         """
         placed: list[Placed] = []
         now, start, binding = 0.0, 0, 0
@@ -130,7 +135,7 @@ class Limiter:
                 behind = [i for i, each in enumerate(placed) if each.slot < start]
                 if not behind and len(booked) == len(limits):
                     raise _not_yet(limits[binding], placed, now)
-                # With none behind, the slot began between two questions: those that came too early ask again.
+                # If none is behind, the slot began between two requests: ask again at the limits asked too early.
                 for i in behind or booked:
                     if placed[i].granted:
                         self.release(Ticket(limits[i], placed[i].slot, placed[i].tokens))
@@ -144,19 +149,19 @@ class Limiter:
         return tuple(Ticket(limit, each.slot, each.tokens) for limit, each in zip(limits, placed, strict=True))
 
     def settle(self, ticket: Ticket, tokens: int) -> None:
-        """Says, once, what the call has really used. Written with the next statement on the limit, soon."""
+        """Reports what the call really used. Call it once per ticket; the next statement on the limit writes it."""
         if ticket.limit.tokens is not None:
             self._note(ticket, tokens)
 
     def release(self, ticket: Ticket) -> None:
-        """Gives a ticket back, instead of settling it: the call certainly did not go out."""
+        """Returns a ticket instead of settling it: the call certainly did not go out."""
         self._note(ticket, None)
 
     async def close(self) -> None:
-        """Writes what is settled or spare. An error of the store then only means that it counts for a minute more."""
+        """Writes settled usage and spare places. If the store fails, the estimates count for up to a minute more."""
         for name, row in self._rows.items():
             row.give_back()
-            while row.settled or row.task:  # a statement under way may leave something to be released
+            while row.settled or row.task:  # a running statement may leave more to release
                 self._flush(name, row)
                 if row.task:
                     await row.task
@@ -196,7 +201,7 @@ class Limiter:
         try:
             return await ask.answer
         except asyncio.CancelledError:
-            # Answered already, but cancelled before it could hear of it.
+            # The ticket was granted, but the caller was cancelled before it received it.
             if not ask.answer.cancelled() and not ask.answer.exception() and (placed := ask.answer.result()[0]).granted:
                 self.release(Ticket(limit, placed.slot, placed.tokens))
             raise
@@ -213,7 +218,7 @@ class Limiter:
             row.task = None
 
     async def _work_off(self, name: str, row: _Row) -> None:
-        """Answers all who ask, by one write. Those who come while it has to be tried again are taken along."""
+        """Answers all waiting requests with one write. Requests that arrive while the write is retried join it."""
         asks: list[_Ask] = []
         settled: list[tuple[Ticket, int | None]] = []
         try:
@@ -237,11 +242,10 @@ class Limiter:
                 if await self._write(name, row):
                     break
                 row.version, row.shared = None, True
-                # Of several processes at once one always gets through; this keeps it from being the same one.
+                # One of the competing processes always succeeds; the pause keeps it from being the same one each time.
                 await asyncio.sleep(random.uniform(0, 0.005))
         except BaseException as error:
-            # What is settled is not tried again: it may have been written, and counts twice then. Left alone, the
-            # estimates stand.
+            # Not written again: the usage may have been stored already and would count twice. The estimates stay.
             row.version = None
             for ask in asks:
                 if not ask.answer.done():
@@ -249,12 +253,13 @@ class Limiter:
             if not isinstance(error, Exception):
                 raise
             if settled:
-                _log.warning("rate limit %s: %d calls go on counting by estimate: %s", name, len(settled), error)
+                message = "rate limit %s: real usage of %d calls was not written, so their estimates count: %s"
+                _log.warning(message, name, len(settled), error)
             return
         now += time.monotonic() - since
         row.spares = spares
         for ask, each in zip(asks, placed, strict=True):
-            # The store was slow, or this process frozen: the slot is lost to a call that may not go out in it any more.
+            # The store was slow or this process was frozen: the call is too late for its slot and has to ask again.
             late = each.granted and now > each.slot * SLOT_S + LATE_S
             if each.granted and (late or ask.answer.done()):
                 self.release(Ticket(ask.limit, each.slot, each.tokens))
@@ -264,22 +269,24 @@ class Limiter:
                 row.asks.append(ask)
             else:
                 ask.answer.set_result((each, now))
-        row.asks = [ask for ask in row.asks if not _let_out(row.spares, ask, now)]
+        row.asks = [ask for ask in row.asks if not _grant_spare(row.spares, ask, now)]
         if row.spares.left:
             self._flush_in(FLUSH_S, name, row)
 
     async def _read(self, name: str, row: _Row) -> None:
         while (found := await self._db.one("SELECT version, book FROM limits WHERE name = ?", name)) is None:
             await self._db.run(
-                "INSERT INTO limits (name, version, book) VALUES (?, 0, ?) ON CONFLICT DO NOTHING", name, Book().dump()
+                "INSERT INTO limits (name, version, book) VALUES (?, 0, ?) ON CONFLICT DO NOTHING",
+                name,
+                LimitSchedule().dump(),
             )
         if found[0] == row.version:
             row.shared = False
         else:
-            row.version, row.book = found[0], Book.load(found[1])
+            row.version, row.book = found[0], LimitSchedule.load(found[1])
 
     async def _write(self, name: str, row: _Row) -> bool:
-        """False when another process came between; the book has to be read again."""
+        """Returns False when another process has changed the row; it has to be read again."""
         assert row.version is not None, "read before"
         sql = "UPDATE limits SET book = ?, version = version + 1 WHERE name = ? AND version = ?"
         if not await self._db.run(sql, row.book.dump(), name, row.version):
@@ -288,7 +295,9 @@ class Limiter:
         return True
 
 
-def _decide(book: Book, now: float, asks: list[_Ask], settled: list[tuple[Ticket, int | None]]) -> list[Placed]:
+def _decide(
+    book: LimitSchedule, now: float, asks: list[_Ask], settled: list[tuple[Ticket, int | None]]
+) -> list[Placed]:
     advance(book, now)
     for ticket, used in settled:
         if used is None:
@@ -299,15 +308,15 @@ def _decide(book: Book, now: float, asks: list[_Ask], settled: list[tuple[Ticket
 
 
 def _spares(row: _Row, now: float, asks: list[_Ask]) -> Spares:
-    """Books as many as the last ones tell. Without a call that asks there is no reason for more."""
+    """Books spare places, as many as recent use suggests. Books none when no call asks."""
     if not asks:
         return row.spares
     limit, tokens = asks[-1].limit, max(ask.tokens for ask in asks)
     return book_spares(row.book, limit, row.spares.wanted(now, len(asks)), tokens)
 
 
-def _let_out(spares: Spares, ask: _Ask, now: float) -> bool:
-    """Answers a call that came while the statement ran, if there is a spare place for it."""
+def _grant_spare(spares: Spares, ask: _Ask, now: float) -> bool:
+    """Grants a spare place, if there is one, to a call that arrived while the statement ran."""
     if ask.not_before or ask.answer.done() or not (spare := spares.spend(ask.limit, ask.tokens, now)):
         return False
     ask.answer.set_result((spare, now))
@@ -315,19 +324,19 @@ def _let_out(spares: Spares, ask: _Ask, now: float) -> bool:
 
 
 def _not_yet(limit: Limit, placed: list[Placed], now: float) -> NotYet:
-    # An early look at one of several limits would give up the places at the others.
+    # With several limits, coming back early for one of them would give up the places at the others.
     at = placed[0].look_at if len(placed) == 1 else placed[0].slot * SLOT_S + AIM_S
     parts = [f"{limit.requests} requests"] * bool(limit.requests) + [f"{limit.tokens} tokens"] * bool(limit.tokens)
     due = datetime.fromtimestamp(placed[0].slot * SLOT_S, UTC)
     return NotYet(at - now, f"rate limit of {limit.name}: {' and '.join(parts)} a minute; next at {due:%H:%M:%S} UTC")
 
 
-# ------------------------------------------------------------------ for people
+# ------------------------------------------------------------------ for display
 
 
 @dataclass(frozen=True)
 class LimitUsage:
-    """A limit as its row has it.
+    """How much of a limit is used, according to its row.
 
     `requests` and `tokens`: of the last minute, with spare places and the estimates of unfinished calls.
     """
@@ -339,20 +348,20 @@ class LimitUsage:
     last_due: float | None
     """When the last of the waiting calls is due, epoch seconds."""
     in_flight: int = 0
-    """Calls that hold a place of a limited number."""
+    """Calls that hold a place, for a service with a limit on calls in flight."""
 
 
 async def usage(db: Database, now: float) -> list[LimitUsage]:
-    """Every limit that was ever used, by name. now: the store's time."""
+    """Returns every limit that was ever used, sorted by name. now: the store's time."""
     rows = await db.all("SELECT name, book FROM limits ORDER BY name")
-    found = {name: _usage(name, Book.load(text), now) for name, text in rows if not name.startswith(PREFIX)}
+    found = {name: _usage(name, LimitSchedule.load(text), now) for name, text in rows if not name.startswith(PREFIX)}
     for name, (held, waiting) in (await rooms(db, now)).items():
         known = found.get(name, LimitUsage(name, 0, 0, 0, None))
         found[name] = replace(known, in_flight=held, waiting=known.waiting + waiting)
     return [found[name] for name in sorted(found)]
 
 
-def _usage(name: str, book: Book, now: float) -> LimitUsage:
+def _usage(name: str, book: LimitSchedule, now: float) -> LimitUsage:
     advance(book, now)
     due = [slot for slot, _ in book.waiting.values()]
     for slot, tokens in book.waiting.values():

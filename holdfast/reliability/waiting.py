@@ -1,17 +1,17 @@
-"""Waiting is not failing: a call that may not go out yet says when, and nobody holds a worker until then."""
+"""Exceptions for calls that have to wait. Waiting is not a failure, and it does not occupy a worker."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from holdfast.contracts import Wait
+from holdfast.contracts.turn import Wait
 
 
 class NotYet(Exception):
     """The call did not go out and may be tried again after `delay` seconds. It counts as no attempt and no failure."""
 
     def __init__(self, delay: float, why: str, *, service: str = "") -> None:
-        """service: set when its breaker is open, so that the call may be put off while other work goes on."""
+        """service: set when its circuit breaker is open, so that the call can be deferred while the run goes on."""
         super().__init__(why)
         self.delay = delay
         self.why = why
@@ -19,16 +19,19 @@ class NotYet(Exception):
 
     @property
     def cause(self) -> str:
-        """What the wait is for, as metrics count it."""
+        """The reason for the wait, as metrics count it."""
         return "breaker" if self.service else "rate limit"
 
     def wait(self, now: float) -> Wait:
-        """As a result of an activity. now: epoch seconds by the store's clock, for this process's own may be wrong."""
+        """Returns the activity result for this wait.
+
+        now: epoch seconds by the store's clock, as this process's own clock may be wrong.
+        """
         return Wait(until=datetime.fromtimestamp(now + max(self.delay, 0.0), UTC), why=self.why, service=self.service)
 
 
 class NoAddress(NotYet):
-    """It is not known where the service is, so nothing went out to it."""
+    """The service has no configured address, so no request went out."""
 
     @property
     def cause(self) -> str:
@@ -36,7 +39,7 @@ class NoAddress(NotYet):
 
 
 class Unsettled(NotYet):
-    """A request went out, and its service may still be at work on it."""
+    """A request went out, and its service may still be processing it."""
 
     @property
     def cause(self) -> str:

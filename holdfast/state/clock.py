@@ -1,4 +1,4 @@
-"""The time as the store has it, so that workers whose clocks disagree still agree on who is due."""
+"""The store's time, so that workers whose clocks differ agree on what is due."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from holdfast.state.database import Database
 
 STALE_S = 60.0
-"""After so long the store is asked again: a monotonic clock drifts, and stands still while a machine sleeps."""
+"""Seconds after which the store is asked again: a monotonic clock drifts, and stops while a machine sleeps."""
 
 
 class StoreClock:
-    """Epoch seconds by the store's clock, reckoned from this process's monotonic one."""
+    """Epoch seconds by the store's clock, computed from this process's monotonic clock."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -19,11 +19,11 @@ class StoreClock:
         self._asked_at = float("-inf")
 
     async def now(self) -> float:
-        """The time; asks the store when it was last asked more than a minute ago."""
+        """Returns the time. Asks the store if the last answer is more than a minute old."""
         before = time.monotonic()
         if before - self._asked_at > STALE_S:
-            told = await self._db.time()
+            store_time = await self._db.time()
             after = time.monotonic()
-            self._offset, self._asked_at = told - (before + after) / 2, after
-            return told
+            self._offset, self._asked_at = store_time - (before + after) / 2, after
+            return store_time
         return before + self._offset

@@ -1,7 +1,7 @@
-"""Plain SQL over SQLite and Postgres, for the hot path. The schema is SQLAlchemy's (`holdfast.state.schema`).
+"""Plain SQL over SQLite and Postgres, for the hot path. SQLAlchemy defines the schema (`holdfast.state.schema`).
 
-Both databases are durable at the return of a call (SQLite: WAL with `synchronous=FULL`), and both may be used by
-several processes at once.
+With both databases, a change is durable when the call returns (SQLite: WAL with `synchronous=FULL`), and several
+processes can use the store at once.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.contracts import whole
+from holdfast.contracts.data import whole
 
 Row = tuple[Any, ...]
 Statement = tuple[str, Row]
 
 
 class StoreUnavailable(Exception):
-    """The store cannot be opened, or does not do what it is asked now. The text is one line and holds no password.
+    """The store cannot be opened, or cannot execute a call now. The message is one line and contains no password.
 
-    Raised by a call: whether it was done is not known. The same again later is right.
+    When a call raises it, it is not known whether the call took effect. Make the same call again later.
     """
 
 
 class Database(ABC):
     """A store. Placeholders are `?` in both dialects, outside quotes and comments; times are epoch seconds, UTC.
 
-    A call is all or nothing, also when its caller is cancelled: it then has happened completely or not at all.
-    It ends within some seconds (`HOLDFAST_STORE_TIMEOUT_S`): when the store is gone, silent, locked or out of order it
+    A call takes effect completely or not at all, also when its caller is cancelled.
+    It ends within some seconds (`HOLDFAST_STORE_TIMEOUT_S`): when the store is down, silent, locked or broken, it
     raises StoreUnavailable. Other errors of the drivers (`sqlite3.Error`, `psycopg.Error`) pass through.
     """
 
@@ -36,11 +36,11 @@ class Database(ABC):
 
     @abstractmethod
     async def all(self, sql: str, *params: Any) -> list[Row]:
-        """Runs one statement in a transaction of its own; its rows."""
+        """Runs one statement in its own transaction and returns its rows."""
 
     @abstractmethod
     async def run(self, sql: str, *params: Any) -> int:
-        """Runs one statement in a transaction of its own; the number of rows it changed."""
+        """Runs one statement in its own transaction and returns the number of rows it changed."""
 
     @abstractmethod
     async def batch(self, statements: Sequence[Statement]) -> None:
@@ -48,40 +48,20 @@ class Database(ABC):
 
     @abstractmethod
     async def time(self) -> float:
-        """The store's own clock."""
+        """Returns the time of the store's own clock, in epoch seconds."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Waits for statements that run, then closes. Nothing may be called afterwards."""
+        """Waits for running statements, then closes the store. Call no method afterwards."""
 
     async def one(self, sql: str, *params: Any) -> Row | None:
-        """Runs one statement in a transaction of its own; its first row, or None."""
+        """Runs one statement in its own transaction and returns its first row, or None."""
         rows = await self.all(sql, *params)
         return rows[0] if rows else None
 
 
-async def open_database(url: str, limit_s: float | None = None) -> Database:
-    """Opens `sqlite:///path` (the file has to be there: `holdfast.state.schema.migrate` makes it) or `postgresql://…`.
-
-    limit_s: how long a call may take; without it, what the settings say.
-    Raises StoreUnavailable when it is not there, cannot be reached, or the address is of another kind.
-    """
-    # Imported here: whoever uses one database does not load the other's driver.
-    if limit_s is None:
-        from holdfast.settings import settings
-
-        limit_s = settings().store_timeout_s
-    if (path := sqlite_path(url)) is not None:
-        from holdfast.state.sqlite import Sqlite
-
-        return await Sqlite.open(path, limit_s)
-    from holdfast.state.postgres import Postgres
-
-    return await Postgres.open(url, limit_s)
-
-
 def sqlite_path(url: str) -> Path | None:
-    """The file of a `sqlite:///` address, None for a Postgres one. Raises StoreUnavailable for any other."""
+    """Returns the file of a `sqlite:///` address, None for a Postgres one. Raises StoreUnavailable for any other."""
     scheme = url.partition("://")[0]
     if scheme in ("postgresql", "postgres"):
         return None
@@ -93,10 +73,10 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def storable(params: Row) -> Row:
-    """The parameters as either database takes them: no text has a NUL, which Postgres refuses, or half a character."""
+    """Makes parameters storable in both databases: replaces NUL, which Postgres refuses, and unpaired surrogates."""
     return tuple(whole(each).replace("\0", "\ufffd") if isinstance(each, str) else each for each in params)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text without line breaks, for a message to a person."""
+    """Returns an error's text without line breaks, for a one-line message."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""The last good result of a read, for the time when its service is gone."""
+"""The last good result of a read, for use while its service is unavailable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Kept(NamedTuple):
 
     @property
     def age(self) -> str:
-        """In words: '3 h', '12 min', '40 s'."""
+        """The age for display: '3 h', '12 min', '40 s'."""
         for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
             if self.seconds >= size:
                 return f"{self.seconds / size:.0f} {unit}"
@@ -27,7 +27,7 @@ class Kept(NamedTuple):
 
 
 class LastGoodResults:
-    """Per tool, tenant and digest of the arguments."""
+    """The last good results, by tool, tenant and digest of the arguments."""
 
     def __init__(self, db: Database, clock: StoreClock) -> None:
         self._db = db
@@ -37,7 +37,7 @@ class LastGoodResults:
         await self._db.run(_KEEP, tool, tenant, digest, json.dumps(result), await self._clock.now())
 
     async def get(self, tool: str, tenant: str, digest: str, max_age_s: float) -> Kept | None:
-        """The result, unless there is none or it is older."""
+        """Returns the result, or None if there is none or it is older than `max_age_s`."""
         sql = "SELECT result, at FROM last_good WHERE tool = ? AND tenant = ? AND digest = ?"
         row = await self._db.one(sql, tool, tenant, digest)
         if row is None:

@@ -23,39 +23,40 @@ CONNECT_S = 5
 """Seconds for a new connection."""
 MOST = 10
 GRACE_S = 1.0
-"""The server ends a statement at the limit and says why; a connection on which it says nothing is cut so much later."""
+"""Seconds. At the limit the server ends a statement with an error; without one, the connection is cut this much later.
+"""
 ASK_S = 5.0
-"""How often a second connection asks whether the server is there, while a migration waits for it."""
+"""Seconds between two checks, over a second connection, that the server answers during a migration."""
 LIFE_S = 1800.0
-"""Seconds after which a connection is replaced, so that all of them find a server that has moved."""
+"""Seconds after which a connection is replaced, so that all connections find a server that has moved."""
 
 NETWORK = {
     "connect_timeout": CONNECT_S,
-    # The kernel finds out about a peer that is gone within some 20 s, also where no statement waits for it.
+    # The kernel detects within some 20 s that the peer is gone, also on a connection without a statement.
     "keepalives_idle": 10,
     "keepalives_interval": 3,
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
-"""Connection parameters of libpq; those in the store's address win."""
+"""Connection parameters of libpq. Parameters in the store's address take precedence."""
 
 OUT_OF_ORDER = (
-    psycopg.OperationalError,  # gone, shutting down, full, a time-out, a deadlock
-    psycopg.InterfaceError,  # the connection was cut under the call
-    psycopg.errors.ReadOnlySqlTransaction,  # a server that is no primary any more
+    psycopg.OperationalError,  # down, shutting down, full, a timeout, a deadlock
+    psycopg.InterfaceError,  # the connection was cut during the call
+    psycopg.errors.ReadOnlySqlTransaction,  # the server is no longer the primary
     psycopg.errors.InsufficientPrivilege,
 )
 
-# Its warnings repeat, for each connection, what the call that needs one raises.
+# The pool logs for each connection what the call that needs one raises anyway.
 logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
 
 class Postgres(Database):
     """A pool of at most 10 connections in autocommit, with prepared statements.
 
-    A statement has a limit at the server. For a server that says nothing at all, the call has a timer that shuts the
-    socket: the driver then ends the call as it does when the server hangs up. The pool drops a connection that broke,
-    and all the others of that age with it.
+    Statements have a time limit at the server. If the server does not answer at all, a timer shuts the socket, and the
+    driver ends the call as if the server had closed the connection. When a connection breaks, the pool drops it and all
+    others of that age.
     """
 
     dialect = "postgresql"
@@ -72,7 +73,7 @@ class Postgres(Database):
             configure=self._configure,
             timeout=limit_s,
             max_lifetime=LIFE_S,
-            # Its pauses double: after a longer outage it would try again only minutes after the database is back.
+            # The pool's pauses double. A longer value would let it reconnect minutes after the database is back.
             reconnect_timeout=CONNECT_S,
         )
 
@@ -82,7 +83,7 @@ class Postgres(Database):
         try:
             url = with_limits(url)
             store = cls(url, limit_s)
-            # A connection by hand first: the pool would retry in the background and say only that it timed out.
+            # First a connection without the pool, which would retry in the background and report only a timeout.
             await (await psycopg.AsyncConnection.connect(url)).close()
             await store._pool.open(wait=True, timeout=limit_s)
         except (psycopg.Error, ValueError) as error:
@@ -114,16 +115,16 @@ class Postgres(Database):
         await self._pool.close()
 
     async def _configure(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Limits at the server. Not with the connection's `options`: poolers such as PgBouncer refuse those."""
+        """Sets the limits at the server. Not in the connection's `options`, which poolers such as PgBouncer refuse."""
         names = ("statement_timeout", "idle_in_transaction_session_timeout")
-        # Those that are set for the user, the database or the server win.
+        # Limits that are set for the user, the database or the server take precedence.
         sql = "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = ANY(%s) AND setting = '0'"
         with _cut_after(connection, self._limit_s + GRACE_S):
             await connection.execute(sql, [f"{self._limit_s * 1000:.0f}", list(names)])
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """A connection for one call. Raises StoreUnavailable when there is none, or it does not do its work in time."""
+        """Lends a connection for one call. Raises StoreUnavailable when none is free, or the call takes too long."""
         cut: list[bool] = []
         connection, got_at = None, 0.0
         try:
@@ -132,9 +133,7 @@ class Postgres(Database):
                 with _cut_after(connection, self._limit_s + GRACE_S, cut):
                     yield connection
         except PoolTimeout:
-            words = (
-                f"no connection came free within {self._limit_s:g} s: all {MOST} are in use, or it cannot be reached"
-            )
+            words = f"no connection came free within {self._limit_s:g} s: all {MOST} are in use, or the server is down"
             raise StoreUnavailable(f"the Postgres store does not answer: {words}") from None
         except OUT_OF_ORDER as error:
             if connection is not None and connection.closed:
@@ -144,14 +143,14 @@ class Postgres(Database):
             raise StoreUnavailable(f"the Postgres store cannot be used now: {one_line(error)}") from error
 
     async def _distrust(self, since: float) -> None:
-        """Replaces the connections that were there at `since`: what broke one of them has broken the others too."""
+        """Replaces the connections that existed at `since`: what broke one of them has probably broken the others."""
         if self._fresh_at < since:
             self._fresh_at = asyncio.get_running_loop().time()
             await self._pool.drain()
 
 
 def with_limits(url: str) -> str:
-    """The address with what makes a connection notice that its peer is gone. Raises psycopg.ProgrammingError."""
+    """Adds the parameters in `NETWORK` to the address. Raises psycopg.ProgrammingError for an invalid address."""
     return make_conninfo(url, **{k: v for k, v in NETWORK.items() if k not in conninfo_to_dict(url)})
 
 
@@ -159,9 +158,9 @@ def with_limits(url: str) -> str:
 def _cut_after(
     connection: psycopg.AsyncConnection[Any], seconds: float, cut: list[bool] | None = None
 ) -> Iterator[None]:
-    """Shuts the connection's socket when the block takes longer, and puts True into `cut`.
+    """Shuts the connection's socket if the block takes longer than `seconds`, and appends True to `cut`.
 
-    Not by a cancellation: the driver would first ask the server, which is silent, to cancel the statement.
+    It does not cancel the task: the driver would first ask the server, which does not answer, to cancel the statement.
     """
 
     def shut() -> None:
@@ -177,37 +176,37 @@ def _cut_after(
 
 
 def _shut(connection: psycopg.AsyncConnection[Any] | psycopg.Connection[Any]) -> None:
-    """Shuts its socket: a caller that waits for an answer gets the error of a server that hung up."""
-    # One of these: it was closed meanwhile, by the peer or by its owner.
+    """Shuts the socket: a caller that waits for an answer gets the same error as when the server closes it."""
+    # These errors mean that the peer or the owner has closed the connection in the meantime.
     with suppress(OSError, psycopg.OperationalError), socket.socket(fileno=os.dup(connection.fileno())) as copy:
         copy.shutdown(socket.SHUT_RDWR)
 
 
-class Silence:
-    """Whether the server stopped answering."""
+class SilenceWatch:
+    """Shuts the watched connections when the server stops answering."""
 
     def __init__(self) -> None:
-        self.met = False
-        self._minded: list[psycopg.Connection[Any]] = []
+        self.silent = False
+        self._watched: list[psycopg.Connection[Any]] = []
 
-    def mind(self, connection: psycopg.Connection[Any]) -> None:
-        """Shuts this connection when the server stops answering."""
-        self._minded.append(connection)
+    def watch(self, connection: psycopg.Connection[Any]) -> None:
+        """Adds a connection to shut when the server stops answering."""
+        self._watched.append(connection)
 
     def hang_up(self) -> None:
-        self.met = True
-        for each in self._minded:
+        self.silent = True
+        for each in self._watched:
             _shut(each)
 
 
 @contextmanager
-def noticing_silence(url: str) -> Iterator[Silence]:
-    """Ends the wait of blocking connections for a server that is silent.
+def watching_for_silence(url: str) -> Iterator[SilenceWatch]:
+    """Ends calls on blocking connections when the server stops answering.
 
-    A migration may take long, so its statements have no limit. A second connection is made every few seconds instead:
-    when it gets no answer in its time, neither will the first.
+    A migration can take long, so its statements have no limit. Instead, a thread opens a second connection every few
+    seconds. If that one gets no answer within its timeout, the server will not answer the watched connections either.
     """
-    silence, done = Silence(), threading.Event()
+    silence, done = SilenceWatch(), threading.Event()
 
     def ask() -> None:
         while not done.wait(ASK_S):
@@ -218,7 +217,7 @@ def noticing_silence(url: str) -> Iterator[Silence]:
                     silence.hang_up()
                 return
             except psycopg.Error:
-                continue  # an answer too, or an error that the connection that works gets as well
+                continue  # the server answered, or the watched connections get the same error
 
     threading.Thread(target=ask, name="is the store there", daemon=True).start()
     try:
@@ -232,5 +231,5 @@ _TOKEN = re.compile(r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | --[^\n]* | /\*.*?\*/ |
 
 @lru_cache(maxsize=512)
 def _for_psycopg(sql: str) -> bytes:
-    """`?` as `%s`, except inside quotes and comments; a literal `%` doubled everywhere, for psycopg looks there too."""
+    """Turns `?` into `%s`, except in quotes and comments, and doubles `%` everywhere, as psycopg reads it there too."""
     return _TOKEN.sub(lambda m: "%s" if m[0] == "?" else m[0], sql.replace("%", "%%")).encode()

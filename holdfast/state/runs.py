@@ -1,4 +1,7 @@
-"""One row a request: a request key names one run of an agent for good, and its result outlives Temporal's retention."""
+"""The table `runs`, with one row per request.
+
+A request key always names the same run of an agent, and the run's result outlives Temporal's retention.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,20 @@ class Run(NamedTuple):
     tenant: str
     requested_by: str
     input_digest: str
-    """Empty for a run that was started past this table, e.g. by hand with `temporal workflow start`."""
+    """Empty for a run that was started without this table, e.g. by hand with `temporal workflow start`."""
     trace_id: str
     created_at: float
     started_at: float | None
-    """None: claimed, and not known to have been started; starting it (again) under its workflow id is right."""
+    """None: claimed, but not known to have been started. Start it (again) under its workflow id."""
     outcome: str | None
     result: str | None
     ended_at: float | None
     namespace: str | None
-    """Temporal's, in which it was started; None for a run from before this was kept."""
+    """The Temporal namespace of the run; None for a run from before this column was added."""
 
 
 class KeyReused(Exception):
-    """A request key that names a run with another input, or leads to an id that is taken. The text is one line."""
+    """The request key names a run with another input, or leads to an id that is taken. The message is one line."""
 
 
 COLUMNS = ", ".join(Run._fields)
@@ -53,9 +56,9 @@ class Runs:
         trace_id: str = "",
         namespace: str | None = None,
     ) -> Run:
-        """The run of this request, made by the first of any number of concurrent callers. The same row for all of them.
+        """Returns the run of this request. The first of any number of concurrent callers creates it; all get its row.
 
-        Keys belong to the agent. Raises KeyReused when this one belongs to a run with another input, or the workflow
+        Keys belong to the agent. Raises KeyReused when this key belongs to a run with another input, or the workflow
         id to another agent's run.
         """
         mine = Run(
@@ -76,7 +79,7 @@ class Runs:
         if await self._db.run(INSERT, *mine):
             return mine
         run = await self.get(agent, request_key) or await self.by_workflow(workflow_id)
-        assert run is not None, "the row in the way of the insert is gone, and nothing deletes rows of `runs`"
+        assert run is not None, "the insert met a conflicting row, which is missing; no code deletes rows of `runs`"
         if run.agent != agent:
             raise KeyReused(
                 f"request key {request_key!r} leads to the id {run.workflow_id}, which a run of agent {run.agent!r}"
@@ -90,7 +93,7 @@ class Runs:
         return run
 
     async def mark_started(self, workflow_id: str) -> None:
-        """Records that Temporal has taken the run. The first time counts."""
+        """Records that Temporal has accepted the run. Keeps the time of the first record."""
         await self._db.run(
             "UPDATE runs SET started_at = ? WHERE workflow_id = ? AND started_at IS NULL", time.time(), workflow_id
         )
@@ -106,22 +109,22 @@ class Runs:
         trace_id: str = "",
         requested_by: str = "",
     ) -> None:
-        """Records how a run ended; `result` is JSON. The same end again changes nothing, not even the time.
+        """Records how a run ended; `result` is JSON. Recording the same end again changes nothing, not even the time.
 
-        Another end replaces the one that is there: a run that was reset ends a second time, and that end is valid.
-        A run that never was claimed gets its row here, with its workflow id as the request key.
+        A different end replaces the recorded one: a run that was reset ends a second time, and that end is valid.
+        A run that was never claimed gets its row here, with its workflow id as the request key.
         """
         now = time.time()
         if await self._end(workflow_id, outcome, result, now):
             return
-        # The id may be taken as a key by a request for another run: a prefix that no one types keeps the row apart.
+        # Another run's request may have used this id as its key: a prefix that users do not type avoids the conflict.
         for key in (workflow_id, f"workflow:{workflow_id}"):
             row = Run(key, workflow_id, agent, tenant, requested_by, "", trace_id, now, now, outcome, result, now, None)
             if await self._db.run(INSERT, *row) or await self._end(workflow_id, outcome, result, now):
                 return
 
     async def _end(self, workflow_id: str, outcome: str, result: str, now: float) -> bool:
-        """False when the run has no row."""
+        """Updates the run's row. Returns False when it has none."""
         sql = (
             "UPDATE runs SET ended_at = CASE WHEN outcome = ? AND result = ? THEN ended_at ELSE ? END,"
             " started_at = COALESCE(started_at, ?), outcome = ?, result = ? WHERE workflow_id = ?"
@@ -129,7 +132,7 @@ class Runs:
         return await self._db.run(sql, outcome, result, now, now, outcome, result, workflow_id) == 1
 
     async def amend(self, workflow_id: str, before: str, outcome: str, result: str) -> bool:
-        """Replaces a stored result by what a repair made of it. False when it is not `before` any more."""
+        """Replaces a stored result after a repair. Returns False when the stored result is no longer `before`."""
         sql = "UPDATE runs SET outcome = ?, result = ? WHERE workflow_id = ? AND result = ?"
         return await self._db.run(sql, outcome, result, workflow_id, before) == 1
 
@@ -139,7 +142,7 @@ class Runs:
         return Run(*row) if row else None
 
     async def of_key(self, request_key: str) -> list[Run]:
-        """The runs that agents have under this key, newest first."""
+        """Returns the runs of all agents under this key, newest first, at most 5."""
         sql = f"SELECT {COLUMNS} FROM runs WHERE request_key = ? ORDER BY created_at DESC LIMIT 5"
         return [Run(*row) for row in await self._db.all(sql, request_key)]
 
@@ -148,7 +151,7 @@ class Runs:
         return Run(*row) if row else None
 
     async def recent(self, limit: int, batch: str = "") -> list[Run]:
-        """The runs claimed last, newest first: those of a batch's items, or all but the items of batches."""
+        """Returns the runs claimed last, newest first: those of a batch's items, or all except items of batches."""
         of_a_batch = "EXISTS (SELECT 1 FROM runs b WHERE b.workflow_id = r.requested_by)"
         which = "requested_by = ?" if batch else f"? = '' AND NOT {of_a_batch}"
         rows = await self._db.all(

@@ -1,4 +1,4 @@
-"""The tables, and how a database gets them. Times are epoch seconds, UTC; JSON is text."""
+"""The tables of the store, and its migration. Times are epoch seconds, UTC; JSON is text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ runs = Table(
     PrimaryKeyConstraint("agent", "request_key"),
     UniqueConstraint("workflow_id", name="runs_workflow_id_key"),
 )
-"""One row a request, named by its agent and its key, kept for good: Temporal forgets a run after its retention."""
+"""One row per request, by agent and request key. Kept for good, as Temporal deletes a run after its retention."""
 
 effects = Table(
     "effects",
@@ -82,7 +82,7 @@ effects = Table(
     Column("position", Text),
     Index("effects_key_base", "key_base"),
 )
-"""The ledger: one row an idempotency key. `log` has a JSON line for each attempt that failed."""
+"""The effect ledger: one row per idempotency key. `log` has a JSON line for each attempt that failed."""
 
 breakers = Table(
     "breakers",
@@ -103,7 +103,7 @@ breakers = Table(
     Column("reason", Text, nullable=False),
     Column("changed_at", Double, nullable=False),
 )
-"""One row a service and target that ever failed; none means closed. `held`: tripped by hand, until reset by hand."""
+"""Circuit breakers: one row per target that ever failed; no row means closed. `held`: tripped and reset by hand."""
 
 limits = Table(
     "limits",
@@ -112,7 +112,7 @@ limits = Table(
     Column("version", Integer, nullable=False),
     Column("book", Text, nullable=False),
 )
-"""One row a rate limit: the calls of the last minute and those booked ahead."""
+"""One row per rate limit: the calls of the last minute and those booked ahead. Also the places of calls in flight."""
 
 last_good = Table(
     "last_good",
@@ -123,7 +123,7 @@ last_good = Table(
     Column("result", Text, nullable=False),
     Column("at", Double, nullable=False),
 )
-"""The last good result of the reads that may fall back on it."""
+"""The last good results of reads that can fall back on them."""
 
 dead_letters = Table(
     "dead_letters",
@@ -146,7 +146,7 @@ dead_letters = Table(
     Index("dead_letters_state", "state", "created_at"),
     Index("dead_letters_workflow", "workflow_id"),
 )
-"""What could not be processed, with its full context: kept until it is replayed, settled or dropped."""
+"""Dead letters: what could not be processed, with its full context, until it is replayed, settled or dropped."""
 
 checkpoints = Table(
     "checkpoints",
@@ -161,7 +161,7 @@ checkpoints = Table(
     Column("metadata", Text, nullable=False),
     Index("checkpoints_turn", "thread_id", "turn"),
 )
-"""LangGraph's checkpoints, each complete. `kind` is the encoding of `checkpoint`, `turn` repeats metadata's `turn`."""
+"""LangGraph's checkpoints, each complete. `kind` is the encoding of `checkpoint`; `turn` repeats metadata's `turn`."""
 
 checkpoint_writes = Table(
     "checkpoint_writes",
@@ -176,7 +176,7 @@ checkpoint_writes = Table(
     Column("value", LargeBinary, nullable=False),
     Column("task_path", Text, nullable=False),
 )
-"""What the tasks of an unfinished superstep have written, for resuming without running them again."""
+"""The writes of finished tasks in an unfinished superstep, so that a resumed graph does not run them again."""
 
 claims = Table(
     "claims",
@@ -187,22 +187,24 @@ claims = Table(
     Column("at", Double, nullable=False),
     Index("claims_at", "namespace", "at"),
 )
-"""Payloads too large for Temporal's history, by the SHA-256 of what is stored; `at`: when it was last stored."""
+"""Payload storage: payloads too large for Temporal's history, by the SHA-256 of the stored bytes.
+
+`at`: when the payload was last stored."""
 
 
 def migrate(url: str) -> tuple[str | None, str]:
-    """Brings the store to the schema of this code, making an SQLite file if there is none. Blocks.
+    """Migrates the store to the schema of this code, and creates an SQLite file if there is none. Blocks.
 
     Returns the versions (before, after); `before` is None for a new store. Several processes may call it at once: one
-    does the work in one transaction, the others wait for it.
-    Raises StoreUnavailable when it cannot be reached, SchemaMismatch when it is newer than the code.
+    migrates in one transaction, the others wait for it.
+    Raises StoreUnavailable when the store cannot be reached, SchemaMismatch when it is newer than the code.
     """
     try:
         connector = engine(url)
     except (OSError, SQLAlchemyError, ValueError) as error:
         raise StoreUnavailable(f"cannot migrate the store: {one_line(error)}") from error
     try:
-        with _answering(connector, url), connector.begin() as connection:
+        with _requiring_answers(connector, url), connector.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('holdfast.migrate'))")
@@ -219,30 +221,30 @@ def migrate(url: str) -> tuple[str | None, str]:
 
 
 @contextmanager
-def _answering(connector: Engine, url: str) -> Iterator[None]:
-    """Raises StoreUnavailable for a Postgres server that stops answering meanwhile."""
+def _requiring_answers(connector: Engine, url: str) -> Iterator[None]:
+    """Raises StoreUnavailable if a Postgres server stops answering during the block."""
     if connector.dialect.name != "postgresql":
         yield
         return
-    from holdfast.state.postgres import noticing_silence
+    from holdfast.state.postgres import watching_for_silence
 
-    with noticing_silence(url) as silence:
-        # Before SQLAlchemy's own listener, which asks the server already.
-        event.listen(connector, "connect", lambda made, _: silence.mind(made), insert=True)
+    with watching_for_silence(url) as silence:
+        # Inserted before SQLAlchemy's own listener, which already queries the server.
+        event.listen(connector, "connect", lambda made, _: silence.watch(made), insert=True)
         try:
             yield
         except DBAPIError:
-            if not silence.met:
+            if not silence.silent:
                 raise
             raise StoreUnavailable(
-                "cannot migrate the store: Postgres stopped answering. A migration is done whole or not at all: "
-                "run it again when the server answers"
+                "cannot migrate the store: Postgres stopped answering; a migration is applied completely or not at "
+                "all: run it again when the server answers"
             ) from None
 
 
 def upgrade(connection: Connection) -> None:
     """Runs the missing migrations in the connection's transaction."""
-    # Imported here: workers check the schema at start and never migrate.
+    # Imported here, as workers only check the schema at start and never migrate.
     from alembic import command
     from alembic.config import Config
 
@@ -259,7 +261,7 @@ def current_version(connection: Connection) -> str | None:
 
 
 def engine(url: str) -> Engine:
-    """A synchronous SQLAlchemy engine for migrations and admin queries, without a pool."""
+    """Returns a synchronous SQLAlchemy engine for migrations and admin queries, without a pool."""
     path = sqlite_path(url)
     if path is None:
         from holdfast.state.postgres import NETWORK
@@ -270,6 +272,6 @@ def engine(url: str) -> Engine:
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"timeout": 30.0, "isolation_level": None}
     made = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool, connect_args=options)
-    # The driver's own BEGIN leaves schema changes outside the transaction and takes the write lock late.
+    # The driver's own BEGIN would leave schema changes outside the transaction and take the write lock late.
     event.listen(made, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return made

@@ -18,7 +18,7 @@ from holdfast.state.database import Database, Row, Statement, StoreUnavailable, 
 T = TypeVar("T")
 
 BUSY_S = 0.1
-"""Seconds that SQLite itself waits for another process's lock, before the job looks whether its caller still waits."""
+"""Seconds that SQLite itself waits for another process's lock before the job checks whether its caller still waits."""
 
 OUT_OF_ORDER = {
     sqlite3.SQLITE_BUSY,
@@ -37,10 +37,10 @@ OUT_OF_ORDER = {
 
 
 class Sqlite(Database):
-    """One connection in one thread. Calls of one process queue there: SQLite has one writer anyway.
+    """One connection in one thread. The calls of a process queue there, as SQLite has one writer anyway.
 
-    A job is a whole transaction and runs to its end in the thread whatever becomes of its caller, so a cancelled caller
-    leaves no transaction open. One that has not begun when its caller gives up is not begun.
+    A job is a whole transaction and runs to its end in the thread even if its caller is cancelled, so no transaction
+    stays open. A job whose caller gives up before it begins does not run.
     """
 
     dialect = "sqlite"
@@ -64,7 +64,7 @@ class Sqlite(Database):
         return await self._jobs.do(job)
 
     async def all(self, sql: str, *params: Any) -> list[Row]:
-        # All rows are fetched even for one: a statement with RETURNING commits only when it is stepped to its end.
+        # Fetches all rows even if the caller needs one: a statement with RETURNING commits only after its last row.
         return await self._do(lambda: self._connection.execute(sql, storable(params)).fetchall())
 
     async def run(self, sql: str, *params: Any) -> int:
@@ -72,7 +72,7 @@ class Sqlite(Database):
 
     async def batch(self, statements: Sequence[Statement]) -> None:
         def job() -> None:
-            # IMMEDIATE: a transaction that reads first and then wants to write would fail at once when another wrote.
+            # IMMEDIATE: a transaction that first reads and then writes would fail at once if another one wrote.
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 for sql, params in statements:
@@ -85,7 +85,7 @@ class Sqlite(Database):
         await self._do(job)
 
     async def time(self) -> float:
-        return time.time()  # whoever opens the file is on its machine
+        return time.time()  # every process that opens the file runs on the same machine
 
     async def close(self) -> None:
         await asyncio.shield(self._do(self._connection.close))
@@ -93,7 +93,7 @@ class Sqlite(Database):
 
 
 class _Jobs:
-    """A thread that does one job after another. An executor does the same at more than twice the price a call."""
+    """A thread that runs one job after another. An executor does the same at more than twice the cost per call."""
 
     def __init__(self, path: Path, limit_s: float) -> None:
         self._path = path
@@ -102,9 +102,10 @@ class _Jobs:
         Thread(target=self._serve, name="sqlite", daemon=True).start()
 
     async def do(self, job: Callable[[], T]) -> T:
-        """The job's result. Once begun it runs to its end even when this caller is cancelled, or has waited too long.
+        """Runs a job and returns its result. A job that has begun runs to its end even if its caller stops waiting.
 
-        Raises StoreUnavailable when it is not done within the limit, its wait for other jobs included, or cannot be.
+        Raises StoreUnavailable when the job cannot be done, or is not done within the limit. The limit includes the
+        wait for other jobs.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -120,7 +121,7 @@ class _Jobs:
             timer.cancel()
 
     def stop(self) -> None:
-        """Ends the thread after the jobs that are queued."""
+        """Ends the thread after the queued jobs."""
         self._queue.put(None)
 
     def _too_late(self, future: asyncio.Future[Any]) -> None:
@@ -135,15 +136,15 @@ class _Jobs:
                 continue
             try:
                 result, error = _until_free(job, future.done), None
-            except Exception as raised:  # noqa: BLE001 - it belongs to the caller, who gets it
+            except Exception as raised:  # noqa: BLE001 - passed on to the caller
                 result, error = None, raised
-            with suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the caller's loop is closed, so no caller waits for the result
                 future.get_loop().call_soon_threadsafe(_answer, future, result, error)
 
 
 def _answer(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
     if future.done():
-        return  # cancelled meanwhile
+        return  # the caller was cancelled or has timed out
     if error is None:
         future.set_result(result)
     else:
@@ -153,7 +154,7 @@ def _answer(future: asyncio.Future[Any], result: Any, error: Exception | None) -
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         there = path.exists()
-    except OSError as error:  # no right to look
+    except OSError as error:  # e.g. no permission for the directory
         raise StoreUnavailable(f"cannot use the store {path}: {error.strerror}") from error
     if not there:
         raise StoreUnavailable(f"no store at {path}: run `uv run starter.py migrate`")
@@ -168,9 +169,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _until_free(job: Callable[[], T], given_up: Callable[[], bool]) -> T:
-    """Runs a job again while another process holds the file: SQLite refuses some locks at once, without waiting.
+    """Runs a job, and runs it again while another process locks the file: SQLite refuses some locks without waiting.
 
-    One of them is the switch to WAL, in a new file that another process writes to.
+    An example is the switch to WAL in a new file that another process writes to.
     """
     while True:
         try:
@@ -182,5 +183,5 @@ def _until_free(job: Callable[[], T], given_up: Callable[[], bool]) -> T:
 
 
 def _code(error: sqlite3.Error) -> int:
-    """The primary result code, without the extended ones such as SQLITE_BUSY_SNAPSHOT."""
+    """Returns the primary result code, also for extended codes such as SQLITE_BUSY_SNAPSHOT."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF

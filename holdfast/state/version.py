@@ -1,20 +1,20 @@
-"""Which schema this code needs, and whether a store has it. Checked at every start, so without SQLAlchemy."""
+"""The schema version that this code needs, and the check of a store. Every start runs it, so it avoids SQLAlchemy."""
 
 from __future__ import annotations
 
 from holdfast.state.database import Database
 
 VERSION = "0005"
-"""The migration that this code needs: the newest in `migrations/versions`. They are numbered in order.
+"""The migration that this code needs: the newest in `migrations/versions`. Migrations are numbered in order.
 
-The first digit is the generation. Within one, a migration only adds what older code can do without: workers of an old
-build have to start on it, for their pinned runs may take a month to end. One that older code cannot live with begins
-the next generation (`1001_…`), and may only be applied when no old build is left.
+The first digit is the generation. Within a generation, a migration only adds what older code does not need: workers of
+an old build have to start on the new schema, as their pinned runs may take a month to end. A migration that older code
+cannot work with begins the next generation (`1001_…`). Apply it only when no old build is left.
 """
 
 
 class SchemaMismatch(Exception):
-    """The store's schema is not the one that this code needs. The text is one line that says what to do."""
+    """The store's schema is not the one that this code needs. The message is one line that says what to do."""
 
 
 async def check_schema(db: Database) -> None:
@@ -31,7 +31,7 @@ async def check_schema(db: Database) -> None:
 
 
 def refuse_newer(found: str) -> None:
-    """Raises SchemaMismatch for a store from the future: this code cannot know its migrations."""
+    """Raises SchemaMismatch for a store that is newer than this code, which does not know its migrations."""
     if found > VERSION:
         raise SchemaMismatch(
             f"this code is older than the store (schema {VERSION} < {found}): deploy the newer version"

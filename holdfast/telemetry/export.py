@@ -1,4 +1,4 @@
-"""What leaves the process of a trace: structure, names, keys, times and counts; never the words of an exception."""
+"""Trace export that sends structure, names, keys, times and counts, but never the text of an exception."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import Status
 
-LOOKING = ("QueryWorkflow:", "HandleQuery:")
-"""Spans of somebody looking at a run, which `follow` does several times a second."""
+QUERY_SPANS = ("QueryWorkflow:", "HandleQuery:")
+"""Name prefixes of query spans, which are not exported: `follow` queries a run several times a second."""
 
 
 class DiscreetExporter(OTLPSpanExporter):
-    """Sends spans without their events and the text of their status, and without those of mere looking.
+    """Exports spans without their events and status text, and no query spans.
 
-    Exceptions are recorded as events, with message and stack, and in the status: services and models word them, and
-    what they say of a patient would end up with whoever reads traces.
+    OpenTelemetry records exceptions as events, with message and stack, and in the status. Services and models write
+    those messages, so private data, for example about a patient, could reach readers of traces.
     """
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        return super().export([_bare(span) for span in spans if not span.name.startswith(LOOKING)])
+        return super().export([_without_text(span) for span in spans if not span.name.startswith(QUERY_SPANS)])
 
 
-def _bare(span: ReadableSpan) -> ReadableSpan:
+def _without_text(span: ReadableSpan) -> ReadableSpan:
     return ReadableSpan(
         name=span.name,
         context=span.context,

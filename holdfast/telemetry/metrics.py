@@ -1,8 +1,8 @@
-"""OpenTelemetry counters of what protects the calls. On when `OTEL_EXPORTER_OTLP_ENDPOINT` is set, else no-ops.
+"""OpenTelemetry counters of the protections. On when `OTEL_EXPORTER_OTLP_ENDPOINT` is set, else no-ops.
 
 holdfast.breaker.changes   by target and change (opened, closed, reopened)
-holdfast.waits             by reason (rate limit, breaker)
-holdfast.fallbacks         by what was stood in for, and by whom
+holdfast.waits             by reason (rate limit, breaker, address, outcome)
+holdfast.fallbacks         by what was replaced, and what replaced it
 holdfast.dead_letters      by kind (call, undo, run, hook)
 """
 
@@ -50,7 +50,7 @@ def dead_letter(kind: str) -> None:
 
 
 def shutdown() -> None:
-    """Sends what was counted since the last export, for a process about to end by `os._exit`. At most `FLUSH_S`."""
+    """Sends the counts since the last export, for a process about to end by `os._exit`. Takes at most `FLUSH_S`."""
     if _provider.cache_info().currsize and (provider := _provider()) is not None:
         flushing = threading.Thread(target=provider.shutdown, daemon=True)
         flushing.start()

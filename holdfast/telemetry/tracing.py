@@ -1,8 +1,8 @@
-"""OpenTelemetry traces: one trace from the starter over workflow, activity, model call and tool call.
+"""OpenTelemetry traces: one trace from the starter through workflow, activity, model call and tool call.
 
-On when `OTEL_EXPORTER_OTLP_ENDPOINT` is set. Off, nothing of the SDK is imported and a span is a shared no-op.
-A run is one trace: it goes on over retries, restarted workers and continue-as-new. Spans that a killed worker had not
-sent yet are lost with it.
+On when `OTEL_EXPORTER_OTLP_ENDPOINT` is set. When off, nothing of the SDK is imported and a span is a shared no-op.
+A run is one trace, also across retries, restarted workers and continue-as-new. Spans that a killed worker had not
+yet sent are lost.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _provider() -> ReplaySafeTracerProvider | None:
 
 
 def temporal_plugins() -> list[OpenTelemetryPlugin]:
-    """The client plugin that carries the trace over Temporal; empty when tracing is off."""
+    """Returns the client plugin that propagates the trace through Temporal; empty when tracing is off."""
     if _provider() is None:
         return []
     from temporalio.contrib.opentelemetry import OpenTelemetryPlugin
@@ -50,7 +50,7 @@ def temporal_plugins() -> list[OpenTelemetryPlugin]:
 
 @contextmanager
 def span(name: str, **attributes: Any) -> Iterator[Any]:
-    """A span around the block, a no-op yielding None when tracing is off. Attributes never hold prompts or secrets."""
+    """Opens a span around the block; yields None when tracing is off. Never put prompts or secrets in attributes."""
     provider = _provider()
     if provider is None:
         yield None
@@ -60,7 +60,7 @@ def span(name: str, **attributes: Any) -> Iterator[Any]:
 
 
 def trace_id() -> str:
-    """The current trace id as 32 hex digits; empty when tracing is off."""
+    """Returns the current trace id as 32 hex digits; empty when tracing is off."""
     if _provider() is None:
         return ""
     from opentelemetry import trace
@@ -70,12 +70,12 @@ def trace_id() -> str:
 
 
 def shutdown() -> None:
-    """Sends what is still buffered, for a process that is about to end by `os._exit`. Takes at most `FLUSH_S`."""
-    if not _provider.cache_info().currsize:  # never asked for, perhaps because the settings do not even load
+    """Sends the buffered spans, for a process that is about to end by `os._exit`. Takes at most `FLUSH_S`."""
+    if not _provider.cache_info().currsize:  # never used, perhaps because the settings cannot be loaded
         return
     provider = _provider()
     if provider is not None:
-        # In a thread: the exporter tries for ten seconds, and a collector that is gone must not hold up the end.
+        # In a thread: the exporter retries for ten seconds, and a missing collector must not delay the exit.
         flushing = threading.Thread(target=provider.shutdown, daemon=True)
         flushing.start()
         flushing.join(FLUSH_S)

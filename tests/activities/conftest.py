@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import ActivityEnvironment
 
-import activities.repairs
+import activities.recovery
 import activities.tools
-from holdfast.reliability import faults
-from holdfast.reliability.faults import Point
-from holdfast.runtime import Runtime
+from holdfast.engine.runtime import Runtime
+from holdfast.reliability import crash_points
+from holdfast.reliability.crash_points import Point
 from tests.fixtures.model import FakeModel
 from tests.fixtures.temporal import a_runtime
 
@@ -35,7 +35,7 @@ class Process:
 
     async def dies(self, point: Point, activity: Callable[..., Any], request: Any) -> None:
         """Runs the activity and checks that it is cut off at this point."""
-        faults.arm(f"kill:{point}")
+        crash_points.arm(f"kill:{point}")
         with pytest.raises(Killed):
             await self.run(activity, request)
 
@@ -53,9 +53,9 @@ async def process(store_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         return True
 
     monkeypatch.setattr(activities.tools, "goes_on", goes_on)
-    monkeypatch.setattr(activities.repairs, "is_over", is_over)
+    monkeypatch.setattr(activities.recovery, "is_over", is_over)
     monkeypatch.setattr(activities.tools.activity, "client", lambda: None)
-    monkeypatch.setattr(faults, "strike", strike)
-    monkeypatch.setattr(faults, "_armed", None)  # put back at the end, fired or not
+    monkeypatch.setattr(crash_points, "strike", strike)
+    monkeypatch.setattr(crash_points, "_armed", None)  # put back at the end, fired or not
     async with a_runtime(store_url) as (runtime, model):
         yield Process(runtime, model)

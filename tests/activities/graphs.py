@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from langgraph.graph import START, StateGraph
 
-from holdfast.contracts import PlanRequest, PlanResult
-from holdfast.graph import Turn, TurnState
+from holdfast.contracts.turn import PlanRequest, PlanResult
+from holdfast.reasoning.graph import Turn, TurnState
 from tests.activities.conftest import Process
 from tests.fixtures.world import World, agent
 

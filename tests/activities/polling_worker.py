@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from agents import registry
-from holdfast.agent import AgentSpec
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec
+from holdfast.authoring.tools import NotReady, ToolContext, tool
 from holdfast.cli.ending import end_process
-from holdfast.contracts import Effect
-from holdfast.tools import NotReady, ToolContext, tool
+from holdfast.contracts.profile import Effect
 from tests.fixtures.world import Anything
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from holdfast.stack import Child, without_ours
+from holdfast.dev.stack import Child, without_ours
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import Stage
 

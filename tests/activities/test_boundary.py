@@ -6,9 +6,10 @@ import pytest
 from pytest_httpserver import HTTPServer
 from temporalio.api.failure.v1 import Failure
 
-from holdfast.contracts import Effect, ToolRequest
-from holdfast.temporal import DATA_CONVERTER
-from holdfast.tools import ToolContext, tool
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.tool_call import ToolRequest
+from holdfast.engine.client import DATA_CONVERTER
 from tests.activities.conftest import Process
 from tests.activities.test_tools import request, run
 from tests.fixtures.world import agent

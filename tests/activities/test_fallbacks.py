@@ -11,10 +11,13 @@ import pytest
 from temporalio.exceptions import ApplicationError
 
 from activities.tools import Tools
-from holdfast.contracts import Effect, GiveUp, Outcome, OutcomeStatus, ToolRequest, UndoStatus
-from holdfast.reliability.faults import Point
+from holdfast.authoring.tools import LastGood, Tool, ToolContext, Undo, tool
+from holdfast.contracts.failures import ToolRefused
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.tool_call import GiveUp, Outcome, ToolRequest, UndoStatus
+from holdfast.contracts.turn import OutcomeStatus
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import State
-from holdfast.tools import LastGood, Tool, ToolContext, ToolRefused, Undo, tool
 from tests.activities.conftest import Process
 from tests.fixtures.clock import Ahead
 from tests.fixtures.world import agent

@@ -17,11 +17,11 @@ from langgraph.runtime import Runtime
 from temporalio.testing import ActivityEnvironment
 
 from activities.plan import Plan
-from agents import registry
-from holdfast.agent import AgentSpec
-from holdfast.contracts import PlanRequest
-from holdfast.graph import Turn, final
-from holdfast.runtime import open_runtime
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec
+from holdfast.contracts.turn import PlanRequest
+from holdfast.engine.runtime import open_runtime
+from holdfast.reasoning.graph import Turn, final
 from holdfast.settings import Settings
 from tests.activities.conftest import Process
 from tests.activities.graphs import State, asked, line

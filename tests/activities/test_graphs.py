@@ -15,14 +15,13 @@ from langgraph.types import Send
 from temporalio.exceptions import ApplicationError
 
 from activities.plan import Plan
-from holdfast.agent import AgentSpec
-from holdfast.contracts import OutcomeStatus
-from holdfast.graph import Turn, TurnState, answers, begin_at, calls, final, tools
-from holdfast.loop import Conversation
+from holdfast.contracts.turn import OutcomeStatus
+from holdfast.reasoning.default_graph import Conversation
+from holdfast.reasoning.graph import Turn, TurnState, answers, begin_at, calls, final, tools
+from holdfast.reasoning.loading import check
 from tests.activities.conftest import Process
 from tests.activities.graphs import State, after, asked, line, of
 from tests.fixtures.model import call, say
-from tests.fixtures.world import Anything
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ async def test_only_what_the_model_said_can_end_a_run(process: Process, plan: An
     graph.add_conditional_edges(START, begin_at("agent"))
     graph.add_edge("agent", "tools")
     with pytest.raises(
-        ApplicationError, match="node tools decides by the model's answer, and 'messages' does"
+        ApplicationError, match="node tools needs a model's answer to decide, and 'messages' does"
     ) as caught:
         await process.run(plan, of(graph))
     assert caught.value.non_retryable
@@ -353,36 +352,32 @@ async def test_branches_that_call_tools_decide_together_and_hear_their_own(proce
     assert [each.tool for each in second.calls] == ["look", "look"]
 
 
-# ------------------------------------------------------------------ mistakes seen when the agent is declared
+# ------------------------------------------------------------------ mistakes seen when the graph is loaded
 
 
-def spec(graph: Any) -> AgentSpec:
-    return AgentSpec("a", "d", "i", Anything, (), graph=graph)
-
-
-def test_a_graph_that_could_not_run_is_refused_where_it_is_declared() -> None:
+def test_a_graph_that_could_not_run_is_refused_where_it_is_loaded() -> None:
     class Bare(TypedDict):
         text: str
 
     with pytest.raises(TypeError, match="not compiled; it is CompiledStateGraph"):
-        spec(looping().compile())
+        check(looping().compile(), "a")
     with pytest.raises(TypeError, match="a TypedDict that extends TurnState; it lacks answers, decision"):
-        spec(_bare(Bare))
+        check(_bare(Bare), "a")
     edged = looping()
     edged.add_edge("tools", "agent")
-    with pytest.raises(TypeError, match=r"node tools says itself where the graph goes on.* remove its edge to agent"):
-        spec(edged)
+    with pytest.raises(TypeError, match=r"node tools chooses the next node itself.* remove its edge to agent"):
+        check(edged, "a")
     straight = StateGraph(Conversation)
     straight.add_node("tools", tools(then="tools"))
     straight.add_edge(START, "tools")
     with pytest.raises(TypeError, match="a turn goes on at node tools, so its graph has to begin with add_conditional"):
-        spec(straight)
+        check(straight, "a")
     with pytest.raises(TypeError, match="agent a: its graph begins at 'agnet', and there is no such node"):
-        spec(looping(begin="agnet"))
+        check(looping(begin="agnet"), "a")
     with pytest.raises(TypeError, match="agent a: node tools goes on at 'agnet', and there is no such node"):
-        spec(looping(then="agnet"))
+        check(looping(then="agnet"), "a")
     with pytest.raises(TypeError, match="agent a: node tools reads the messages at 'left', which no state has"):
-        spec(looping(messages="left"))
+        check(looping(messages="left"), "a")
 
 
 def _bare(schema: Any) -> StateGraph[Any, Any, Any, Any]:

@@ -13,14 +13,15 @@ from pydantic import SecretStr
 from starlette.responses import Response, StreamingResponse
 
 from activities.model import Wanted, ask_model, spent
-from holdfast.answers import ModelAnswer, ModelUnavailable
-from holdfast.contracts import Json
-from holdfast.models import estimate
+from holdfast.authoring.options import ModelAnswer
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ErrorType
+from holdfast.engine.runtime import Runtime, open_runtime
+from holdfast.reasoning.answers import ModelUnavailable
+from holdfast.reasoning.model_client import estimate
 from holdfast.reliability.chain import RetryLater
-from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.ledger import State
 from holdfast.reliability.waiting import NotYet
-from holdfast.runtime import Runtime, open_runtime
 from holdfast.settings import ModelTarget, Settings
 from tests.fixtures.model import FakeModel, error, say
 
@@ -322,7 +323,7 @@ async def test_a_model_with_one_slot_gets_one_request_at_a_time_and_no_breaker_o
 async def test_who_finds_no_place_for_long_waits_on_a_timer_and_sends_nobody_to_the_other(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.reliability.places.QUEUE_S", 0.2)
+    monkeypatch.setattr("holdfast.reliability.in_flight.QUEUE_S", 0.2)
     async with chain(store_url, model_concurrency=1) as models:
         model = models.runtime.models[0]
         limit = model.service.in_flight("default")

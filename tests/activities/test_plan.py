@@ -9,8 +9,8 @@ import pytest
 from temporalio.exceptions import ApplicationError
 
 from activities.plan import Plan
-from holdfast.contracts import PlanRequest, PlanResult
-from holdfast.reliability.faults import Point
+from holdfast.contracts.turn import PlanRequest, PlanResult
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import State
 from tests.activities.conftest import Process
 from tests.fixtures.model import Message, call, say, sequence, turn

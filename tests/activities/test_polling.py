@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
+from holdfast.authoring.services import BreakerRule, Service
+from holdfast.authoring.tools import NotReady, ToolContext, tool
 from holdfast.cli.stuck import in_flight
-from holdfast.contracts import Approval, Effect, Json, OutcomeStatus, RunOutcome
-from holdfast.executions import describe
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import Approval
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome
+from holdfast.contracts.turn import OutcomeStatus
+from holdfast.engine.executions import describe
 from holdfast.reliability.ledger import Ledger, State
-from holdfast.services import BreakerRule, Service
-from holdfast.tools import NotReady, ToolContext, tool
 from tests.activities.polling_worker import SPEC, rendering
 from tests.activities.processes import workers
 from tests.fixtures.clock import PATIENCE_S
@@ -190,5 +194,5 @@ async def test_a_position_that_cannot_be_kept_is_a_bug_and_submits_no_second_job
 
 async def test_a_manual_tool_that_tells_no_position_is_not_called_again(lite: Stage) -> None:
     asked, jobs = await asked_about(lite, forgetful)
-    assert "told no position" in asked.why
+    assert "without a position" in asked.why
     assert len(jobs.jobs) == 1

@@ -19,8 +19,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from temporalio.client import WorkflowHandle
 
-from holdfast.contracts import Effect
-from holdfast.tools import ToolContext, tool
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.profile import Effect
 from tests.activities.long_worker import SPEC
 from tests.activities.processes import workers
 from tests.fixtures.clock import PATIENCE_S

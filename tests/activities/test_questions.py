@@ -11,9 +11,9 @@ from langgraph.types import interrupt
 from temporalio.exceptions import ApplicationError
 
 from activities.plan import Plan
-from holdfast.contracts import PlanRequest, PlanResult, Question, Reply
-from holdfast.graph import Turn, answers, calls, final
-from holdfast.reliability.faults import Point
+from holdfast.contracts.turn import PlanRequest, PlanResult, Question, Reply
+from holdfast.reasoning.graph import Turn, answers, calls, final
+from holdfast.reliability.crash_points import Point
 from tests.activities.conftest import Process
 from tests.activities.graphs import State, after, asked, line, of
 from tests.fixtures.model import say
@@ -185,7 +185,7 @@ async def test_a_question_belongs_to_its_turn(process: Process, plan: Any) -> No
     [
         ({1, 2}, r"interrupt\(\) takes JSON, for a person reads it; got dict: .*set is not"),
         (float("nan"), r"interrupt\(\) takes JSON that a person can read; got dict, and it has nan, which is no JSON"),
-        (object(), "what a graph keeps or asks has to be data that can be stored"),
+        (object(), r"a graph's state or interrupt\(\) value cannot be stored"),
     ],
 )
 async def test_a_question_that_is_no_json_is_its_authors_mistake(
@@ -203,8 +203,6 @@ async def test_state_that_cannot_be_stored_is_its_authors_mistake(process: Proce
     def keep(state: State) -> dict[str, Any]:
         return {"log": [object()]}
 
-    with pytest.raises(
-        ApplicationError, match="what a graph keeps or asks has to be data that can be stored"
-    ) as caught:
+    with pytest.raises(ApplicationError, match=r"a graph's state or interrupt\(\) value cannot be stored") as caught:
         await process.run(plan, of(line(keep, end)))
     assert caught.value.non_retryable

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-from activities.repairs import Repairs
+from activities.recovery import Repairs
 from activities.runs import RunRecords
-from holdfast.contracts import Effect, Pending, RunOutcome, RunResult, StepState, StepStatus, UndoRecord, UndoStatus
-from holdfast.reliability.faults import Point
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.recovery import Action, ActionEnd, Repair, RepairEnd
+from holdfast.contracts.run import Pending, RunOutcome, RunResult, StepState, StepStatus, UndoRecord
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.recovery.dead_letters import DeadLetters, LetterKind
+from holdfast.recovery.model import amended
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import tool_call
-from holdfast.repairs import Action, ActionEnd, Repair, RepairEnd, amended
-from holdfast.state.letters import LetterKind, Letters
 from holdfast.state.runs import Runs
 from tests.activities.conftest import Process
 
@@ -75,7 +78,7 @@ async def test_the_end_of_a_swept_run_is_recorded_once_over_crashes(process: Pro
         await process.dies(point, repairs.record_orphan, end)
     result = await process.run(repairs.record_orphan, end)
     assert (result.ok, result.outcome) == (False, RunOutcome.CANCELLED)
-    (letter,) = await Letters(process.runtime.db).find()
+    (letter,) = await DeadLetters(process.runtime.db).find()
     assert (letter.kind, letter.workflow_id, letter.key) == (LetterKind.CALL, "wf", f"{BASE}/1")
     (run,) = await Runs(process.runtime.db).recent(10)
     assert (run.workflow_id, run.outcome) == ("wf", "cancelled")

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from activities.runs import RunRecords, letters_of
-from holdfast.contracts import Effect, Json, Pending, RunEnd, RunOutcome, RunResult, UndoRecord, UndoStatus
-from holdfast.reliability.faults import Point
+from holdfast.contracts.data import Json
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import Pending, RunEnd, RunOutcome, RunResult, UndoRecord
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters, LetterKind, LetterState
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import Entry, Settled, State
-from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
 from holdfast.state.runs import Runs
 from tests.activities.conftest import Process
 
@@ -49,7 +52,7 @@ def end(outcome: RunOutcome, input: Json | None = None, **result: Any) -> RunEnd
     return RunEnd(result=RunResult(outcome=outcome, agent="a", key_base=BASE, **result), input=input)
 
 
-def letters(of: RunEnd, *entries: Entry, held: list[Letter] | None = None) -> list[Letter]:
+def letters(of: RunEnd, *entries: Entry, held: list[DeadLetter] | None = None) -> list[DeadLetter]:
     return letters_of(of, "wf", list(entries), "k", held or [])
 
 
@@ -129,7 +132,7 @@ async def test_a_crash_between_letters_and_result_doubles_nothing(process: Proce
     for point in (Point.LETTERS_WRITTEN, Point.END_RECORDED):
         await process.dies(point, records.record_end, of)
     await process.run(records.record_end, of)
-    (letter,) = await Letters(process.runtime.db).find()
+    (letter,) = await DeadLetters(process.runtime.db).find()
     assert (letter.kind, letter.state) == (LetterKind.RUN, "open")
     run = await Runs(process.runtime.db).by_workflow(letter.workflow_id)
     assert run is not None
@@ -140,15 +143,15 @@ async def test_a_run_that_was_reset_and_ends_well_closes_its_letters(process: Pr
     records = RunRecords(process.runtime)
     failed = [UndoRecord(seq=1, tool="book", status=UndoStatus.FAILED, note="closed")]
     await process.run(records.record_end, end(RunOutcome.FAILED, {}, undone=failed))
-    assert len(await Letters(process.runtime.db).find(state="open")) == 2
+    assert len(await DeadLetters(process.runtime.db).find(state="open")) == 2
     await process.run(records.record_end, end(RunOutcome.COMPLETED))
-    found = await Letters(process.runtime.db).find()
+    found = await DeadLetters(process.runtime.db).find()
     assert [(each.state, "ended completed" in each.note) for each in found] == [("replayed", True)] * 2
 
 
 async def test_an_owed_compensation_comes_back_when_the_run_that_built_on_it_ends_badly(process: Process) -> None:
-    letters, records = Letters(process.runtime.db), RunRecords(process.runtime)
-    owed = Letter(
+    letters, records = DeadLetters(process.runtime.db), RunRecords(process.runtime)
+    owed = DeadLetter(
         "undo-x", "undo", "open", "a", "default", "first", "first/base", "first/base/1/undo", "t", "", "c", "{}"
     )
     await letters.write([owed])

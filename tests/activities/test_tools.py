@@ -11,10 +11,14 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
 from activities.tools import Tools
-from holdfast.contracts import Effect, Json, Outcome, OutcomeStatus, ToolRequest, UndoOutcome, UndoStatus
-from holdfast.reliability.faults import Point
+from holdfast.authoring.tools import Tool, ToolContext, tool
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ToolFailed, ToolRefused
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.tool_call import Outcome, ToolRequest, UndoOutcome, UndoStatus
+from holdfast.contracts.turn import OutcomeStatus
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import State
-from holdfast.tools import Tool, ToolContext, ToolFailed, ToolRefused, tool
 from tests.activities.conftest import Process
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import say

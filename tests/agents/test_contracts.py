@@ -23,14 +23,17 @@ from agents.contracts.documents import Unreadable, html_text, located, parts, re
 from agents.contracts.results import write_index
 from agents.contracts.spec import BATCH, SPEC, ContractsInput
 from agents.contracts.workspace import DiskTrouble, Workspace
-from agents.registry import stages
-from holdfast.batch import BatchContext, Item
-from holdfast.contracts import Items, Json, RunOutcome, RunResult
-from holdfast.simulation.script import LABEL, decide
-from holdfast.starting import BadRequest, start_run
-from holdfast.state.letters import Letters
+from holdfast.authoring.batch import BatchContext
+from holdfast.authoring.registry import stages
+from holdfast.authoring.tools import Undo
+from holdfast.contracts.batch import Item
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ToolFailed, ToolRefused
+from holdfast.contracts.run import Items, RunOutcome, RunResult
+from holdfast.dev.simulation.script import LABEL, decide
+from holdfast.engine.starting import BadRequest, start_run
+from holdfast.recovery.dead_letters import DeadLetters
 from holdfast.state.runs import Runs
-from holdfast.tools import ToolFailed, ToolRefused, Undo
 from tests.fixtures.model import error, say
 from tests.fixtures.temporal import Stage, retried, until
 from worker import make_worker
@@ -157,7 +160,7 @@ def test_results_are_no_documents_whatever_way_leads_to_them(tmp_path: Path) -> 
     for folder, workspace in ((link, real / "out"), (real, link / "out"), (real, real / ".." / "real" / "out")):
         assert [item.name for item in in_folder(folder, str(workspace))] == ["a.txt"]
     for workspace in (real, tmp_path, link):
-        with pytest.raises(ToolRefused, match="the folder is in the workspace"):
+        with pytest.raises(ToolRefused, match="the folder is inside the workspace"):
             in_folder(real, str(workspace))
 
 
@@ -358,7 +361,7 @@ async def test_every_document_has_its_result_a_row_in_the_index_and_says_who_ext
     page = json.loads(next((out / "documents").glob("a.txt-*.json")).read_text())
     assert (page["document"], page["summary"], page["parts"]) == ("a.txt", "A short licence.", 1)
     assert json.loads((out / "progress.json").read_text())["ended"] is True
-    (letter,) = await Letters(lite.runtime.db).find()
+    (letter,) = await DeadLetters(lite.runtime.db).find()
     assert letter.details["input"]["name"] == "empty.txt"
 
 

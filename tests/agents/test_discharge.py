@@ -11,16 +11,17 @@ import httpx2
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from agents.registry import agent
-from holdfast.answers import ModelAnswer
-from holdfast.contracts import Effect, Json
-from holdfast.conversation import inbox_messages, parse
-from holdfast.models import ModelClient
-from holdfast.options import AS_SET, ModelOptions
+from holdfast.authoring.options import AS_SET, ModelAnswer, ModelOptions
+from holdfast.authoring.registry import agent
+from holdfast.authoring.tools import ToolContext, Undo
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ToolRefused
+from holdfast.contracts.profile import Effect
+from holdfast.dev.simulation.hospital import HospitalRecord
+from holdfast.dev.simulation.script import decide
+from holdfast.reasoning.conversation import inbox_messages, parse
+from holdfast.reasoning.model_client import ModelClient
 from holdfast.settings import Settings
-from holdfast.simulation.hospital import HospitalRecord
-from holdfast.simulation.script import decide
-from holdfast.tools import ToolContext, ToolRefused, Undo
 from tests.fixtures.clock import PATIENCE_S
 from tests.simulation.processes import Running, service
 

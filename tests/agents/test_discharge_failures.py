@@ -18,12 +18,14 @@ import httpx2
 import pytest
 from temporalio.client import WorkflowFailureError
 
-from agents import registry
 from agents.discharge.prompts import SUMMARY_INSTRUCTIONS
-from holdfast.contracts import Json, Phase, RunOutcome, Verdict
-from holdfast.services import BreakerRule, Service
-from holdfast.simulation.script import decide
-from holdfast.simulation.scripted_model import ModelRecord
+from holdfast.authoring import registry
+from holdfast.authoring.services import BreakerRule, Service
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import Verdict
+from holdfast.contracts.run import Phase, RunOutcome
+from holdfast.dev.simulation.script import decide
+from holdfast.dev.simulation.scripted_model import ModelRecord
 from tests.fixtures.model import FakeModel, error
 from tests.fixtures.ward import PATIENCE_S, Ward, put_fault
 from tests.simulation.processes import service
@@ -207,7 +209,7 @@ async def test_with_the_records_down_the_run_waits_and_the_physician_is_asked_ab
     async with ward.worker() as (queue, _):
         run = await ward.admit(queue, tenant)
         status = await run.until(lambda now: now.phase is Phase.PARKED)
-        assert f"On hold: {target} may not be called" in status.line
+        assert f"Parked: {target} may not be called" in status.line
         assert (status.approvals, status.turn) == ([], 1)
         await ward.told("breakers", "reset", target)
         status = await run.until_messages_wait()
@@ -254,7 +256,7 @@ async def test_without_a_model_the_template_writes_the_summary_and_the_run_waits
 
             status = await run.until(lambda now: now.phase is Phase.PARKED)
             assert "Discharge summary by template" in status.line
-            assert "On hold: model scripted-1" in status.line
+            assert "Parked: model scripted-1" in status.line
             assert (status.undone, status.outcome) == ([], None)
             assert "✓ Discharge summary: done (template)" in await run.page()
 

@@ -9,8 +9,8 @@ from uuid import uuid4
 import pytest
 from temporalio.client import WorkflowFailureError
 
-from holdfast.contracts import RunOutcome, RunStatus
-from holdfast.repairs import RepairResult, Sweep, Swept
+from holdfast.contracts.recovery import RepairResult, Sweep, Swept
+from holdfast.contracts.run import RunOutcome, RunStatus
 from tests.fixtures.temporal import binary
 from tests.fixtures.ward import PATIENCE_S, Run, Ward
 

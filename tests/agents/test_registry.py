@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from agents import registry
-from holdfast.agent import AgentSpec
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec
+from holdfast.reasoning.loading import load_graphs
 from tests.fixtures.world import Anything
 
 GOOD = """
 from langgraph.graph import START, StateGraph
 
-from holdfast.graph import Turn, TurnState, final
+from holdfast.reasoning.graph import Turn, TurnState, final
 
 GRAPH = StateGraph(TurnState, context_schema=Turn)
 GRAPH.add_node("end", lambda state: {"decision": final("done")})
@@ -55,7 +56,7 @@ def test_a_graph_that_cannot_be_had_is_said_in_a_line(
     if text is not None:
         mind.write_text(text)
     monkeypatch.setattr(registry._found(), "broken", {})  # pyright: ignore[reportPrivateUsage]
-    registry.load_graphs()
+    load_graphs()
     said = str(registry.broken()["named"])
     assert said.startswith(words)
     assert "\n" not in said
@@ -76,5 +77,5 @@ def test_a_graph_is_named_by_module_and_name() -> None:
 
 def test_a_graph_that_can_be_had_is_loaded(mind: Path) -> None:
     mind.write_text(GOOD)
-    registry.load_graphs()
+    load_graphs()
     assert "mind" in sys.modules

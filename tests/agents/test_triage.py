@@ -16,9 +16,11 @@ from agents.triage.prompts import CLASSIFY
 from agents.triage.script import classify, decide
 from agents.triage.spec import SPEC
 from agents.triage.tools import open_ticket, withdraw_ticket
-from holdfast.contracts import Approval, RunOutcome
-from holdfast.simulation import script
-from holdfast.tools import ToolContext, ToolFailed, Undo
+from holdfast.authoring.tools import ToolContext, Undo
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.people import Approval
+from holdfast.contracts.run import RunOutcome
+from holdfast.dev.simulation import script
 from tests.fixtures.stack import Cli
 from tests.fixtures.temporal import Stage, cancelled, failure, until
 

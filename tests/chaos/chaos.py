@@ -13,10 +13,10 @@ from pathlib import Path
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError
 
-from holdfast.contracts import RunResult
-from holdfast.orphans import SCHEDULE_ID
+from holdfast.contracts.run import RunResult
+from holdfast.recovery.dead_letters import DeadLetters
+from holdfast.recovery.orphans import SCHEDULE_ID
 from holdfast.reliability.ledger import Ledger
-from holdfast.state.letters import Letters
 from holdfast.state.runs import Runs
 from tests.chaos.disturbances import Disturbances
 from tests.chaos.environment import Environment, Postgres
@@ -119,7 +119,7 @@ async def _swept(env: Environment, runs: Sequence[Run]) -> None:
 
 async def _records(env: Environment, runs: Sequence[Run], released: Sequence[float]) -> list[Record]:
     """Everything that is on record, read once from every side."""
-    ledger, letters, rows = Ledger(env.db, "chaos"), await Letters(env.db).find(), Runs(env.db)
+    ledger, letters, rows = Ledger(env.db, "chaos"), await DeadLetters(env.db).find(), Runs(env.db)
     effects, calls = env.hospital_record.effects(), env.model_record.calls()
     broken = {each.workflow_id: str(each) for each in await replay_all(env.client, [run.handle.id for run in runs])}
     found = []

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-from holdfast.contracts import Json
-from holdfast.simulation.hospital import SERVICES
+from holdfast.contracts.data import Json
+from holdfast.dev.simulation.hospital import SERVICES
 from tests.chaos.environment import Environment, Worker
 
 LONGEST_S = 15.0

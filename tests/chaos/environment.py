@@ -21,16 +21,17 @@ import httpx2
 import psutil
 from temporalio.client import Client
 
-from holdfast.contracts import Json
-from holdfast.simulation.hospital import HospitalRecord
-from holdfast.simulation.scripted_model import ModelRecord
-from holdfast.stack import READY_S, Child, Stack, StackFailed, without_ours
-from holdfast.state.database import Database, open_database
+from holdfast.contracts.data import Json
+from holdfast.dev.simulation.hospital import HospitalRecord
+from holdfast.dev.simulation.scripted_model import ModelRecord
+from holdfast.dev.stack import READY_S, Child, Stack, StackFailed, without_ours
+from holdfast.engine.client import DATA_CONVERTER
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 from holdfast.state.schema import migrate
-from holdfast.temporal import DATA_CONVERTER
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.store import STOP, PostgresForTests
-from tests.sweep.nursery import Nursery
+from tests.sweep.processes import Nursery
 
 QUEUE = "chaos"
 

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from holdfast.contracts import Effect, RunOutcome, RunResult
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome, RunResult
+from holdfast.dev.simulation.hospital import EffectRow
+from holdfast.dev.simulation.scripted_model import CallRow
+from holdfast.recovery.dead_letters import DeadLetter
 from holdfast.reliability.ledger import Entry, State
-from holdfast.simulation.hospital import EffectRow
-from holdfast.simulation.scripted_model import CallRow
-from holdfast.state.letters import Letter
 from tests.sweep.cases import EFFECTS
 
 HELD_S = 1.0
@@ -29,7 +30,7 @@ class Record:
     result: RunResult | None
     """The store's."""
     ledger: list[Entry] = field(default_factory=list)
-    letters: list[Letter] = field(default_factory=list)
+    letters: list[DeadLetter] = field(default_factory=list)
     effects: list[EffectRow] = field(default_factory=list)
     """The hospital's."""
     calls: list[CallRow] = field(default_factory=list)

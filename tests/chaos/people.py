@@ -28,12 +28,15 @@ from temporalio.client import (
 )
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast.contracts import Approval, Json, Phase, key_base
-from holdfast.executions import unknown_run
-from holdfast.starting import start_run
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import Approval
+from holdfast.contracts.run import Phase
+from holdfast.contracts.tool_call import key_base
+from holdfast.engine.client import STATUS
+from holdfast.engine.executions import unknown_run
+from holdfast.engine.starting import start_run
 from holdfast.state.database import StoreUnavailable
 from holdfast.state.runs import Runs
-from holdfast.temporal import STATUS
 from tests.chaos.environment import QUEUE, Environment
 
 STORE_ERRORS = (StoreUnavailable, psycopg.Error, sqlite3.Error, PoolTimeout)
@@ -180,8 +183,8 @@ class People:
 
     def _answer_soon(self, run: Run, approval: Approval) -> None:
         asked = f"{approval.id} {approval.asked_at}"  # after a Reset a run may ask the same again
-        if asked in run.answered or "put off" in approval.why:
-            return  # what is put off is tried again by the platform
+        if asked in run.answered or "is deferred" in approval.why:
+            return  # the platform tries a deferred call again
         if approval.kind == "outcome" and not approval.subject.startswith("notify"):
             return  # left to its desk; it holds up nothing
         run.answered.add(asked)

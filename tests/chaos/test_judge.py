@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from holdfast.contracts import Pending, RunOutcome, RunResult
+from holdfast.contracts.run import Pending, RunOutcome, RunResult
+from holdfast.dev.simulation.hospital import EffectRow
+from holdfast.dev.simulation.scripted_model import CallRow
 from holdfast.reliability.ledger import Entry, Settled, State
-from holdfast.simulation.hospital import EffectRow
-from holdfast.simulation.scripted_model import CallRow
 from tests.chaos.judge import Record, judge
 from tests.sweep.cases import EFFECTS
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from holdfast.stack import ROOT, Stack
+from holdfast.dev.stack import ROOT, Stack
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from holdfast.stack import without_ours
+from holdfast.dev.stack import without_ours
 from tests.fixtures.stack import Cli
 
 

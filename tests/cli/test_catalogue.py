@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from agents import registry
+from holdfast.authoring import registry
 from holdfast.cli.catalogue import show_agents, show_tools
-from holdfast.contracts import Effect
-from holdfast.mcp.spec import McpServer
+from holdfast.contracts.profile import Effect
+from holdfast.ext.mcp.spec import McpServer
 from tests.fixtures.world import World, agent
 from tests.mcp.conftest import name, stdio
 

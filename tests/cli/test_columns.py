@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from holdfast.cli.columns import HEADINGS, lines, row
-from holdfast.contracts import Json
+from holdfast.contracts.data import Json
 
 NOW = 1_764_130_000.0
 

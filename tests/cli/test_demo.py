@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.demo import said
-from holdfast.contracts import Verdict
-from holdfast.stack import ROOT, without_ours
+from holdfast.contracts.people import Verdict
+from holdfast.dev.stack import ROOT, without_ours
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, processes_of
 

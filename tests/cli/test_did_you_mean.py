@@ -10,14 +10,15 @@ from uuid import uuid4
 
 import pytest
 
-from holdfast.agent import AgentSpec
+from holdfast.authoring.agent import AgentSpec
 from holdfast.cli.output import Refused
 from holdfast.cli.settle import _open_end  # pyright: ignore[reportPrivateUsage]
-from holdfast.contracts import Pending, RunOutcome, RunResult, StepSpec
-from holdfast.stack import ROOT, Stack
-from holdfast.state.database import open_database
-from holdfast.state.letters import Letter, Letters
-from holdfast.wording import ID, did_you_mean
+from holdfast.contracts.profile import StepSpec
+from holdfast.contracts.run import Pending, RunOutcome, RunResult
+from holdfast.contracts.wording import ID, did_you_mean
+from holdfast.dev.stack import ROOT, Stack
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters
+from holdfast.state.opening import open_database
 from tests.cli.test_runs import parsed, start_and_wait_for_the_question
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli
@@ -65,13 +66,13 @@ def test_commands_agents_breakers_and_stages(cli: Cli, stack: Stack) -> None:
 
 def test_dead_letters(cli: Cli, stack: Stack) -> None:
     id = f"call-{uuid4().hex[:10]}"
-    letter = Letter(
+    letter = DeadLetter(
         id, "call", "open", "discharge", "default", "discharge-gone", "k", "k/1", "order_medication", "", "it is", "{}"
     )
 
     async def change(drop: bool) -> None:
         db = await open_database(stack.store_url)
-        letters = Letters(db)
+        letters = DeadLetters(db)
         await (letters.drop(id, "it was a test's") if drop else letters.write([letter]))
         await db.close()
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from holdfast.cli import doctor
+from holdfast.dev.stack import Stack
 from holdfast.settings import ModelTarget, Settings
-from holdfast.stack import Stack
 from tests.fixtures.model import FakeModel, Message, call, error, say
 from tests.fixtures.stack import Cli
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.cli.known import link
-from holdfast.contracts import Approval
-from holdfast.stack import ROOT, Stack, without_ours
-from holdfast.wording import answer_commands
+from holdfast.cli.lookup import link
+from holdfast.contracts.people import Approval
+from holdfast.contracts.wording import answer_commands
+from holdfast.dev.stack import ROOT, Stack, without_ours
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli
 
@@ -87,7 +87,7 @@ def away(stack: Stack, tmp_path: Path) -> Mapping[str, str]:
 
 EACH = """
 import json, os, sys, tempfile
-import holdfast.cli.app, holdfast.cli.runs, holdfast.cli.talk, holdfast.cli.letters, holdfast.starting
+import holdfast.cli.app, holdfast.cli.runs, holdfast.cli.talk, holdfast.cli.dead_letters, holdfast.engine.starting
 
 def ended(arguments, out, err):
     if not (child := os.fork()):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.stack import without_ours
+from holdfast.dev.stack import without_ours
 from tests.fixtures.stack import Cli
 
 NOWHERE = {"TEMPORAL_ADDRESS": "127.0.0.1:1"}

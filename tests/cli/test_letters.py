@@ -10,9 +10,9 @@ from uuid import uuid4
 import httpx2
 import pytest
 
-from holdfast.contracts import Json
-from holdfast.simulation.hospital import HospitalRecord
-from holdfast.stack import Stack, temporal_cli
+from holdfast.contracts.data import Json
+from holdfast.dev.simulation.hospital import HospitalRecord
+from holdfast.dev.stack import Stack, temporal_cli
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
+from holdfast.authoring.services import InFlight, Limit
+from holdfast.dev.stack import without_ours
+from holdfast.reliability.in_flight import CallsInFlight
 from holdfast.reliability.limits import Limiter
-from holdfast.reliability.places import Places
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import InFlight, Limit
-from holdfast.stack import without_ours
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
 from tests.fixtures.stack import Cli
@@ -31,7 +31,7 @@ async def test_used_and_waiting_calls_are_listed(db: Database, store_url: str) -
 
 async def test_calls_in_flight_are_listed(db: Database, store_url: str) -> None:
     cli = Cli({**without_ours(os.environ), "DATABASE_URL": store_url})
-    places = Places(db, StoreClock(db))
+    places = CallsInFlight(db, StoreClock(db))
     async with places.held(InFlight("model small", 2), "k1"):
         (row,) = json.loads(cli("limits", "--json").stdout)
         assert (row["name"], row["in_flight"], row["waiting"]) == ("model small", 1, 0)

@@ -14,7 +14,7 @@ import pytest
 from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 
-from holdfast.stack import ROOT, Stack
+from holdfast.dev.stack import ROOT, Stack
 from tests.fixtures.checkout import Checkout
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli

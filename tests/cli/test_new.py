@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from holdfast.cli.new import files
-from holdfast.stack import ROOT
+from holdfast.dev.stack import ROOT
 from tests.fixtures.checkout import Checkout
 from tests.fixtures.stack import until
 
@@ -48,7 +48,6 @@ def test_the_new_agent_runs_at_once_and_its_test_is_green(checkout: Checkout, up
         ("Meetings", "cannot be an agent's name"),
         ("class", "cannot be an agent's name"),
         ("discharge", "exists already"),
-        ("registry", "exists already"),  # agents/registry.py, which finds all agents
         ("contract", "named 'contract' exists already"),  # the agent of agents/contracts
     ],
 )
@@ -74,7 +73,8 @@ def test_a_copied_agent_that_kept_its_name_is_not_silently_one_of_the_two(checko
     assert (done.returncode, says in done.stdout, done.stderr) == (0, True, ""), done.stdout
 
 
-def test_the_readme_shows_what_new_writes() -> None:
-    shown = re.search(r"<!-- agents/meetings/spec.py -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_the_docs_show_what_new_writes() -> None:
+    page = (ROOT / "docs/own-agents.md").read_text()
+    shown = re.search(r"<!-- agents/meetings/spec.py -->\n```python\n(.*?)```", page, re.S)
     assert shown is not None
     assert shown[1] == files("meetings")["agents/meetings/spec.py"]

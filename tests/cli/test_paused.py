@@ -20,12 +20,12 @@ from temporalio import workflow
 from temporalio.client import WorkflowFailureError, WorkflowHandle
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from holdfast.contracts import RunOutcome, RunResult
-from holdfast.executions import PAUSED_ACTIVITY, describe
-from holdfast.orphans import find_orphans
-from holdfast.repairs import unwind_id
-from holdfast.stack import without_ours
-from holdfast.temporal import DATA_CONVERTER
+from holdfast.contracts.run import RunOutcome, RunResult
+from holdfast.dev.stack import without_ours
+from holdfast.engine.client import DATA_CONVERTER
+from holdfast.engine.executions import PAUSED_ACTIVITY, describe
+from holdfast.recovery.model import unwind_id
+from holdfast.recovery.orphans import find_orphans
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.stack import Cli
@@ -98,7 +98,7 @@ async def test_looking_at_a_paused_run_says_so_and_how_to_let_it_go_on(ground: G
     assert listed["note"] == ""
     status = await ground.parsed("status", handle.id)
     assert status["temporal"] == "paused"
-    how = "(lunch): the run does nothing, and keeps the Signals that come, until "
+    how = "(lunch): the run does nothing, and keeps the Signals that come, until you run "
     how += f"`temporal workflow unpause --workflow-id {handle.id}`"
     assert how in status["note"]
     assert how in (await ground.run("status", handle.id)).stderr

@@ -5,7 +5,7 @@ import os
 from base64 import b64encode
 from pathlib import Path
 
-from holdfast.stack import Stack
+from holdfast.dev.stack import Stack
 from tests.fixtures.stack import Cli, until
 
 KEYS = ",".join(f"{id}:{b64encode(os.urandom(32)).decode()}" for id in ("new", "old"))
@@ -44,13 +44,13 @@ def test_the_codec_server_does_not_start_without_a_token_or_for_no_page(cli: Cli
 def test_claims_are_dropped_only_when_no_run_is_left_that_may_need_them(cli: Cli, stack: Stack) -> None:
     cli("doctor")  # stores one to see whether that works
     run = json.loads(cli("run", "discharge", "--input", '{"patient_id": "pat-1"}', "--json").stdout)
-    found = json.loads(cli("claims", "--older-than", "0", "--json").stdout)
-    assert found["claims"] >= 1
+    found = json.loads(cli("payloads", "--older-than", "0", "--json").stdout)
+    assert found["payloads"] >= 1
     assert found["workflows_from_before"] >= 1
-    refused = cli("claims", "--older-than", "0", "--drop")
+    refused = cli("payloads", "--older-than", "0", "--drop")
     assert refused.returncode == 2
     assert "take a greater --older-than" in refused.stderr
-    dropped = json.loads(cli("claims", "--older-than", "1", "--drop", "--json").stdout)
-    assert (dropped["dropped"], dropped["claims"] >= 1) == (0, True)
+    dropped = json.loads(cli("payloads", "--older-than", "1", "--drop", "--json").stdout)
+    assert (dropped["dropped"], dropped["payloads"] >= 1) == (0, True)
     cli("cancel", run["workflow_id"])
     until(lambda: cli("result", run["workflow_id"]).returncode == 0)

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from holdfast.stack import ROOT, Stack
+from holdfast.dev.stack import ROOT, Stack
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 
@@ -143,7 +143,7 @@ def test_catalogue_is_machine_readable(cli: Cli) -> None:
 def test_doctor_finds_and_mends(stack: Stack, cli: Cli, key: str) -> None:
     import subprocess
 
-    from holdfast.stack import temporal_cli
+    from holdfast.dev.stack import temporal_cli
 
     assert cli("doctor").returncode == 0
     create = ["operator", "namespace", "create", "--namespace", key, "--address", stack.temporal_address]

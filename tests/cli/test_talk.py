@@ -5,8 +5,8 @@ from uuid import uuid4
 
 import pytest
 
-from holdfast.simulation.hospital import HospitalRecord
-from holdfast.stack import Stack
+from holdfast.dev.simulation.hospital import HospitalRecord
+from holdfast.dev.stack import Stack
 from tests.cli.test_runs import parsed, start_and_wait_for_the_question
 from tests.fixtures.stack import Cli
 

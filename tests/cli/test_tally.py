@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from holdfast.cli.tally import Sent, count, doubled, unmatched
+from holdfast.dev.simulation.hospital import EffectRow
 from holdfast.reliability.ledger import Entry, State
-from holdfast.simulation.hospital import EffectRow
 
 
 def entry(state: State = State.DONE, failures: int = 0, effect: str = "idempotent", settled_at: float = 9.5) -> Entry:

@@ -12,7 +12,7 @@ from subprocess import Popen
 import psycopg
 import pytest
 
-from holdfast.stack import without_ours
+from holdfast.dev.stack import without_ours
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import FakeModel, call
 from tests.fixtures.stack import Cli, processes_of, until

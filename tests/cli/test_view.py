@@ -6,8 +6,11 @@ from rich.console import Console
 
 from holdfast.cli.runs import from_result
 from holdfast.cli.view import approval_view, result_view, status_view, undone_view
-from holdfast.contracts import Approval, Pending, RunOutcome, RunResult, Stands, UndoRecord, UndoStatus
-from holdfast.repairs import Action, ActionEnd, amended
+from holdfast.contracts.people import Approval
+from holdfast.contracts.recovery import Action, ActionEnd
+from holdfast.contracts.run import Pending, RunOutcome, RunResult, Stands, UndoRecord
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.recovery.model import amended
 
 
 def test_why_an_effect_could_not_be_undone_is_shown_in_full() -> None:

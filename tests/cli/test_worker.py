@@ -9,10 +9,10 @@ from uuid import uuid4
 import httpx2
 import pytest
 
-from holdfast.contracts import RunResult
-from holdfast.simulation.hospital import HospitalRecord
-from holdfast.stack import ROOT, Stack
-from holdfast.temporal import DATA_CONVERTER, Client
+from holdfast.contracts.run import RunResult
+from holdfast.dev.simulation.hospital import HospitalRecord
+from holdfast.dev.stack import ROOT, Stack
+from holdfast.engine.client import DATA_CONVERTER, Client
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.stack import Cli, until

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from holdfast.cli.app import app
 from holdfast.cli.new import files
-from holdfast.stack import ROOT
+from holdfast.dev.stack import ROOT
 from tests.deploy.blocks import PAGES, Block, blocks, commands
 
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]

@@ -24,7 +24,7 @@ from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 
 from activities import activities
-from agents import registry
+from holdfast.authoring import registry
 from holdfast.settings import Settings
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import Stage, binary

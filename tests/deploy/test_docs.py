@@ -9,13 +9,13 @@ from pydantic import SecretStr
 from typer import Typer
 
 from holdfast.cli.app import app
-from holdfast.contracts import RunOutcome
+from holdfast.contracts.run import RunOutcome
 from holdfast.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
-README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-GUARANTEES = sorted((ROOT / "docs/guarantees").glob("*.md"))
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+GUARANTEES = sorted((DOCS / "guarantees").glob("*.md"))
 LINK = re.compile(r"!?\[([^\]]+)\]\(([^)\s]+)\)")
 
 
@@ -45,7 +45,7 @@ def test_a_link_leads_somewhere(page: Path, text: str, target: str):
 
 
 def test_every_promise_names_its_test():
-    promises = rows(README.read_text(), "## What is promised")
+    promises = rows((DOCS / "promises.md").read_text(), "## What is promised")
     assert len(promises) > 10
     assert all(LINK.match(test) and LINK.match(test).group(1).startswith("test_") for _, test in promises)  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -58,13 +58,14 @@ def test_the_table_of_settings_is_the_code():
             return ""
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    told = {name.strip("`"): default.strip("`") for name, default, _ in rows(README.read_text(), "### Settings")}
+    page = (DOCS / "settings.md").read_text()
+    told = {name.strip("`"): default.strip("`") for name, default, _ in rows(page, "## All settings")}
     fields = (field for field in Settings.model_fields.values() if field.alias)
     assert told == {str(field.alias): written(field.default) for field in fields}
 
 
 def test_the_table_of_outcomes_is_the_code():
-    table = rows(README.read_text(), "\n| outcome ")
+    table = rows((DOCS / "commands.md").read_text(), "\n| outcome ")
     told = {outcome: (undoes == "yes", int(code)) for outcome, _, _, undoes, code in table}
     assert told == {outcome.value: (outcome.unwinds, outcome.exit_code) for outcome in RunOutcome}
 
@@ -106,6 +107,6 @@ def test_every_task_that_is_told_exists():
 
 def test_the_counters_that_are_told_are_those_that_are_sent():
     sent = set(re.findall(r'"(holdfast\.[a-z_.]+)"', (ROOT / "holdfast/telemetry/metrics.py").read_text()))
-    page = (ROOT / "docs/operations.md").read_text()
+    page = (DOCS / "operations.md").read_text()
     assert {counter.strip("`") for counter, _, _ in rows(page, "### Counters")} == sent
     assert set(re.findall(r"holdfast_\w+", page)) == {f"{name.replace('.', '_')}_total" for name in sent}

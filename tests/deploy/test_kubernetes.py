@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from agents import registry
+from holdfast.authoring import registry
 from holdfast.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent

@@ -4,12 +4,12 @@ import json
 import re
 from dataclasses import fields
 
-from holdfast.agent import AgentSpec
+from holdfast.authoring.agent import AgentSpec
 from holdfast.cli.mcp_server import make_server
-from holdfast.contracts import Effect
-from holdfast.mcp.connection import KEY_META
-from holdfast.mcp.session import CHECK_S
-from holdfast.mcp.spec import McpServer
+from holdfast.contracts.profile import Effect
+from holdfast.ext.mcp.connection import KEY_META
+from holdfast.ext.mcp.session import CHECK_S
+from holdfast.ext.mcp.spec import McpServer
 from tests.deploy.test_docs import ROOT, rows
 
 PAGE = (ROOT / "docs/mcp.md").read_text()

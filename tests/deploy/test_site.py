@@ -10,7 +10,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
-from holdfast.stack import ROOT
+from holdfast.dev.stack import ROOT
 from tests.fixtures.clock import PATIENCE_S
 
 BASE = "http://site.test/"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.stack import ROOT
+from holdfast.dev.stack import ROOT
 from tests.deploy.blocks import Block, blocks
 from tests.fixtures.checkout import Checkout
 from tests.fixtures.clock import PATIENCE_S

@@ -17,14 +17,16 @@ from typing import Any
 
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 
-from holdfast.contracts import Effect, Phase, StepSpec
-from holdfast.repairing import repair_of, start_repair
-from holdfast.repairs import Sweep, Swept
-from holdfast.services import BreakerRule, Service
-from holdfast.state.letters import Letters
+from holdfast.authoring.services import BreakerRule, Service
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.recovery import Sweep, Swept
+from holdfast.contracts.run import Phase
+from holdfast.engine.client import DATA_CONVERTER
+from holdfast.recovery.dead_letters import DeadLetters
+from holdfast.recovery.requests import repair_of, start_repair
 from holdfast.state.schema import migrate
-from holdfast.temporal import DATA_CONVERTER
-from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.model import call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, a_stage, dev_server, until
@@ -151,7 +153,7 @@ async def repaired(stage: Stage, world: World) -> Handle:
     step = StepSpec(name="pharmacy", tools=["order"], critical=False, role="pharmacist")
     stage.model.script = sequence(call(("order", {})), say("all but the pharmacy"))
     await (await stage.start(agent(order, steps=[step]))).result()
-    (letter,) = await Letters(stage.runtime.db).find()
+    (letter,) = await DeadLetters(stage.runtime.db).find()
     repair = await repair_of(letter, stage.runtime.db, "dr.lee")
     return await start_repair(stage.client, repair, stage.queue)
 
@@ -186,7 +188,7 @@ async def undelivered(stage: Stage, world: World) -> Handle:
     stage.model.script = sequence(call(BOOK), say("done"))
     handle = await stage.start(spec, webhook="http://127.0.0.1:9/hook")
     await handle.result()
-    while not (found := await Letters(stage.runtime.db).find()):
+    while not (found := await DeadLetters(stage.runtime.db).find()):
         await asyncio.sleep(0.02)
     return stage.client.get_workflow_handle(found[0].key.replace("/", "-"))
 

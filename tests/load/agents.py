@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 
 import httpx2
 
+from holdfast.authoring.services import Limit
 from holdfast.reliability.limits import Limiter, Ticket
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import open_database
+from holdfast.state.opening import open_database
 
 
 @dataclass

@@ -17,16 +17,17 @@ from signal import SIGKILL
 from temporalio.client import Client, WorkflowFailureError
 
 from holdfast.cli.tally import count, received
-from holdfast.contracts import RunResult
+from holdfast.contracts.run import RunResult
+from holdfast.dev.simulation.scripted_model import ModelRecord
+from holdfast.dev.stack import Child, Stack, without_ours
+from holdfast.engine.client import DATA_CONVERTER
+from holdfast.engine.starting import start_run
 from holdfast.reliability.ledger import Entry, Ledger
-from holdfast.simulation.scripted_model import ModelRecord
-from holdfast.stack import Child, Stack, without_ours
-from holdfast.starting import start_run
-from holdfast.state.database import Database, open_database
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 from holdfast.state.runs import Runs
-from holdfast.temporal import DATA_CONVERTER
 from tests.fixtures.stack import replays
-from tests.sweep.nursery import Nursery
+from tests.sweep.processes import Nursery
 
 STAGES = ("main", "read", "extract", "summarise")
 TOOLS = ("read", "extract", "summarise", "save")

@@ -24,10 +24,11 @@ from pathlib import Path
 import httpx2
 from rich.console import Console
 
+from holdfast.dev.simulation.hospital import HospitalRecord, RequestRow
 from holdfast.reliability.breaker import Breaker, Row
-from holdfast.simulation.hospital import HospitalRecord, RequestRow
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import Database, open_database
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 from tests.fixtures.clock import PATIENCE_S
 from tests.load.callers import TARGET, Orders
 from tests.simulation.processes import service

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 
 import httpx2
 
+from holdfast.authoring.services import BreakerRule
 from holdfast.reliability.breaker import Breaker, Pass
 from holdfast.reliability.errors import classify
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import BreakerRule
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import Database, open_database
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 
 TARGET = "records"
 PAUSE_S = 0.05

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from agents.contracts.collect import collect
 from holdfast.cli.output import print_json
-from holdfast.contracts import Json
+from holdfast.contracts.data import Json
 from tests.load.__main__ import _store
 from tests.load.batches import STAGES, Field, Outcome, claims, kills
 
@@ -100,7 +100,7 @@ def main() -> int:
                 outcome = asyncio.run(speed(*arguments))
             note(f"{workers} {options.of} worker{'s' * (workers > 1)}".replace("  ", " "), outcome)
     if options.json:
-        print_json({**told, "claims": held})
+        print_json({**told, "payloads": held})
     else:
         Console(width=120).print(table)
     for words, holds in held.items():

@@ -8,8 +8,8 @@ import sys
 from asyncio.subprocess import PIPE
 from dataclasses import asdict, dataclass
 
-from holdfast.reliability.book import SLOT_S, SPAN
-from holdfast.services import Limit
+from holdfast.authoring.services import Limit
+from holdfast.reliability.limit_schedule import SLOT_S, SPAN
 from tests.load.agents import Orders, Told
 from tests.load.service import Service
 

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from holdfast.services import Limit
+from holdfast.authoring.services import Limit
 
 
 @dataclass

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from bench import fake_llm
 from bench.services import SideProcess, services
-from holdfast.reliability.book import SLOT_S, SPAN
-from holdfast.services import Limit
+from holdfast.authoring.services import Limit
+from holdfast.reliability.limit_schedule import SLOT_S, SPAN
 from tests.load.service import Service
 
 PROCESSES = 8

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from holdfast.mcp.connection import Connection
-from holdfast.mcp.spec import McpServer
-from holdfast.stack import ROOT
+from holdfast.dev.stack import ROOT
+from holdfast.ext.mcp.connection import Connection
+from holdfast.ext.mcp.spec import McpServer
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import until
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from holdfast.mcp.failures import ServerDown
-from holdfast.mcp.spec import McpServer
+from holdfast.contracts.failures import ToolRefused
+from holdfast.dev.stack import ROOT
+from holdfast.ext.mcp.failures import ServerDown
+from holdfast.ext.mcp.spec import McpServer
 from holdfast.reliability.errors import classify
-from holdfast.stack import ROOT
-from holdfast.tools import ToolRefused
 from tests.fixtures.clock import PATIENCE_S
 from tests.mcp.conftest import Notebook, name, stdio
 
@@ -132,7 +132,7 @@ async def test_a_tool_that_vanished_is_said_to_be_gone(either: Notebook):
 
 
 async def test_a_server_that_cannot_be_started_was_certainly_not_called():
-    from holdfast.mcp.connection import Connection
+    from holdfast.ext.mcp.connection import Connection
 
     connection = Connection(McpServer(name(), command=("no-such-command",)))
     for _ in range(2):  # also at once again, when nothing is tried
@@ -169,7 +169,7 @@ async def test_closing_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Mon
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from holdfast.mcp.connection import Connection
+from holdfast.ext.mcp.connection import Connection
 from tests.mcp.conftest import stdio
 
 async def main():

@@ -10,10 +10,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from holdfast.mcp.connection import Connection
-from holdfast.mcp.failures import ServerDown
-from holdfast.mcp.spec import McpServer
-from holdfast.reliability.errors import Failure, classify
+from holdfast.contracts.failures import Failure
+from holdfast.ext.mcp.connection import Connection
+from holdfast.ext.mcp.failures import ServerDown
+from holdfast.ext.mcp.spec import McpServer
+from holdfast.reliability.errors import classify
 from tests.fixtures.clock import PATIENCE_S
 from tests.mcp.conftest import Served, name, served
 

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from holdfast.contracts import Json
-from holdfast.mcp.listing import Listed
+from holdfast.contracts.data import Json
+from holdfast.ext.mcp.listing import Listed
 
 
 def taking(x: Json, **more: Json) -> Listed:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents import registry
-from holdfast.agent import AgentSpec
-from holdfast.contracts import Effect, StepSpec
-from holdfast.mcp.spec import McpServer, McpTool
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.ext.mcp.spec import McpServer, McpTool
 from tests.fixtures.world import Anything, World, agent
 
 WHERE: dict[str, Any] = {"command": ("server",)}
@@ -89,5 +89,5 @@ def test_two_agents_may_not_mean_different_servers_by_one_name(monkeypatch: pyte
 
     monkeypatch.setattr(registry, "_added", {"a": spec("a", "one"), "b": spec("b", "two")})
     registry._services.cache_clear()  # pyright: ignore[reportPrivateUsage]
-    with pytest.raises(registry.BrokenAgent, match="finds MCP server twice elsewhere"):
+    with pytest.raises(registry.BrokenAgent, match="declares MCP server twice differently"):
         registry.service("twice")

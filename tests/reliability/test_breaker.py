@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from holdfast.authoring.services import BreakerRule
+from holdfast.contracts.failures import ErrorType, Failure
 from holdfast.reliability.breaker import ANSWERS, JITTER_S, PROBE_S, TRIPS, Breaker, Change, Pass
-from holdfast.reliability.errors import ErrorType, Failure
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import BreakerRule
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database, Row, Statement
 

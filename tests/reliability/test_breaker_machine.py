@@ -16,13 +16,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from holdfast.authoring.services import BreakerRule
+from holdfast.contracts.failures import ErrorType, Failure
 from holdfast.reliability.breaker import Breaker, Pass
-from holdfast.reliability.errors import ErrorType, Failure
 from holdfast.reliability.ledger import Fenced
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import BreakerRule
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import Database, open_database
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 
 TARGET = "pharmacy"
 RULE = BreakerRule()

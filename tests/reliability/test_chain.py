@@ -10,10 +10,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from holdfast.contracts import Effect
+from holdfast.contracts.failures import ErrorType
+from holdfast.contracts.profile import Effect
 from holdfast.reliability import chain
 from holdfast.reliability.chain import Guards, RetryLater, protected
-from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Ledger, Settled, State, tool_call
 from holdfast.reliability.waiting import Unsettled
 from holdfast.state.clock import StoreClock
@@ -248,7 +248,7 @@ async def test_a_no_does_not_count_while_the_service_may_be_at_work(guards: Guar
             await tool.run(guards, call)
         asked += 1
         assert 0 < wait.value.delay <= 30
-        assert "may still be at work" in wait.value.why
+        assert "may still be processing" in wait.value.why
         assert await state(guards) == (State.UNKNOWN, counted)
     clock.later = 42 if killed else 31
     settled = await tool.run(guards, call)

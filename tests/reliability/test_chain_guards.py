@@ -11,13 +11,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from holdfast.contracts import Effect
+from holdfast.authoring.services import BreakerRule, Limit
+from holdfast.contracts.profile import Effect
 from holdfast.reliability import chain, limits
 from holdfast.reliability.breaker import LONG_PAUSE_S, Row
 from holdfast.reliability.chain import Guards, RetryLater, protected
 from holdfast.reliability.ledger import Call, Fenced, Settled, State, tool_call
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import BreakerRule, Limit
 from holdfast.state.database import Database
 from tests.fixtures.clock import Ahead
 from tests.reliability.wire import answer, wire

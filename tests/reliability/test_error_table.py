@@ -21,15 +21,16 @@ from temporalio.testing import ActivityEnvironment
 
 from activities.model import Wanted, ask_model
 from activities.tools import Tools
-from holdfast.answers import ModelUnavailable
-from holdfast.contracts import Effect, ToolRequest
+from holdfast.authoring.tools import Tool, ToolContext, tool
+from holdfast.contracts.failures import ErrorType
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.tool_call import ToolRequest
+from holdfast.engine.runtime import Runtime, open_runtime
+from holdfast.reasoning.answers import ModelUnavailable
 from holdfast.reliability.breaker import TRIPS
 from holdfast.reliability.chain import RetryLater
-from holdfast.reliability.errors import ErrorType
 from holdfast.reliability.waiting import NotYet
-from holdfast.runtime import Runtime, open_runtime
 from holdfast.settings import Settings
-from holdfast.tools import Tool, ToolContext, tool
 from tests.fixtures.clock import Ahead
 from tests.fixtures.world import agent
 from tests.reliability.wire import END, STREAM, Step, Then, Wire, answer, event, free_port, wire

@@ -27,21 +27,11 @@ from hypothesis import strategies as st
 from mcp import Client
 from pydantic import BaseModel
 
-from holdfast.mcp.connection import Connection
-from holdfast.mcp.spec import McpServer
-from holdfast.reliability.errors import (
-    LONGEST_DELAY,
-    MESSAGE_LIMIT,
-    RETRY_AFTER_CAP,
-    TABLE,
-    ErrorType,
-    Failure,
-    application_error,
-    backoff,
-    classify,
-)
-from holdfast.state.database import open_database
-from holdfast.tools import ToolFailed, ToolRefused
+from holdfast.contracts.failures import MESSAGE_LIMIT, ErrorType, Failure, ToolFailed, ToolRefused
+from holdfast.ext.mcp.connection import Connection
+from holdfast.ext.mcp.spec import McpServer
+from holdfast.reliability.errors import LONGEST_DELAY, RETRY_AFTER_CAP, TABLE, application_error, backoff, classify
+from holdfast.state.opening import open_database
 from tests.mcp.conftest import Notebook, stdio
 from tests.mcp.server import make as make_notebook
 from tests.reliability.wire import STREAM, Step, Then, answer, event, free_port, wire

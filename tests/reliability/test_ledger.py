@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from holdfast.contracts import Effect
-from holdfast.reliability.errors import ErrorType, Failure
+from holdfast.contracts.failures import ErrorType, Failure
+from holdfast.contracts.profile import Effect
 from holdfast.reliability.ledger import Call, Fenced, Grant, KeyConflict, Ledger, Look, Settled, State, tool_call
 from holdfast.state.database import Database
 

@@ -26,14 +26,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from holdfast.contracts import Effect
+from holdfast.contracts.failures import ToolRefused
+from holdfast.contracts.profile import Effect
 from holdfast.reliability import chain
 from holdfast.reliability.chain import Guards, RetryLater, protected
 from holdfast.reliability.ledger import Call, Entry, Fenced, Grant, Ledger, Settled, State, tool_call
 from holdfast.reliability.waiting import Unsettled
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import Database, open_database
-from holdfast.tools import ToolRefused
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 
 T = TypeVar("T")
 KINDS = [Effect.IDEMPOTENT, Effect.PROBE, Effect.MANUAL, "model"]

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.reliability.book import (
+from holdfast.authoring.services import Limit
+from holdfast.reliability.limit_schedule import (
     AIM_S,
     LATE_S,
     MOST_SPARES,
@@ -22,7 +23,7 @@ from holdfast.reliability.book import (
     SPAN,
     SPARE_S,
     SPARE_SHARE,
-    Book,
+    LimitSchedule,
     Placed,
     Spares,
     advance,
@@ -33,9 +34,9 @@ from holdfast.reliability.book import (
 )
 from holdfast.reliability.limits import Limiter, Ticket, usage
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import Limit
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import Database, open_database
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 from tests.fixtures.clock import PATIENCE_S
 
 TRANSIT_S = 0.5
@@ -66,7 +67,7 @@ class Traffic:
     killed: float = 0.0
     """Share of the questions before which the process is killed and begins anew."""
     on_spares: int = 0
-    book: Book = field(default_factory=Book)
+    book: LimitSchedule = field(default_factory=LimitSchedule)
     arrivals: list[tuple[float, int, int]] = field(default_factory=list)
     """At the service: time, real tokens, estimate."""
     waits: list[float] = field(default_factory=list)
@@ -142,9 +143,9 @@ class Traffic:
         return max(share, sum(inside) / minutes / self.limit.tokens if self.limit.tokens else 0.0)
 
 
-def waves(requests: int, tokens: int = 0, now: float = T0) -> tuple[Book, list[Placed]]:
+def waves(requests: int, tokens: int = 0, now: float = T0) -> tuple[LimitSchedule, list[Placed]]:
     """A new book after a hundred calls at once."""
-    book = Book()
+    book = LimitSchedule()
     advance(book, now)
     return book, [place(book, Limit("l", requests), str(n), tokens) for n in range(100)]
 
@@ -262,7 +263,7 @@ def test_a_burst_does_not_come_back_as_a_burst() -> None:
     tokens=st.none() | st.integers(10, 50),
 )
 def test_calls_of_equal_size_go_out_in_their_order(gaps: list[float], requests: int, tokens: int | None) -> None:
-    book, limit, now, slots = Book(), Limit("l", requests, tokens), T0, {}
+    book, limit, now, slots = LimitSchedule(), Limit("l", requests, tokens), T0, {}
     due: list[tuple[float, str]] = []
     for number, gap in enumerate(gaps):
         now += gap
@@ -290,7 +291,7 @@ def test_a_call_waits_only_for_those_that_were_booked_before_it(seed: int, calle
 
 
 def test_a_booked_call_is_not_moved_back_by_those_that_come_after_it() -> None:
-    book, limit = Book(), Limit("l", None, 100)
+    book, limit = LimitSchedule(), Limit("l", None, 100)
     advance(book, T0)
     place(book, limit, "first", 60)
     large = place(book, limit, "large", 100)
@@ -325,7 +326,7 @@ def test_who_comes_later_is_booked_anew() -> None:
 
 
 def test_who_looks_early_moves_up_to_room_that_has_come_free() -> None:
-    book, limit = Book(), Limit("l", None, 100)
+    book, limit = LimitSchedule(), Limit("l", None, 100)
     advance(book, T0)
     first = place(book, limit, "first", 100)
     assert not place(book, limit, "second", 50).granted
@@ -335,7 +336,7 @@ def test_who_looks_early_moves_up_to_room_that_has_come_free() -> None:
 
 
 def test_a_call_larger_than_the_limit_goes_out_alone() -> None:
-    book, limit = Book(), Limit("l", None, 100)
+    book, limit = LimitSchedule(), Limit("l", None, 100)
     advance(book, T0)
     assert place(book, limit, "small", 1).granted
     large = place(book, limit, "large", 1000)
@@ -346,7 +347,7 @@ def test_a_call_larger_than_the_limit_goes_out_alone() -> None:
 
 
 def test_a_waiter_whose_room_others_used_beyond_their_estimates_does_not_go_over() -> None:
-    book, limit = Book(), Limit("l", None, 100)
+    book, limit = LimitSchedule(), Limit("l", None, 100)
     advance(book, T0)
     place(book, limit, "first", 60)
     advance(book, T0 + 30)
@@ -376,7 +377,7 @@ def test_far_from_the_limit_nearly_all_calls_go_out_on_spare_places() -> None:
 
 
 def test_a_spare_place_may_be_used_until_its_call_could_still_arrive_in_time() -> None:
-    book, limit = Book(), Limit("l", 1000)
+    book, limit = LimitSchedule(), Limit("l", 1000)
     advance(book, T0)
     spares = book_spares(book, limit, 2, 0)
     assert spares.spend(limit, 0, T0 + SPARE_S) == Placed(int(T0 / SLOT_S), 0, granted=True, look_at=T0 + SPARE_S)
@@ -385,7 +386,7 @@ def test_a_spare_place_may_be_used_until_its_call_could_still_arrive_in_time() -
 
 
 def test_the_tokens_of_spare_places_are_shared_by_calls_of_different_size() -> None:
-    book, limit = Book(), Limit("l", None, 100_000)
+    book, limit = LimitSchedule(), Limit("l", None, 100_000)
     advance(book, T0)
     spares = book_spares(book, limit, 4, 100)
     assert book.total() == (4, 600)
@@ -403,7 +404,7 @@ def test_the_tokens_of_spare_places_are_shared_by_calls_of_different_size() -> N
 def test_spare_places_are_few_and_only_while_less_than_half_is_used(
     requests: int | None, tokens: int | None, size: int, before: int, wanted: int
 ) -> None:
-    book, limit = Book(), Limit("l", requests, tokens)
+    book, limit = LimitSchedule(), Limit("l", requests, tokens)
     advance(book, T0)
     change(book, int(T0 / SLOT_S), before, before)
     spares = book_spares(book, limit, wanted, size)
@@ -415,14 +416,14 @@ def test_spare_places_are_few_and_only_while_less_than_half_is_used(
 
 
 def test_no_spare_place_is_booked_while_a_call_waits() -> None:
-    book, limit = Book(), Limit("l", None, 10_000)
+    book, limit = LimitSchedule(), Limit("l", None, 10_000)
     advance(book, T0)
     book.waiting["somebody"] = (int(T0 / SLOT_S) + 1, 10)
     assert book_spares(book, limit, 10, 1).requests == 0
 
 
 def test_spare_places_become_more_while_they_are_used_up_and_none_when_they_expire() -> None:
-    book, limit, wanted = Book(), Limit("l", 100_000), []
+    book, limit, wanted = LimitSchedule(), Limit("l", 100_000), []
     spares = Spares()
     for now in (T0, T0 + 0.1, T0 + 0.2, T0 + 0.3):
         advance(book, now)
@@ -439,7 +440,7 @@ def test_spare_places_become_more_while_they_are_used_up_and_none_when_they_expi
 def test_a_book_survives_its_text(seed: int) -> None:
     traffic = Traffic(Limit("l", 5, 100), random.Random(seed), (1, 50), used=(0.3, 1.0))
     traffic.run(20, until=100)
-    again = Book.load(traffic.book.dump())
+    again = LimitSchedule.load(traffic.book.dump())
     assert (again.slots, again.waiting) == (traffic.book.slots, traffic.book.waiting)
     assert again.at == pytest.approx(traffic.book.at, abs=0.001)
 
@@ -455,7 +456,7 @@ def limiter(db: Database) -> Limiter:
 async def counted(db: Database, name: str = "l") -> tuple[int, int]:
     """Requests and tokens that the row has."""
     row = await db.one("SELECT book FROM limits WHERE name = ?", name)
-    slots = Book.load(row[0]).slots.values() if row else ()
+    slots = LimitSchedule.load(row[0]).slots.values() if row else ()
     return sum(each[0] for each in slots), sum(each[1] for each in slots)
 
 

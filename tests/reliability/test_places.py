@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from holdfast.reliability import places as module
-from holdfast.reliability.places import LEASE_S, Places, Room, rooms
+from holdfast.authoring.services import InFlight, Service
+from holdfast.reliability import in_flight as module
+from holdfast.reliability.in_flight import LEASE_S, CallsInFlight, Room, rooms
 from holdfast.reliability.waiting import NotYet
-from holdfast.services import InFlight, Service
 from holdfast.state.clock import StoreClock
 from holdfast.state.database import Database
 from tests.fixtures.clock import Ahead
@@ -18,7 +18,7 @@ TWO = InFlight("model small", 2)
 
 
 async def test_over_two_processes_never_more_than_allowed_are_in_flight_and_all_get_their_turn(db: Database) -> None:
-    both = [Places(db, StoreClock(db)) for _ in range(2)]
+    both = [CallsInFlight(db, StoreClock(db)) for _ in range(2)]
     inside, most = 0, 0
 
     async def call(n: int) -> None:
@@ -47,7 +47,7 @@ async def test_a_place_of_a_process_that_died_is_free_when_its_lease_is_over(
     monkeypatch.setattr(module, "QUEUE_S", 0.0)
     one = InFlight("model small", 1)
     clock = Ahead(db)
-    dead, other = Places(db, clock), Places(db, clock)
+    dead, other = CallsInFlight(db, clock), CallsInFlight(db, clock)
     await dead._take(one, "a/1", "its token")  # pyright: ignore[reportPrivateUsage] - and no more is heard of it
     with pytest.raises(NotYet):
         async with other.held(one, "b/1"):
@@ -63,7 +63,7 @@ async def test_a_place_of_a_process_that_died_is_free_when_its_lease_is_over(
 async def test_what_is_held_for_long_is_renewed(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RENEW_S", 0.01)
     clock = Ahead(db)
-    places = Places(db, clock)
+    places = CallsInFlight(db, clock)
     async with places.held(TWO, "a/1"):
         for _ in range(3):
             clock.seconds += LEASE_S * 0.9
@@ -77,7 +77,7 @@ async def test_what_is_held_for_long_is_renewed(db: Database, monkeypatch: pytes
 
 
 async def test_a_cancelled_call_gives_its_place_back(db: Database) -> None:
-    places = Places(db, StoreClock(db))
+    places = CallsInFlight(db, StoreClock(db))
     held = asyncio.Event()
 
     async def call() -> None:

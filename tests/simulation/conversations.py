@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from agents.registry import agent
-from holdfast.contracts import Json
-from holdfast.simulation.hospital import PATIENTS
-from holdfast.simulation.script import decide
+from holdfast.authoring.registry import agent
+from holdfast.contracts.data import Json
+from holdfast.dev.simulation.hospital import PATIENTS
+from holdfast.dev.simulation.script import decide
 
 
 def bundle(*resources: Json) -> Json:

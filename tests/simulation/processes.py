@@ -22,8 +22,8 @@ class Running:
 
 @contextmanager
 def service(module: str, db: Path, *options: str) -> Iterator[Running]:
-    """Runs `holdfast.simulation.<module>`; kills it at the end if it still runs."""
-    command = [sys.executable, "-m", f"holdfast.simulation.{module}", "--port", "0", "--db", str(db), *options]
+    """Runs `holdfast.dev.simulation.<module>`; kills it at the end if it still runs."""
+    command = [sys.executable, "-m", f"holdfast.dev.simulation.{module}", "--port", "0", "--db", str(db), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

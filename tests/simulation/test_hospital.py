@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from holdfast.simulation.hospital import HospitalRecord
+from holdfast.dev.simulation.hospital import HospitalRecord
 from tests.fixtures.clock import PATIENCE_S
 from tests.simulation.processes import Running, service, until
 
@@ -249,7 +249,15 @@ async def test_a_signal_ends_it_at_once_although_a_request_hangs_and_a_restart_k
 def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path):
     with service("hospital", tmp_path / "a.db") as running:
         port = running.url.rpartition(":")[2]
-        command = [sys.executable, "-m", "holdfast.simulation.hospital", "--port", port, "--db", str(tmp_path / "b.db")]
+        command = [
+            sys.executable,
+            "-m",
+            "holdfast.dev.simulation.hospital",
+            "--port",
+            port,
+            "--db",
+            str(tmp_path / "b.db"),
+        ]
         second = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert second.returncode == 2
     assert second.stderr.count("\n") == 1

@@ -8,7 +8,7 @@ import pytest
 
 from agents.discharge.prompts import SUMMARY_INSTRUCTIONS
 from agents.discharge.script import amendable, mend
-from holdfast.simulation.script import LABEL, decide
+from holdfast.dev.simulation.script import LABEL, decide
 from tests.simulation.conversations import Conversation, bundle
 
 UNKNOWN = "outcome unknown: no answer within 10 s. It may have happened. It is left pending for a person."

@@ -12,9 +12,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from agents.registry import agent
-from holdfast.simulation.script import LABEL, decide
-from holdfast.simulation.scripted_model import FINGERPRINT, MODEL, ModelRecord, tokens
+from holdfast.authoring.registry import agent
+from holdfast.dev.simulation.script import LABEL, decide
+from holdfast.dev.simulation.scripted_model import FINGERPRINT, MODEL, ModelRecord, tokens
 from tests.fixtures.clock import PATIENCE_S
 from tests.simulation.processes import Running, service, until
 

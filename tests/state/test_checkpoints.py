@@ -15,8 +15,9 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, interrupt
 
-from holdfast.state.checkpoints import WRITES_A_STATEMENT, Checkpoints
-from holdfast.state.database import Database, open_database
+from holdfast.reasoning.checkpointer import WRITES_A_STATEMENT, Checkpoints
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 
 
 class State(TypedDict, total=False):

@@ -10,7 +10,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from holdfast.state.database import Database, StoreUnavailable, open_database
+from holdfast.state.database import Database, StoreUnavailable
+from holdfast.state.opening import open_database
 from tests.fixtures.clock import PATIENCE_S
 
 INSERT = (

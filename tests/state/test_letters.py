@@ -4,17 +4,17 @@ import asyncio
 
 import pytest
 
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters, LetterKind, LetterState, dump, letter_id
 from holdfast.state.database import Database
-from holdfast.state.letters import Letter, LetterKind, Letters, LetterState, dump, letter_id
 
 
 @pytest.fixture
-def letters(db: Database) -> Letters:
-    return Letters(db)
+def letters(db: Database) -> DeadLetters:
+    return DeadLetters(db)
 
 
-def letter(kind: LetterKind = LetterKind.CALL, key: str = "wf/base/1", **more: str) -> Letter:
-    made = Letter(
+def letter(kind: LetterKind = LetterKind.CALL, key: str = "wf/base/1", **more: str) -> DeadLetter:
+    made = DeadLetter(
         id=letter_id(kind, key),
         kind=kind,
         state=LetterState.OPEN,
@@ -31,7 +31,7 @@ def letter(kind: LetterKind = LetterKind.CALL, key: str = "wf/base/1", **more: s
     return made._replace(**more)
 
 
-async def test_written_twice_it_is_one_letter_with_the_latest_cause(letters: Letters) -> None:
+async def test_written_twice_it_is_one_letter_with_the_latest_cause(letters: DeadLetters) -> None:
     await letters.write([letter(), letter(key="wf/base/2")])
     first = await letters.find()
     await letters.write([letter(cause="still closed")])
@@ -41,7 +41,7 @@ async def test_written_twice_it_is_one_letter_with_the_latest_cause(letters: Let
     assert found[0].details == {"arguments": {"n": "é"}}
 
 
-async def test_a_closed_letter_is_not_opened_by_the_same_write(letters: Letters) -> None:
+async def test_a_closed_letter_is_not_opened_by_the_same_write(letters: DeadLetters) -> None:
     await letters.write([letter()])
     assert await letters.close(letter().id, LetterState.SETTLED, "by dr.lee")
     await letters.write([letter(cause="late")])
@@ -57,7 +57,7 @@ async def test_a_closed_letter_is_not_opened_by_the_same_write(letters: Letters)
     assert not await letters.drop(letter().id, "again")
 
 
-async def test_a_late_write_of_the_first_run_does_not_take_a_letter_back(letters: Letters) -> None:
+async def test_a_late_write_of_the_first_run_does_not_take_a_letter_back(letters: DeadLetters) -> None:
     run = letter(LetterKind.RUN, "wf/base")
     await letters.write([run])
     assert await letters.hand_over(run, "wf~1", {"replays": 1}, "replayed by dr.lee")
@@ -71,14 +71,14 @@ async def test_a_late_write_of_the_first_run_does_not_take_a_letter_back(letters
     assert (found.state, found.key_base, found.cause) == ("open", "wf~1/base", "again")
 
 
-async def test_only_one_of_many_takes_a_letter(letters: Letters) -> None:
+async def test_only_one_of_many_takes_a_letter(letters: DeadLetters) -> None:
     run = letter(LetterKind.RUN, "wf/base")
     await letters.write([run])
     taken = await asyncio.gather(*(letters.hand_over(run, f"wf~{n}", {}, "") for n in range(8)))
     assert taken.count(True) == 1
 
 
-async def test_what_is_being_replayed_cannot_be_dropped(letters: Letters) -> None:
+async def test_what_is_being_replayed_cannot_be_dropped(letters: DeadLetters) -> None:
     await letters.write([letter()])
     assert await letters.claim(letter().id, "wf", "replayed by dr.lee")
     assert not await letters.drop(letter().id, "no use")
@@ -87,7 +87,7 @@ async def test_what_is_being_replayed_cannot_be_dropped(letters: Letters) -> Non
     assert await letters.drop(letter().id, "no use")
 
 
-async def test_a_filter_finds_what_fits(letters: Letters) -> None:
+async def test_a_filter_finds_what_fits(letters: DeadLetters) -> None:
     undo = letter(LetterKind.UNDO, "wf/base/1/undo", subject="book")
     await letters.write([letter(), undo, letter(key="x/1", agent="billing", workflow_id="x")])
     await letters.drop(undo.id, "done by phone")

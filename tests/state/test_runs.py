@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from holdfast.state.database import Database, open_database
+from holdfast.state.database import Database
+from holdfast.state.opening import open_database
 from holdfast.state.runs import KeyReused, Runs
 
 

@@ -12,7 +12,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect
 
 from holdfast.state import schema
-from holdfast.state.database import Database, StoreUnavailable, open_database
+from holdfast.state.database import Database, StoreUnavailable
+from holdfast.state.opening import open_database
 from holdfast.state.schema import migrate
 from holdfast.state.version import SchemaMismatch, check_schema
 

@@ -14,13 +14,15 @@ from typing import TypeVar
 import psycopg
 import pytest
 
-from holdfast.contracts import Effect
+from holdfast.contracts.failures import ErrorType
+from holdfast.contracts.profile import Effect
 from holdfast.reliability.chain import Guards, protected
-from holdfast.reliability.errors import ErrorType, classify
+from holdfast.reliability.errors import classify
 from holdfast.reliability.ledger import Fenced, Grant, Ledger, Settled, State, tool_call
 from holdfast.state import postgres
 from holdfast.state.clock import StoreClock
-from holdfast.state.database import Database, StoreUnavailable, open_database
+from holdfast.state.database import Database, StoreUnavailable
+from holdfast.state.opening import open_database
 from holdfast.state.schema import migrate
 from holdfast.state.version import VERSION
 from tests.fixtures.clock import PATIENCE_S

@@ -24,10 +24,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from holdfast.reliability.faults import Point
+from holdfast.reliability.crash_points import Point
 from tests.fixtures.store import STOP, PostgresForTests
 from tests.sweep.cases import BOUND_S, Case, Mode, cases, unreached
-from tests.sweep.ground import Ground, Lane
+from tests.sweep.environment import Ground, Lane
 from tests.sweep.sweep import RECOVERY_S, SETTLED_S, SIGNAL_S, Report, traces, try_case
 
 STORES = ("sqlite", "postgresql")

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from agents.discharge.tools import notify_providers
-from holdfast.contracts import Json, RunOutcome, RunResult, StepStatus
+from holdfast.authoring.services import Service
+from holdfast.contracts.data import Json
+from holdfast.contracts.run import RunOutcome, RunResult, StepStatus
+from holdfast.dev.simulation.hospital import EffectRow, RequestRow
+from holdfast.dev.simulation.scripted_model import CallRow
+from holdfast.recovery.dead_letters import DeadLetter, LetterState
 from holdfast.reliability.breaker import Row
-from holdfast.reliability.faults import Point
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import Entry, State
-from holdfast.services import Service
-from holdfast.simulation.hospital import EffectRow, RequestRow
-from holdfast.simulation.scripted_model import CallRow
-from holdfast.state.letters import Letter, LetterState
 
 READS = ("records", "insurance")
 MESSAGES = ("notify_providers", "notify_patient")
@@ -179,7 +180,7 @@ class Evidence:
     """The `runs` table's word."""
     result: RunResult | None
     ledger: list[Entry]
-    letters: list[Letter]
+    letters: list[DeadLetter]
     breakers: list[Row]
     """Of the run's tenant, which is its own."""
     effects: list[EffectRow]

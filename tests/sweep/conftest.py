@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from tests.fixtures.store import TEMPLATE, PostgresForTests
-from tests.sweep.ground import Ground, Lane
+from tests.sweep.environment import Ground, Lane
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

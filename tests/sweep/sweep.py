@@ -14,10 +14,11 @@ import psutil
 from temporalio.client import WorkflowExecutionStatus, WorkflowQueryFailedError
 from temporalio.service import RPCError
 
-from holdfast.contracts import Approval, Phase
-from holdfast.reliability.faults import Point
-from holdfast.stack import Child, StackFailed
-from holdfast.temporal import STATUS
+from holdfast.contracts.people import Approval
+from holdfast.contracts.run import Phase
+from holdfast.dev.stack import Child, StackFailed
+from holdfast.engine.client import STATUS
+from holdfast.reliability.crash_points import Point
 from tests.fixtures.replay import replay_all
 from tests.sweep.cases import (
     BOUND_S,
@@ -33,7 +34,7 @@ from tests.sweep.cases import (
     violations,
     waiting,
 )
-from tests.sweep.ground import Ground, Lane, Run, frozen, strike, until
+from tests.sweep.environment import Ground, Lane, Run, frozen, strike, until
 
 CASE_S = 150.0
 """No run takes this long, however it is hit."""

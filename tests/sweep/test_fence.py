@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from holdfast.contracts import Effect
-from holdfast.reliability import chain, faults, lease
+from holdfast.authoring.services import BreakerRule, Limit
+from holdfast.contracts.failures import ErrorType, Failure
+from holdfast.contracts.profile import Effect
+from holdfast.reliability import chain, crash_points, lease
 from holdfast.reliability.breaker import Pass
 from holdfast.reliability.chain import Guards, protected
-from holdfast.reliability.errors import ErrorType, Failure
-from holdfast.reliability.faults import Point
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import Call, Fenced, Grant, Ledger, Settled, State, tool_call
-from holdfast.services import BreakerRule, Limit
 from holdfast.state.database import Database
 
 
@@ -64,8 +64,8 @@ async def test_frozen_before_its_reservation_leaves_the_attempt_alone_that_took_
     if point is Point.PROBING:
         await guards.breaker.failed(Pass("mail", rule), Failure(ErrorType.UNAVAILABLE, "503"))
     lease.current.set(lease.Lease(3.0, clock=lambda: now[0]))
-    monkeypatch.setattr(faults, "strike", lambda pid, number: now.append(now.pop() + 20))
-    monkeypatch.setattr(faults, "_armed", ("freeze", point, "mail"))
+    monkeypatch.setattr(crash_points, "strike", lambda pid, number: now.append(now.pop() + 20))
+    monkeypatch.setattr(crash_points, "_armed", ("freeze", point, "mail"))
     asked: list[int] = []
 
     async def ask(attempt: int) -> None:

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from holdfast.contracts import RunOutcome
-from holdfast.reliability.faults import Point
+from holdfast.contracts.run import RunOutcome
+from holdfast.reliability.crash_points import Point
 from holdfast.reliability.ledger import Entry, Ledger, State
 from tests.sweep.cases import Flow
-from tests.sweep.ground import Ground, Lane, Run, strike, until
+from tests.sweep.environment import Ground, Lane, Run, strike, until
 from tests.sweep.sweep import RECOVERY_S, SIGNAL_S, People, approve, asked
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

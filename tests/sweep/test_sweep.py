@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.reliability.faults import Point
+from holdfast.reliability.crash_points import Point
 from tests.sweep.cases import Case, Flow, Mode, cases, unreached
-from tests.sweep.ground import Ground, Lane
+from tests.sweep.environment import Ground, Lane
 from tests.sweep.sweep import traces, try_case
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

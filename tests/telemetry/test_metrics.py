@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
-from holdfast.stack import ROOT, without_ours
+from holdfast.dev.stack import ROOT, without_ours
 
 COUNTING = """
 import sys

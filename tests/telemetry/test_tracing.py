@@ -17,8 +17,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from holdfast.contracts import RunStatus
-from holdfast.stack import ROOT, Stack, without_ours
+from holdfast.contracts.run import RunStatus
+from holdfast.dev.stack import ROOT, Stack, without_ours
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, replays, until
 
@@ -145,12 +145,12 @@ def test_a_run_is_one_trace_also_over_a_worker_that_is_replaced(traced: Stack, c
 CONTINUED = """
 import asyncio
 from worker import make_worker
-from holdfast.runtime import open_runtime
+from holdfast.engine.runtime import open_runtime
 from holdfast.settings import settings
-from holdfast.starting import start_run
+from holdfast.engine.starting import start_run
 from holdfast.state.runs import Runs
 from holdfast.telemetry import tracing
-from holdfast.temporal import connect
+from holdfast.engine.client import connect
 from tests.fixtures.model import FakeModel, call, say, sequence
 from tests.fixtures.world import World, agent
 
@@ -206,7 +206,9 @@ end_process(7)
 """
 
 
-@pytest.mark.parametrize("imports", ["import worker", "import holdfast.cli.app, holdfast.cli.runs, holdfast.starting"])
+@pytest.mark.parametrize(
+    "imports", ["import worker", "import holdfast.cli.app, holdfast.cli.runs, holdfast.engine.starting"]
+)
 def test_off_it_costs_nothing_not_even_an_import(imports: str, tmp_path: Path):
     done = _python(PROBE.format(imports=imports), tmp_path)
     assert done.returncode == 0, done.stderr
@@ -243,7 +245,7 @@ def _ancestors(spans: list[Span], span: Span) -> list[str]:
 
 
 def _facts(stack: Stack) -> list[str]:
-    record = json.loads((ROOT / "holdfast/simulation/patients/pat-1.json").read_text())
+    record = json.loads((ROOT / "holdfast/dev/simulation/patients/pat-1.json").read_text())
     found: list[str] = []
 
     def collect(value: object, name: str = "") -> None:

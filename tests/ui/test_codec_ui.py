@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from holdfast.stack import Stack, without_ours
+from holdfast.dev.stack import Stack, without_ours
 from tests.fixtures.stack import Cli, until
 from tests.ui.test_web_ui import browser, current_details, page, status_of, visit  # noqa: F401
 

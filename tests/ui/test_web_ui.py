@@ -12,9 +12,9 @@ import httpx2
 import pytest
 from playwright.sync_api import Browser, FrameLocator, Page, expect, sync_playwright
 
-from holdfast.contracts import RunOutcome, RunResult, RunStatus
-from holdfast.simulation.hospital import HospitalRecord
-from holdfast.stack import Stack
+from holdfast.contracts.run import RunOutcome, RunResult, RunStatus
+from holdfast.dev.simulation.hospital import HospitalRecord
+from holdfast.dev.stack import Stack
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.stack import Cli, until
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from holdfast.stack import Stack, without_ours
+from holdfast.dev.stack import Stack, without_ours
 from tests.weak.weak import AGENTS, Report, run_all
 
 PATIENT = {"HOLDFAST_MODEL_FIRST_TOKEN_S": "110", "HOLDFAST_MODEL_BETWEEN_TOKENS_S": "110"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.contracts import Json
-from holdfast.simulation.weak import KINDS, weak
-from holdfast.stack import Stack, without_ours
+from holdfast.contracts.data import Json
+from holdfast.dev.simulation.weak import KINDS, weak
+from holdfast.dev.stack import Stack, without_ours
 from tests.weak.__main__ import PATIENT
 from tests.weak.weak import AGENTS, run_all
 

@@ -12,13 +12,16 @@ from pathlib import Path
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 from temporalio.service import RPCError
 
-from holdfast.contracts import Approval, ApprovalDecision, Json, RunOutcome, RunResult, RunStatus, Usage, Verdict
-from holdfast.simulation.scripted_model import ModelRecord
-from holdfast.stack import Stack
-from holdfast.starting import start_run
-from holdfast.state.database import open_database
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import Approval, ApprovalDecision, Verdict
+from holdfast.contracts.run import RunOutcome, RunResult, RunStatus
+from holdfast.contracts.turn import Usage
+from holdfast.dev.simulation.scripted_model import ModelRecord
+from holdfast.dev.stack import Stack
+from holdfast.engine.client import DATA_CONVERTER
+from holdfast.engine.starting import start_run
+from holdfast.state.opening import open_database
 from holdfast.state.runs import Runs
-from holdfast.temporal import DATA_CONVERTER
 
 AGENTS = ("discharge", "contract", "triage")
 STUCK_S = 600.0

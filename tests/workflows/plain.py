@@ -8,7 +8,7 @@ from datetime import timedelta
 from temporalio import activity, workflow
 
 with workflow.unsafe.imports_passed_through():
-    from holdfast.temporal import STATUS
+    from holdfast.engine.client import STATUS
     from workflows.inbox import Inbox
 
 LINKS = 6

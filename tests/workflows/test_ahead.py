@@ -11,8 +11,8 @@ from temporalio import activity
 from temporalio.bridge.proto.workflow_activation import WorkflowActivation
 from temporalio.worker import Replayer
 
-from holdfast.ahead import Ahead
-from holdfast.temporal import sandbox
+from holdfast.engine.ahead import Ahead
+from holdfast.engine.client import sandbox
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.temporal import Stage
 from tests.workflows.evictions import ONE_POLL, Evictions, has

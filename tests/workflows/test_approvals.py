@@ -13,9 +13,12 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast import door
 from holdfast.cli.runs import waiting
-from holdfast.contracts import Approval, DecisionReply, Json, Phase, RunOutcome, StepSpec, digest
+from holdfast.contracts import door
+from holdfast.contracts.data import Json, digest
+from holdfast.contracts.people import Approval, DecisionReply
+from holdfast.contracts.profile import StepSpec
+from holdfast.contracts.run import Phase, RunOutcome
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, at_rest, cancelled, skip, status, temporal_cli, until

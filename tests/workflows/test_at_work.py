@@ -12,11 +12,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from holdfast.contracts import Effect, RunOutcome, RunStatus, UndoStatus
+from holdfast.authoring.tools import Tool, ToolContext, Undo, tool
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome, RunStatus
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.dev.simulation.hospital import HospitalRecord
+from holdfast.recovery.dead_letters import DeadLetters, LetterKind
 from holdfast.reliability.ledger import State
-from holdfast.simulation.hospital import HospitalRecord
-from holdfast.state.letters import LetterKind, Letters
-from holdfast.tools import Tool, ToolContext, Undo, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, until
@@ -89,7 +91,7 @@ async def at_rest(hospital: Running, base: str) -> list[str]:
 
 async def asked_again(handle: Any) -> RunStatus:
     """The run when the service has said no and may still be at work; or at its end, if it believes that."""
-    return await until(handle, lambda s: s.outcome is not None or any("still be at work" in note for note in s.notes))
+    return await until(handle, lambda s: s.outcome is not None or any("be processing" in note for note in s.notes))
 
 
 async def landed(hospital: Running, base: str) -> None:
@@ -172,7 +174,7 @@ async def test_cancelled_while_it_is_at_work_the_run_knows_at_its_end_that_it_wa
     stored = await stage.stored(handle)
     assert await at_rest(hospital, stored.key_base) == ["message"]
     assert [each.tool for each in stored.stands] == ["send"]
-    assert (stored.pending, await Letters(stage.runtime.db).find()) == ([], [])
+    assert (stored.pending, await DeadLetters(stage.runtime.db).find()) == ([], [])
 
 
 async def test_an_undo_that_finds_nothing_settles_nothing_without_a_bound(
@@ -186,7 +188,7 @@ async def test_an_undo_that_finds_nothing_settles_nothing_without_a_bound(
         await handle.cancel()
         await cancelled(handle)
         stored = await lite.stored(handle)
-        (letter,) = [each for each in await Letters(lite.runtime.db).find() if each.kind == LetterKind.UNDO]
+        (letter,) = [each for each in await DeadLetters(lite.runtime.db).find() if each.kind == LetterKind.UNDO]
         assert [u.status for u in stored.undone] == [UndoStatus.FAILED]
         assert "settles_within" in letter.cause
         await landed(hospital, stored.key_base)

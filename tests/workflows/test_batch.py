@@ -13,13 +13,16 @@ import httpx2
 import pytest
 from temporalio.client import WorkflowExecutionStatus
 
-from agents import registry
-from holdfast.agent import AgentSpec, BreakerRule, Service
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec, BreakerRule, Service
+from holdfast.authoring.tools import ToolContext, tool
 from holdfast.cli import runs
-from holdfast.contracts import Effect, Items, Json, Phase, RunOutcome
-from holdfast.state.letters import Letters
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import Items, Phase, RunOutcome
+from holdfast.recovery.dead_letters import DeadLetters
 from holdfast.state.runs import Runs
-from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence, turn
@@ -136,7 +139,7 @@ async def test_a_bad_item_is_counted_named_and_kept_and_the_others_are_done(lite
     assert result.items == Items(total=8, done=7, failed=1)
     assert result.reason.startswith("1 of 8 names failed: N03 (work")
     assert "n03 is no name" in result.reason
-    (letter,) = await Letters(lite.runtime.db).find()
+    (letter,) = await DeadLetters(lite.runtime.db).find()
     assert letter.workflow_id == f"{handle.id}.n03"
     assert letter.details["input"] == {"name": "n03"}
     assert batch.reports[-1].failures[0].name == "N03"
@@ -261,7 +264,7 @@ async def test_items_that_vanish_before_their_turn_are_told(lite: Stage):
         desk.gate.set()
         result = await handle.result()
     assert result.items == Items(total=4, done=4)
-    assert any("2 of the names that were there are there no longer" in note for note in result.notes)
+    assert any("2 of the names are no longer in the list" in note for note in result.notes)
 
 
 async def test_a_long_batch_continues_as_new_and_does_every_item_once(lite: Stage):
@@ -287,7 +290,7 @@ async def test_a_batch_that_cannot_be_listed_or_has_nothing_fails_with_words(lit
         empty = await failure(await batch.start(lite, []))
     assert refused.reason == "the items cannot be listed: there is no such folder"
     assert empty.reason == "there are no names"
-    letters = await Letters(lite.runtime.db).find()
+    letters = await DeadLetters(lite.runtime.db).find()
     assert {letter.subject for letter in letters} == {batch.spec.name}
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowFailureError, WorkflowHandle
 
-from holdfast.contracts import Effect, Phase, RunOutcome, StepSpec, UndoRecord
-from holdfast.hooks import ENDED, run_is
+from holdfast.contracts.failures import ToolFailed, ToolRefused
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.run import Phase, RunOutcome, UndoRecord
+from holdfast.engine.webhooks import ENDED, run_is
 from holdfast.reliability.ledger import State
-from holdfast.tools import ToolFailed, ToolRefused
 from tests.fixtures.model import Message, call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, status, temporal_cli, until
 from tests.fixtures.world import World, agent

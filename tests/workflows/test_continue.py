@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
-from holdfast.contracts import Effect, Json, Phase, RunOutcome, StepStatus, key_base
-from holdfast.temporal import AGENT, STATUS, TENANT
-from holdfast.tools import ToolContext, tool
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.data import Json
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import Phase, RunOutcome, StepStatus
+from holdfast.contracts.tool_call import key_base
+from holdfast.engine.client import AGENT, STATUS, TENANT
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, status, until

@@ -20,18 +20,14 @@ from temporalio.converter import WorkflowSerializationContext
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Replayer
 
-from holdfast.contracts import (
-    Approval,
-    ApprovalDecision,
-    DecisionReply,
-    Effect,
-    Json,
-    RunOutcome,
-    Verdict,
-)
+from holdfast.authoring.tools import Tool, ToolContext, Undo, tool
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.people import Approval, ApprovalDecision, DecisionReply, Verdict
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome
+from holdfast.engine.client import data_converter, sandbox
 from holdfast.settings import Settings
-from holdfast.temporal import data_converter, sandbox
-from holdfast.tools import Tool, ToolContext, ToolFailed, Undo, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, sequence
 from tests.fixtures.payloads import deployed
@@ -240,6 +236,6 @@ async def test_a_decision_typed_by_hand_counts_also_with_encryption_on(
 
 
 async def test_no_part_of_the_converter_looks_at_a_context(sqlite_url: str) -> None:
-    """The worker does not tell one (`holdfast.temporal._Sandbox`): whatever looks would see another in a client."""
+    """The worker does not tell one (`engine.client._Sandbox`): whatever looks would see another in a client."""
     converter = data_converter(Settings(encryption_keys=SecretStr(OLD), database_url=sqlite_url), "default")
     assert converter.with_context(WorkflowSerializationContext(namespace="default", workflow_id="w")) is converter

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from holdfast.contracts import Effect, OutcomeStatus, Phase, RunOutcome, StepSpec, UndoStatus
-from holdfast.repairs import doubtful
-from holdfast.services import BreakerRule, Service
-from holdfast.tools import Tool, ToolContext, tool
+from holdfast.authoring.services import BreakerRule, Service
+from holdfast.authoring.tools import Tool, ToolContext, tool
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.run import Phase, RunOutcome
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.contracts.turn import OutcomeStatus
+from holdfast.recovery.model import doubtful
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, error, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, failure, until
@@ -124,7 +127,7 @@ async def test_while_an_undo_waits_for_its_service_the_status_says_what_is_still
         await until(handle, lambda now: bool(now.approvals))
         await lite.runtime.guards.breaker.trip("world", "moving house", "lee")
         await handle.cancel()
-        now = await until(handle, lambda now: "On hold: world may not be called" in now.line)
+        now = await until(handle, lambda now: "Parked: world may not be called" in now.line)
         assert now.phase is Phase.COMPENSATING
         assert now.outcome is RunOutcome.CANCELLED
         assert "Still to be undone: order (#2), book (#1)" in now.line

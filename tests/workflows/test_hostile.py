@@ -16,10 +16,13 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
 
 from activities.runs import RunRecords
-from holdfast.contracts import DecisionReply, Effect, Json, RunEnd, RunOutcome, RunResult
-from holdfast.outside import CUT
+from holdfast.authoring.tools import Tool, ToolContext, tool
+from holdfast.contracts.data import Json
+from holdfast.contracts.outside import CUT
+from holdfast.contracts.people import DecisionReply
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunEnd, RunOutcome, RunResult
 from holdfast.state.runs import Runs
-from holdfast.tools import Tool, ToolContext, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, failure, status, until
@@ -201,7 +204,7 @@ async def test_an_activity_that_can_never_succeed_ends_the_run_which_unwinds(lit
         edit = {"approval_id": "a2", "verdict": "edit", "approver": "dr.lee", "arguments": {"n": 7}}
         await handle.signal("decide", edit)
         result = await failure(handle)
-    assert result.reason.startswith("gave up: this can never succeed, whatever is tried again: RecursionError")
+    assert result.reason.startswith("gave up: this can never succeed, so it is not tried again: RecursionError")
     assert world.log == ["begin book#1", "done book#1", "undo book#1"]
 
 

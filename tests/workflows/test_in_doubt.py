@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 
-from holdfast.contracts import Effect, Phase, RunOutcome, StepSpec
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.run import Phase, RunOutcome
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters, LetterKind
 from holdfast.reliability.ledger import State
-from holdfast.state.letters import Letter, LetterKind, Letters
-from holdfast.tools import ToolContext, ToolFailed, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, failure, until
 from tests.fixtures.world import World, agent
 
 
-async def letters(stage: Stage) -> list[Letter]:
-    return await Letters(stage.runtime.db).find()
+async def letters(stage: Stage) -> list[DeadLetter]:
+    return await DeadLetters(stage.runtime.db).find()
 
 
 async def test_beside_a_tool_of_its_step_that_was_undone(stage: Stage) -> None:
@@ -144,7 +146,7 @@ async def cancelled_while_it_is_asked_again(stage: Stage, world: World, finds: l
     stage.model.script = sequence(call(("ping", {})), say("done"))
     async with stage.worker():
         handle = await stage.start(agent(ping))
-        await until(handle, lambda s: any("may still be at work" in note for note in s.notes))
+        await until(handle, lambda s: any("may still be processing" in note for note in s.notes))
         if bound > 30:
             finds.append("pong")
         await handle.cancel()

@@ -10,8 +10,10 @@ import pytest
 from temporalio.client import WorkflowHandle
 from temporalio.worker import Replayer
 
-from holdfast.contracts import DecisionReply, Json, RunOutcome
-from holdfast.temporal import sandbox
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import DecisionReply
+from holdfast.contracts.run import RunOutcome
+from holdfast.engine.client import sandbox
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until
@@ -29,7 +31,7 @@ def approve(number: int) -> Json:
 
 @pytest.mark.parametrize("second", ["decide", "message"])
 async def test_signals_in_two_portions_replay_in_one(lite: Stage, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
-    """A worker without the eviction of such runs (`holdfast.ahead`): for Signals the inbox alone is enough."""
+    """A worker without the eviction of such runs (`holdfast.engine.ahead`): for Signals the inbox alone is enough."""
     evictions, world = Evictions(monkeypatch, evict=False), World()
     spec = agent(world.tool("send", approval=True))
     async with lite.worker(activities_only=True), asyncio.timeout(2 * PATIENCE_S):

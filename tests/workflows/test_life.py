@@ -13,21 +13,15 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, Wor
 from temporalio.exceptions import ApplicationError
 
 from activities import boundary
-from agents import registry
-from holdfast.agent import AgentSpec
-from holdfast.contracts import (
-    Effect,
-    Json,
-    OutcomeStatus,
-    Phase,
-    Profile,
-    RunOutcome,
-    RunResult,
-    StepSpec,
-    StepStatus,
-)
-from holdfast.services import BreakerRule
-from holdfast.tools import ToolContext, ToolFailed, ToolRefused, tool
+from holdfast.authoring import registry
+from holdfast.authoring.agent import AgentSpec
+from holdfast.authoring.services import BreakerRule
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ToolFailed, ToolRefused
+from holdfast.contracts.profile import Effect, Profile, StepSpec
+from holdfast.contracts.run import Phase, RunOutcome, RunResult, StepStatus
+from holdfast.contracts.turn import OutcomeStatus
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, retried, status, until
@@ -406,7 +400,7 @@ async def test_a_refused_call_goes_back_to_the_model_and_is_no_end_of_its_step(l
 
 
 def raise_refused(text: str) -> None:
-    from holdfast.tools import ToolRefused
+    from holdfast.contracts.failures import ToolRefused
 
     raise ToolRefused(text)
 
@@ -426,7 +420,7 @@ async def test_a_model_that_takes_no_key_parks_the_run_which_goes_on_when_it_is_
     async with lite.worker(**options):
         handle = await lite.start(spec)
         parked = await until(handle, lambda s: s.phase is Phase.PARKED)
-        assert any("the model is gone" in note for note in parked.notes)
+        assert any("the model is unavailable" in note for note in parked.notes)
         broken = False
         result = await handle.result()
     assert (result.outcome, result.turns) == (RunOutcome.COMPLETED, 2)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from holdfast.contracts import Effect, RunOutcome
-from holdfast.services import BreakerRule, Service
-from holdfast.tools import Tool, ToolContext, Undo, tool
+from holdfast.authoring.services import BreakerRule, Service
+from holdfast.authoring.tools import Tool, ToolContext, Undo, tool
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome
 from tests.fixtures.model import Message, call, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, failure, until
 from tests.fixtures.world import World, agent

@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from holdfast.contracts import Effect, Phase, RunOutcome, StepSpec
-from holdfast.mcp.spec import McpServer, McpTool
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.run import Phase, RunOutcome
+from holdfast.ext.mcp.spec import McpServer, McpTool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence, turn
 from tests.fixtures.temporal import Stage, until
@@ -134,7 +135,7 @@ async def test_an_effect_at_a_server_killed_in_the_call_is_never_sent_again_and_
         (asked,) = (await until(handle, lambda s: s.phase is Phase.WAITING_HUMAN)).approvals
         assert (asked.kind, asked.subject, asked.role) == ("outcome", write, "nurse")
         # The model tried once more, under a new key, and was refused.
-        assert "unknown and waits for a person" in answers(lite.model.requests[-1][1])[-1]
+        assert "is unknown, and a person has to settle it first" in answers(lite.model.requests[-1][1])[-1]
         assert booked() == []
         finding = {"approval_id": asked.id, "verdict": "did_not", "approver": "n.smith", "comment": "no such row"}
         await handle.signal("decide", finding)

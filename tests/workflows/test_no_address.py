@@ -9,8 +9,9 @@ import pytest
 from temporalio.client import WorkflowFailureError
 from temporalio.exceptions import CancelledError
 
-from holdfast.contracts import Effect, RunOutcome
-from holdfast.tools import Tool, ToolContext, Undo, tool
+from holdfast.authoring.tools import Tool, ToolContext, Undo, tool
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until

@@ -10,13 +10,15 @@ import pytest
 from temporalio.client import Client, WorkflowHandle
 from temporalio.service import RPCError
 
-from holdfast.contracts import AgentInput, Effect, RunOutcome, RunResult, StepSpec, StepStatus
-from holdfast.orphans import find_orphans, is_over
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.recovery import RepairResult, Sweep, Swept
+from holdfast.contracts.run import AgentInput, RunOutcome, RunResult, StepStatus
+from holdfast.recovery.dead_letters import DeadLetters, LetterKind
+from holdfast.recovery.model import unwind_id
+from holdfast.recovery.orphans import find_orphans, is_over
 from holdfast.reliability.ledger import State, tool_call
-from holdfast.repairs import RepairResult, Sweep, Swept, unwind_id
-from holdfast.state.letters import LetterKind, Letters
 from holdfast.state.runs import Runs
-from holdfast.tools import ToolFailed
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until
 from tests.fixtures.world import World, agent
@@ -65,7 +67,7 @@ async def test_a_terminated_run_is_undone_once_and_its_end_recorded(stage: Stage
     assert result.reason.startswith("terminated outside")
     assert [(u.tool, u.status) for u in result.undone] == [("book", "undone")]
     assert [s.status for s in result.steps] == [StepStatus.UNDONE, StepStatus.TODO]
-    assert await Letters(stage.runtime.db).find() == []
+    assert await DeadLetters(stage.runtime.db).find() == []
 
 
 async def test_an_effect_in_flight_at_the_termination_is_undone_too(lite: Stage) -> None:
@@ -203,7 +205,7 @@ async def test_a_doubtful_call_that_cannot_be_undone_is_asked_about_or_left_to_a
         await world.saw("begin ping#2")
         await handle.terminate("by hand")
         (ended,) = await sweep(stage)
-        (letter,) = await Letters(stage.runtime.db).find()
+        (letter,) = await DeadLetters(stage.runtime.db).find()
         assert (ended.ok, letter.kind, letter.subject) == (False, LetterKind.CALL, "mail")
         assert world.log.count("asked ping") > 1, "its no counts only when the service cannot be at work any more"
         base = (await stage.stored(handle)).key_base
@@ -229,7 +231,7 @@ async def test_a_compensation_of_a_terminated_run_that_fails_is_a_letter(lite: S
         await until(handle, lambda s: bool(s.approvals))
         await handle.terminate("by hand")
         (ended,) = await sweep(lite)
-        (letter,) = await Letters(lite.runtime.db).find()
+        (letter,) = await DeadLetters(lite.runtime.db).find()
         result = await lite.stored(handle)
     assert [(str(each), each.why) for each in result.stands] == [
         ("book #1", "its undo failed"),

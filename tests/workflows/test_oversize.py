@@ -13,19 +13,15 @@ from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Replayer
 
+from holdfast.authoring.tools import Tool, ToolContext, Undo, tool
 from holdfast.cli.stuck import failing_task, words
-from holdfast.contracts import (
-    ApprovalDecision,
-    DecisionReply,
-    Effect,
-    RunOutcome,
-    Verdict,
-)
-from holdfast.executions import describe
-from holdfast.starting import BadRequest, start_run
+from holdfast.contracts.people import ApprovalDecision, DecisionReply, Verdict
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome
+from holdfast.engine.client import sandbox
+from holdfast.engine.executions import describe
+from holdfast.engine.starting import BadRequest, start_run
 from holdfast.state.runs import Runs
-from holdfast.temporal import sandbox
-from holdfast.tools import Tool, ToolContext, Undo, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, say, sequence
 from tests.fixtures.payloads import deployed

@@ -10,14 +10,17 @@ import pytest
 from temporalio.api.sdk.v1 import WorkflowMetadata
 from temporalio.client import WorkflowHandle
 
-from agents import registry
-from holdfast.contracts import Effect, RunOutcome, RunResult, StepSpec, StepStatus, UndoStatus
+from holdfast.authoring import registry
+from holdfast.authoring.tools import Tool
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.recovery import Action, Repair, RepairResult
+from holdfast.contracts.run import RunOutcome, RunResult, StepStatus
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.engine.starting import BadRequest
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters, LetterKind, LetterState
+from holdfast.recovery.requests import repair_of, replay_run, start_repair
 from holdfast.reliability.ledger import State
-from holdfast.repairing import repair_of, replay_run, start_repair
-from holdfast.repairs import Action, Repair, RepairResult
-from holdfast.starting import BadRequest
-from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
-from holdfast.tools import Tool, ToolFailed
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, failure, until
@@ -27,16 +30,16 @@ from tests.workflows.test_orphans import sweep
 ORDER = StepSpec(name="pharmacy", tools=["order"], critical=False, role="pharmacist")
 
 
-def letters(stage: Stage) -> Letters:
-    return Letters(stage.runtime.db)
+def letters(stage: Stage) -> DeadLetters:
+    return DeadLetters(stage.runtime.db)
 
 
-async def only_letter(stage: Stage, agent: str = "") -> Letter:
+async def only_letter(stage: Stage, agent: str = "") -> DeadLetter:
     (found,) = await letters(stage).find(agent=agent)
     return found
 
 
-async def replay(stage: Stage, letter: Letter) -> RepairResult:
+async def replay(stage: Stage, letter: DeadLetter) -> RepairResult:
     repair = await repair_of(letter, stage.runtime.db, "dr.lee")
     return await (await start_repair(stage.client, repair, stage.queue)).result()
 
@@ -142,7 +145,7 @@ async def test_an_unknown_manual_call_is_never_replayed_blindly(lite: Stage) -> 
         handle = await lite.start(agent(send, steps=steps))
         await handle.result()
         letter = await only_letter(lite)
-        with pytest.raises(BadRequest, match=rf"nobody knows whether send happened.*settle {handle.id}"):
+        with pytest.raises(BadRequest, match=rf"it is unknown whether send happened.*settle {handle.id}"):
             await replay(lite, letter)
         # Not even by a workflow that was started past the door.
         action = Action(do="call", key=letter.key, seq=1, tool="send", arguments={"n": 0})
@@ -226,7 +229,7 @@ async def test_a_failed_run_is_replayed_and_what_still_stands_is_not_done_again(
         assert (letter.kind, letter.cause) == (LetterKind.RUN, before.reason)
         started = await replay_run(stage.client, stage.runtime.db, letter, "dr.lee", stage.queue)
         again = stage.client.get_workflow_handle(started.workflow_id, result_type=RunResult)
-        with pytest.raises(BadRequest, match="was taken by somebody else just now"):
+        with pytest.raises(BadRequest, match="was taken by another process just now"):
             await replay_run(stage.client, stage.runtime.db, letter, "dr.lee", stage.queue)
         result = await again.result()
     assert started.request_key == f"{handle.id}~1"
@@ -279,7 +282,7 @@ async def test_a_failed_run_is_not_replayed_while_nobody_knows_whether_its_effec
         run = found[LetterKind.RUN]
         with pytest.raises(BadRequest, match=rf"settle {handle.id} {found[LetterKind.CALL].key}"):
             await replay_run(lite.client, lite.runtime.db, run, "dr.lee", lite.queue)
-        with pytest.raises(BadRequest, match="its run ended failed, and nothing of that is done again"):
+        with pytest.raises(BadRequest, match="its run ended failed, so its calls are not made again"):
             await replay(lite, found[LetterKind.CALL])
         await lite.runtime.ledger.settle(found[LetterKind.CALL].key, True, "sent by phone", "")
         started = await replay_run(lite.client, lite.runtime.db, run, "dr.lee", lite.queue)
@@ -335,7 +338,7 @@ async def test_what_stood_in_for_a_call_and_may_have_happened_is_settled_first(l
     assert [entry for entry in world.log if entry.startswith("done")] == []
 
 
-def settling(letter: Letter, action: Action) -> Repair:
+def settling(letter: DeadLetter, action: Action) -> Repair:
     return Repair(
         workflow_id=letter.workflow_id,
         key_base=letter.key_base,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from temporalio.client import WorkflowHistory
 
-from holdfast.temporal import DATA_CONVERTER
+from holdfast.engine.client import DATA_CONVERTER
 from tests.fixtures import replay as replaying
 
 # As the first landed version wrote them. Each is pinned by its digest: recording one anew would prove nothing.

@@ -9,7 +9,7 @@ from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from temporalio.client import WorkflowHandle
 
-from holdfast.contracts import RunOutcome, RunResult
+from holdfast.contracts.run import RunOutcome, RunResult
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, until
 from tests.fixtures.world import World, agent

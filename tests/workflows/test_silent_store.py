@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 from temporalio.testing import WorkflowEnvironment
 
-from holdfast.contracts import Effect, RunOutcome
-from holdfast.tools import ToolContext, tool
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import RunOutcome
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.proxy import Proxy

@@ -9,10 +9,11 @@ import httpx2
 import pytest
 from temporalio.client import WorkflowHandle
 
-from agents import registry
-from holdfast.agent import BreakerRule, Service
-from holdfast.contracts import Effect, Phase, RunOutcome
-from holdfast.tools import Tool, ToolContext, tool
+from holdfast.authoring import registry
+from holdfast.authoring.agent import BreakerRule, Service
+from holdfast.authoring.tools import Tool, ToolContext, tool
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import Phase, RunOutcome
 from tests.fixtures.model import call, error, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, until
 from tests.fixtures.world import World, agent

@@ -12,20 +12,21 @@ from temporalio.client import WorkflowHandle, WorkflowHistory
 from temporalio.worker import UnsandboxedWorkflowRunner
 
 from activities.resets import replays_with
-from holdfast.contracts import Outcome, RunOutcome, RunResult
-from holdfast.executions import PROBLEMS, describe
-from holdfast.repairing import repair_of
-from holdfast.repairs import Sweep, Swept
-from holdfast.resets import SIGNAL, WasReset, find_stuck, mend
-from holdfast.starting import BadRequest
-from holdfast.state.letters import LetterKind, Letters, LetterState
+from holdfast.contracts.recovery import Sweep, Swept
+from holdfast.contracts.run import RunOutcome, RunResult
+from holdfast.contracts.tool_call import Outcome
+from holdfast.engine.executions import PROBLEMS, describe
+from holdfast.engine.starting import BadRequest
+from holdfast.recovery.dead_letters import DeadLetters, LetterKind, LetterState
+from holdfast.recovery.requests import repair_of
+from holdfast.recovery.resets import SIGNAL, WasReset, find_stuck, mend
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, cancelled, until
 from tests.fixtures.world import World, agent
 from tests.workflows.test_reset import reset
 from workflows.agent import AgentWorkflow
-from workflows.kinds import WORKFLOWS
+from workflows.all_workflows import WORKFLOWS
 from workflows.state import CallState
 
 
@@ -115,7 +116,7 @@ async def test_a_run_that_does_not_replay_is_reset_and_ends_with_each_effect_onc
     done = sorted(entry for entry in world.log if entry.startswith("done"))
     assert done == ["done book#1", "done order#2", "done send#3"]
     assert len(stage.model.requests) == 4, "a turn that was recorded was paid again"
-    assert await Letters(stage.runtime.db).find() == []
+    assert await DeadLetters(stage.runtime.db).find() == []
 
 
 async def test_a_stuck_run_that_was_cancelled_undoes_everything_after_its_reset(lite: Stage) -> None:
@@ -192,7 +193,7 @@ async def test_after_two_resets_a_person_is_asked_and_there_is_no_third(lite: St
         before = (await describe(lite.client, handle.id)).run_id
         await swept(lite)
         assert (await describe(lite.client, handle.id)).run_id == before
-        (letter,) = await Letters(lite.runtime.db).find()
+        (letter,) = await DeadLetters(lite.runtime.db).find()
         assert (letter.kind, letter.state, letter.workflow_id) == (LetterKind.STUCK, LetterState.OPEN, handle.id)
         assert letter.details["commands"][0].startswith("temporal workflow reset --workflow-id ")
         assert "--reapply-exclude Update" in letter.details["commands"][0]
@@ -202,7 +203,7 @@ async def test_after_two_resets_a_person_is_asked_and_there_is_no_third(lite: St
         await until(fresh, lambda s: bool(s.approvals))
         await handle.signal("decide", {"approval_id": "a3", "verdict": "approve", "approver": "dr.lee"})
         assert (await handle.result()).outcome is RunOutcome.COMPLETED
-        (letter,) = await Letters(lite.runtime.db).find()
+        (letter,) = await DeadLetters(lite.runtime.db).find()
         assert letter.closed_at is not None
 
 

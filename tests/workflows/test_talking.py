@@ -11,11 +11,14 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import interrupt
 from temporalio.client import WorkflowHandle
 
-from holdfast.agent import AgentSpec, StepSpec
-from holdfast.contracts import DecisionReply, Effect, Json, Phase, RunOutcome
-from holdfast.graph import Turn, TurnState, final
+from holdfast.authoring.agent import AgentSpec, StepSpec
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.data import Json
+from holdfast.contracts.people import DecisionReply
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.run import Phase, RunOutcome
+from holdfast.reasoning.graph import Turn, TurnState, final
 from holdfast.reliability import ledger
-from holdfast.tools import ToolContext, tool
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.temporal import Stage, at_rest, temporal_cli, until

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
-from holdfast.contracts import Effect, RunOutcome, RunResult, RunStatus, StepStatus, UndoStatus
+from holdfast.authoring.tools import Tool
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.profile import Effect
+from holdfast.contracts.recovery import Action, Repair
+from holdfast.contracts.run import RunOutcome, RunResult, RunStatus, StepStatus
+from holdfast.contracts.tool_call import UndoStatus
 from holdfast.reliability.ledger import State
-from holdfast.repairs import Action, Repair
-from holdfast.tools import Tool, ToolFailed
 from tests.fixtures.model import Message, call, say
 from tests.fixtures.temporal import Stage, cancelled, temporal_cli, until
 from tests.fixtures.world import World, agent
@@ -235,7 +238,7 @@ async def test_an_undo_that_failed_half_way_goes_to_a_person(stage: Stage, verdi
         now = await until(fresh, lambda s: any(a.kind == "outcome" for a in s.approvals))
         (asked,) = [a for a in now.approvals if a.kind == "outcome"]
         assert (asked.id, asked.subject, asked.key) == ("o1", "book", f"{before.key_base}/1")
-        assert "its undo was begun and did not end" in asked.why
+        assert "its undo began and did not succeed" in asked.why
         assert "a bug in the middle" in asked.why
         assert {step.name: step.status for step in now.steps}["book"] is StepStatus.PENDING
         await fresh.signal("decide", {"approval_id": "a2", "verdict": "approve", "approver": "dr.lee"})

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from holdfast.agent import AgentSpec
-from holdfast.contracts import DecisionReply, Effect, OutcomeStatus, Phase, RunOutcome, RunStatus, StepSpec
+from holdfast.authoring.agent import AgentSpec
+from holdfast.authoring.services import BreakerRule, Service
+from holdfast.authoring.tools import Tool, ToolContext, tool
+from holdfast.contracts.people import DecisionReply
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.run import Phase, RunOutcome, RunStatus
+from holdfast.contracts.turn import OutcomeStatus
+from holdfast.engine.client import STATUS
 from holdfast.reliability.ledger import State
-from holdfast.services import BreakerRule, Service
-from holdfast.temporal import STATUS
-from holdfast.tools import Tool, ToolContext, tool
 from tests.fixtures.batch import Batch, Work, names
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import Message, call, say, sequence, turn
@@ -272,7 +275,7 @@ async def test_a_tool_that_the_rest_of_the_work_needs_is_not_withdrawn_and_nobod
     async with lite.worker():
         handle = await lite.start(desk.agent(desk.tool(Effect.READ, put_off=False), world.tool("tell", approval=True)))
         parked = await until(handle, lambda now: now.phase is Phase.PARKED)
-        assert re.search(rf"On hold: {desk.name} may not be called: .*; tried again at [\d:]+ UTC", parked.line)
+        assert re.search(rf"Parked: {desk.name} may not be called: .*; tried again at [\d:]+ UTC", parked.line)
         assert (parked.turn, parked.approvals) == (1, [])
         await lite.runtime.guards.breaker.reset(desk.name, "lee")
         await until(handle, lambda now: open_ones(now) == ["a2"])

@@ -9,9 +9,12 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from starlette.responses import Response, StreamingResponse
 
-from holdfast.agent import ModelOptions
-from holdfast.contracts import ApprovalDecision, Effect, Phase, RunOutcome, StepSpec, Usage, Verdict
-from holdfast.tools import ToolContext, tool
+from holdfast.authoring.agent import ModelOptions
+from holdfast.authoring.tools import ToolContext, tool
+from holdfast.contracts.people import ApprovalDecision, Verdict
+from holdfast.contracts.profile import Effect, StepSpec
+from holdfast.contracts.run import Phase, RunOutcome
+from holdfast.contracts.turn import Usage
 from tests.fixtures.model import Message, call, say, sequence, turn
 from tests.fixtures.temporal import Stage, cancelled, failure, until
 from tests.fixtures.world import World, agent

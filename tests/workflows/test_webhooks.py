@@ -17,18 +17,22 @@ from standardwebhooks import WebhookVerificationError
 from starlette.responses import Response
 from temporalio.client import WorkflowExecutionStatus
 
-import activities.hooks
-from holdfast.contracts import AgentInput, Json, RunOutcome, RunResult, StepSpec
-from holdfast.graph import Turn, TurnState, final
-from holdfast.hooks import AMENDED, Hook, run_is
-from holdfast.orphans import find_orphans
-from holdfast.reliability import faults
+import activities.webhooks
+from holdfast.contracts.data import Json
+from holdfast.contracts.failures import ToolFailed
+from holdfast.contracts.profile import StepSpec
+from holdfast.contracts.recovery import Action, Repair
+from holdfast.contracts.run import AgentInput, RunOutcome, RunResult
+from holdfast.contracts.webhooks import Hook
+from holdfast.engine.starting import TASK_TIMEOUT
+from holdfast.engine.webhooks import AMENDED, run_is
+from holdfast.reasoning.graph import Turn, TurnState, final
+from holdfast.recovery.dead_letters import DeadLetter, DeadLetters, LetterKind, LetterState
+from holdfast.recovery.model import unwind_id
+from holdfast.recovery.orphans import find_orphans
+from holdfast.recovery.requests import send_again, start_repair
+from holdfast.reliability import crash_points
 from holdfast.reliability.ledger import Ledger
-from holdfast.repairing import send_again, start_repair
-from holdfast.repairs import Action, Repair, unwind_id
-from holdfast.starting import TASK_TIMEOUT
-from holdfast.state.letters import Letter, LetterKind, Letters, LetterState
-from holdfast.tools import ToolFailed
 from tests.fixtures.clock import PATIENCE_S
 from tests.fixtures.model import call, say, sequence
 from tests.fixtures.receiver import SECRET, Receiver
@@ -61,7 +65,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody who does not answer is asked twice, so the breaker of the address stays closed too."""
-    monkeypatch.setattr(activities.hooks, "RETRIES", 0)
+    monkeypatch.setattr(activities.webhooks, "RETRIES", 0)
 
 
 def booking(stage: Stage, *tools: Any, **more: Any) -> Any:
@@ -70,9 +74,9 @@ def booking(stage: Stage, *tools: Any, **more: Any) -> Any:
     return agent(world.tool("book"), *tools, **more)
 
 
-async def letter(stage: Stage) -> Letter:
+async def letter(stage: Stage) -> DeadLetter:
     """The only webhook that nobody took."""
-    letters = Letters(stage.runtime.db)
+    letters = DeadLetters(stage.runtime.db)
     async with asyncio.timeout(PATIENCE_S):
         while not (found := await letters.find(kind=LetterKind.HOOK, state=LetterState.OPEN)):
             await asyncio.sleep(0.02)
@@ -132,9 +136,9 @@ async def test_a_worker_that_dies_between_sending_and_recording_sends_again_unde
         died.append(1)
         raise Killed
 
-    monkeypatch.setattr(faults, "strike", strike)
-    monkeypatch.setattr(faults, "_armed", None)
-    faults.arm("kill:effect-done@run.ended")
+    monkeypatch.setattr(crash_points, "strike", strike)
+    monkeypatch.setattr(crash_points, "_armed", None)
+    crash_points.arm("kill:effect-done@run.ended")
     async with signing.worker():
         handle = await signing.start(booking(signing), webhook=receiver.url)
         result = await handle.result()
@@ -195,7 +199,7 @@ async def test_what_nobody_took_is_a_dead_letter_and_is_delivered_later_under_it
             again = await send_again(signing.client, signing.runtime.db, await letter(signing), "kim", signing.queue)
             assert (await again.result()).ok
     assert receiver.ids == [hook.id]
-    closed = await Letters(signing.runtime.db).get(dead.id)
+    closed = await DeadLetters(signing.runtime.db).get(dead.id)
     assert closed is not None
     assert closed.state == LetterState.REPLAYED
 

@@ -1,4 +1,4 @@
-"""Where a call that is not ready yet goes on, kept in the ledger."""
+"""The ledger keeps the position from which a call that is not ready continues."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,6 +1,6 @@
-"""A request key belongs to an agent: the same key of two agents is two runs.
+"""A request key belongs to an agent: the same key given to two agents is two runs.
 
-Older code goes on working; it refuses a key that another agent has used too.
+Older code still works with this schema; it refuses a key that another agent has used.
 """
 
 import sqlalchemy as sa
@@ -13,7 +13,7 @@ down_revision = "0004"
 def upgrade() -> None:
     key = ["agent", "request_key"]
     if op.get_bind().dialect.name == "postgresql":
-        # By its own name: a store that was restored from a dump of tables may have none.
+        # IF EXISTS: a store that was restored from a dump of tables may have no primary key.
         op.execute("ALTER TABLE runs DROP CONSTRAINT IF EXISTS runs_pkey")
         op.create_primary_key("runs_pkey", "runs", key)
         return

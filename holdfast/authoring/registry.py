@@ -1,0 +1,210 @@
+"""Finds the agents: every `SPEC` in `agents/<name>/spec.py`. To add an agent, add a folder.
+
+A broken agent is listed as broken and does not affect the others.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TypeVar
+
+from holdfast.authoring.agent import AgentSpec
+from holdfast.authoring.batch import BatchSpec
+from holdfast.authoring.services import Service
+from holdfast.contracts.failures import MESSAGE_LIMIT, ErrorType, Failure
+from holdfast.contracts.wording import did_you_mean
+from holdfast.files import ROOT
+
+T = TypeVar("T")
+
+
+class UnknownAgent(Exception):
+    """No agent of that name."""
+
+
+class BrokenAgent(Exception):
+    """An agent under `agents/` cannot be imported, or its declaration cannot run. The message says where and why.
+
+    Other agents are not affected. Runs of the broken agent wait until it is repaired; none of them fails.
+    """
+
+    @property
+    def failure(self) -> Failure:
+        """The failure, in the form that `holdfast.reliability.errors.classify` takes."""
+        return Failure(ErrorType.INTERNAL, f"its agent is broken: {self}"[:MESSAGE_LIMIT], retry=True)
+
+
+_added: dict[str, AgentSpec] = {}
+_added_batches: dict[str, BatchSpec] = {}
+
+
+@dataclass
+class _Found:
+    """The contents of `agents/`. `broken` is by folder."""
+
+    agents: dict[str, AgentSpec] = field(default_factory=dict)
+    batches: dict[str, BatchSpec] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """The file that declares each name."""
+    broken: dict[str, BrokenAgent] = field(default_factory=dict)
+
+    def take(self, folder: str) -> None:
+        """Adds the agent and the batch that a folder declares. Adds nothing and raises BrokenAgent when it cannot."""
+        file = f"agents/{folder}/spec.py"
+        try:
+            module = import_module(f"agents.{folder}.spec")
+            spec, batch = getattr(module, "SPEC", None), getattr(module, "BATCH", None)
+            if not isinstance(spec, AgentSpec):
+                raise TypeError("it has no SPEC = AgentSpec(…)")
+        except (Exception, SystemExit) as error:
+            raise _broken(file, error) from error
+        names = [each.name for each in (spec, batch) if each is not None]
+        for n, name in enumerate(names):
+            if name in self.files or name in names[:n]:
+                where = self.files.get(name, file)
+                raise BrokenAgent(f"{file}: the name {name!r} is taken by {where}: give it one of its own")
+        _services_of([*self.agents.values(), spec])
+        self.agents[spec.name] = spec
+        if batch is not None:
+            self.batches[batch.name] = batch
+        self.files |= dict.fromkeys(names, file)
+
+
+def _broken(file: str, error: BaseException) -> BrokenAgent:
+    near = f"/{Path(file).parent}/"
+    where = [each for each in traceback.extract_tb(error.__traceback__) if near in each.filename]
+    at = f" ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else ""
+    return BrokenAgent(f"{file}: {type(error).__name__}: {error}{at}")
+
+
+@cache
+def _found() -> _Found:
+    found = _Found()
+    for folder in sorted(path.parent.name for path in (ROOT / "agents").glob("*/spec.py")):
+        try:
+            found.take(folder)
+        except BrokenAgent as error:
+            found.broken[folder] = error
+    found.agents = dict(sorted(found.agents.items()))
+    return found
+
+
+def broken() -> dict[str, BrokenAgent]:
+    """The broken agents under `agents/`, by folder name."""
+    return _found().broken
+
+
+def none_is_broken() -> None:
+    """Raises the BrokenAgent of the first broken agent, if there is one."""
+    for error in broken().values():
+        raise error
+
+
+def breaks(name: str, file: str, error: BaseException) -> None:
+    """Removes an agent that turned out to be broken, with its batches. `file`: where its code is."""
+    found = _found()
+    found.broken[name] = _broken(file, error)
+    for where in (_added, found.agents):
+        where.pop(name, None)
+    for batches in (_added_batches, found.batches):
+        for batch in [each for each in batches.values() if each.agent.name == name]:
+            del batches[batch.name]
+
+
+def add(spec: AgentSpec) -> AgentSpec:
+    """Registers an agent from outside `agents/` (tests, benchmarks)."""
+    _added[spec.name] = spec
+    _services.cache_clear()
+    return spec
+
+
+def add_batch(spec: BatchSpec) -> BatchSpec:
+    """Registers a batch from outside `agents/`, and its agent."""
+    _added_batches[spec.name] = spec
+    add(spec.agent)
+    return spec
+
+
+def service(name: str) -> Service:
+    """Returns the declaration of a service, or the defaults when no agent declares it."""
+    return _services().get(name) or Service(name)
+
+
+def check_services() -> None:
+    """Raises BrokenAgent when two agents declare a service differently."""
+    _services()
+
+
+@cache
+def _services() -> dict[str, Service]:
+    return _services_of(agents().values())
+
+
+def _services_of(specs: Iterable[AgentSpec]) -> dict[str, Service]:
+    """Collects the declared services. Raises BrokenAgent when two agents declare one differently.
+
+    All agents share a service's circuit breaker and rate limit.
+    """
+    found: dict[str, Service] = {}
+    servers: dict[str, object] = {}
+    for spec in specs:
+        for server in spec.mcp:
+            if servers.setdefault(server.name, server.where) != server.where:
+                raise BrokenAgent(
+                    f"agent {spec.name} declares MCP server {server.name} differently from another agent:"
+                    " declare it the same way in both"
+                )
+        for each in spec.services:
+            if found.setdefault(each.name, each) != each:
+                raise BrokenAgent(
+                    f"agent {spec.name} declares service {each.name} differently from another agent:"
+                    " declare it the same way in both"
+                )
+    return found
+
+
+def stages() -> list[str]:
+    """Returns the stages that tools and batches name, sorted."""
+    tools = {tool.queue for spec in agents().values() for tool in spec.tools}
+    return sorted((tools | {each.queue for each in batches().values()}) - {""})
+
+
+def agents() -> dict[str, AgentSpec]:
+    """Returns all agents by name, without the broken ones."""
+    return {**_found().agents, **_added}
+
+
+def agent(name: str) -> AgentSpec:
+    """Returns the agent of that name. Raises UnknownAgent with the known names, or BrokenAgent."""
+    return _known(name, agents(), "agent")
+
+
+def batches() -> dict[str, BatchSpec]:
+    """Returns all batches by name."""
+    return {**_found().batches, **_added_batches}
+
+
+def batch(name: str) -> BatchSpec:
+    """Returns the batch of that name. Raises UnknownAgent with the known names, or BrokenAgent."""
+    return _known(name, batches(), "batch")
+
+
+def startable(name: str) -> AgentSpec | BatchSpec:
+    """Returns the agent or batch of that name. Raises UnknownAgent with the known names, or BrokenAgent."""
+    return _known(name, {**agents(), **batches()}, "agent")
+
+
+def _known(name: str, there: Mapping[str, T], what: str) -> T:
+    if name in there:
+        return there[name]
+    if name in broken():
+        raise broken()[name]
+    words = f"no {what} named {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}"
+    if broken():  # the name of a broken agent is unknown: its spec could not be read
+        raise BrokenAgent(f"{words}; it may be one of the broken agents: {'; '.join(map(str, broken().values()))}")
+    raise UnknownAgent(words)

@@ -1,1 +1,0 @@
-"""Tools of MCP servers for our agents. The platform as a server is a command: `holdfast.cli.mcp_server`."""
