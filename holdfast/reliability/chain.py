@@ -5,7 +5,7 @@
 
 If the ledger has a recorded result, the chain returns it before any other step. A step that has to wait raises
 `NotYet`: nothing was reserved, no attempt is counted, and the workflow waits on a durable timer. Add a further step in
-`_admit`.
+`_take`, before the reservation.
 
 Temporal does the retries: a failure that can be retried leaves as `RetryLater` with its delay, and the ledger counts
 it. A crash, a deploy or a wait does not count.
