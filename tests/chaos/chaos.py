@@ -89,6 +89,9 @@ async def chaos(
         finally:
             for task in (watch, trouble, work):
                 task.cancel()
+            await asyncio.wait([watch, trouble, work])
+            if not work.cancelled():
+                work.exception()  # read, so that it is not reported as lost: the first failure is on its way already
         report.disturbances, report.people, report.log = disturbances.done, people.done, disturbances.log
         for record in await _records(env, people.runs, disturbances.released):
             report.outcomes[record.result.outcome if record.result else record.status] += 1

@@ -56,6 +56,13 @@ class Gone(Exception):
     """The server knows no such run, or the run has ended."""
 
 
+def end_if_cancelled() -> None:
+    """Raises CancelledError in a task that was cancelled: the client may have told it as an RPC error."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def persist(attempt: Callable[[], Awaitable[T]]) -> T:
     """Tries until it works: the server, or the store, may be down for a while. Raises Gone when there is no run."""
     while True:
@@ -68,6 +75,7 @@ async def persist(attempt: Callable[[], Awaitable[T]]) -> T:
                 raise
         except (*STORE_ERRORS, OSError, RuntimeError):
             pass  # nothing is hidden: a run that never starts or ends is judged as stuck
+        end_if_cancelled()
         await asyncio.sleep(0.5)
 
 
@@ -163,6 +171,7 @@ class People:
             if described.typed_search_attributes.get(STATUS) == Phase.WAITING_HUMAN:
                 for approval in await self._asked(run):
                     self._answer_soon(run, approval)
+            end_if_cancelled()
             await asyncio.sleep(LOOK_S)
         run.ended_at = time.monotonic()
 
@@ -174,6 +183,7 @@ class People:
                 with suppress(RPCError, WorkflowQueryFailedError):
                     await run.handle.query("status", rpc_timeout=timedelta(seconds=2))
                 self.done["query"] += 1
+            end_if_cancelled()
             await asyncio.sleep(0.1)
 
     async def _asked(self, run: Run) -> list[Approval]:
