@@ -138,7 +138,7 @@ def letters_of(
 
     found: list[DeadLetter] = []
     for pending in result.pending:
-        # Nobody has to do what an unwound run left undone, but a person has to settle what it may have done.
+        # An unwound run leaves no work to a person, only calls that may have had their effect: a person settles those.
         if result.outcome is not RunOutcome.PARTIAL and pending.key not in unknown:
             continue
         if not pending.key:

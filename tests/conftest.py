@@ -18,4 +18,4 @@ def _no_agents_left_behind() -> Iterator[None]:
     for now, then in zip(added, before, strict=True):
         now.clear()
         now.update(then)
-    registry._services.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    registry.services.cache_clear()

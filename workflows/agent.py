@@ -419,11 +419,13 @@ class AgentWorkflow:
 
     @workflow.signal(name="decide", description="Answers an approval: approval_id, verdict, approver")
     async def decide(self, *payload: Any) -> None:
-        await self._approvals.foresee(*payload)
-        await self._inbox.take(lambda: self._approvals.decide(*payload))
+        await self._take_decision(*payload)
 
     @workflow.update(name="decide", description="The same as the Signal, answered with what came of it")
     async def decide_now(self, *payload: Any) -> DecisionReply:
+        return await self._take_decision(*payload)
+
+    async def _take_decision(self, *payload: Any) -> DecisionReply:
         await self._approvals.foresee(*payload)
         return await self._inbox.take(lambda: self._approvals.decide(*payload))
 

@@ -49,7 +49,7 @@ class ApprovalsState(BaseModel):
     open: dict[str, Approval] = {}
     decided: dict[str, DecidedApproval] = {}
     asked_since: datetime | None = None
-    """When the run began to wait for a person; None while it waits for nobody."""
+    """When the run began to wait for a person; None while it waits for no answer."""
     waited_s: float = 0.0
     """Seconds waited before `asked_since`."""
     held: list[str] = []
@@ -154,7 +154,7 @@ class Approvals:
             return
         if self._moment is None or self._moment.done():
             self._moment = asyncio.create_task(self._pass())
-        await asyncio.wait([self._moment])
+        await self.foreseen()
 
     async def foreseen(self) -> None:
         """Waits until the decisions that came before this have been taken: a recall counts those that came early."""
@@ -218,7 +218,7 @@ class Approvals:
         return DecisionReply(accepted=True, message=f"{name}: {decision.verdict} recorded")
 
     def close(self) -> None:
-        """Closes all open requests when the run ends: nobody can decide them any more."""
+        """Closes all open requests when the run ends: no decision counts any more."""
         self.state.open.clear()
         self._keep_time()
         self.changed()

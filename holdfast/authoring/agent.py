@@ -78,7 +78,7 @@ class AgentSpec:
     deadline: timedelta = timedelta(days=1)
     turns_per_execution: int = 100
     max_calls: int = 32
-    """Most tool calls of one turn. A model that makes more is told this number and asked again."""
+    """The limit of tool calls in one turn. A model that makes more reads this number and chooses again."""
     parallel_calls: int = 8
     """Tool calls of a turn that run at the same time; the others wait for a slot. A call that waits for a person or for
     its service takes no slot."""

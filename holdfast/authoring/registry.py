@@ -119,7 +119,7 @@ def breaks(name: str, file: str, error: BaseException) -> None:
 def add(spec: AgentSpec) -> AgentSpec:
     """Registers an agent from outside `agents/` (tests, benchmarks)."""
     _added[spec.name] = spec
-    _services.cache_clear()
+    services.cache_clear()
     return spec
 
 
@@ -132,16 +132,12 @@ def add_batch(spec: BatchSpec) -> BatchSpec:
 
 def service(name: str) -> Service:
     """Returns the declaration of a service, or the defaults when no agent declares it."""
-    return _services().get(name) or Service(name)
-
-
-def check_services() -> None:
-    """Raises BrokenAgent when two agents declare a service differently."""
-    _services()
+    return services().get(name) or Service(name)
 
 
 @cache
-def _services() -> dict[str, Service]:
+def services() -> dict[str, Service]:
+    """Everything that agents declare of services, by name. Raises BrokenAgent when two agents disagree."""
     return _services_of(agents().values())
 
 

@@ -175,7 +175,7 @@ def edit(
     by: By = "",
     json: Json = False,
 ) -> None:
-    """Approve a tool call with changed arguments. They are validated, and the agent is told about them."""
+    """Approve a tool call with changed arguments. Holdfast validates them and tells the agent."""
     from holdfast.cli import talk
 
     _go(talk.edit(run, approval_id, set or [], arguments, _name(by), comment, json))

@@ -98,7 +98,7 @@ class Platform:
         return found
 
     async def result(self, run: Run) -> RunResult:
-        """Get how a run ended: outcome, summary, what is pending for whom, undone effects. An error while it runs."""
+        """Get how a run ended: outcome, summary, pending steps and their roles, undone effects. Fails while it runs."""
         return await runs.ended(await self.connected(), run)
 
     async def approvals(

@@ -187,7 +187,7 @@ OPEN = "CloseTime IS NULL"
 
 
 def activity_words(activity: PendingActivityInfo) -> str:
-    """Says that an activity is paused, by whom, why and since when; empty when it is not paused."""
+    """Says who paused an activity, when and why; empty when it is not paused."""
     if activity.state not in PAUSED_ACTIVITY:
         return ""
     since = datetime.fromtimestamp(_epoch(activity.pause_info.pause_time)).astimezone()

@@ -19,7 +19,7 @@ def load_graphs() -> None:
 
     Raises BrokenAgent when agents from outside `agents/` declare a service differently.
     """
-    registry.check_services()
+    registry.services()
     for name, spec in registry.agents().items():
         if spec.graph is not None:
             try:

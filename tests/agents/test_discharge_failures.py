@@ -153,10 +153,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Any:
     soon = (Service(name, breaker=SOON) for name in ("appointments", "records", "messages"))
     services = (*spec.services, *soon)
     monkeypatch.setitem(registry._added, "discharge", replace(spec, services=services))
-    registry._services.cache_clear()
+    registry.services.cache_clear()
     yield
     monkeypatch.undo()
-    registry._services.cache_clear()
+    registry.services.cache_clear()
 
 
 @pytest.mark.usefixtures("impatient")

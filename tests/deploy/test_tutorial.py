@@ -117,7 +117,7 @@ def _free_port() -> str:
 
 @pytest.fixture
 def reader(checkout: Checkout) -> Iterator[Reader]:
-    # Whoever has followed it here has that agent already, and this suite has to stay green.
+    # A developer who followed the tutorial in this checkout has the agent already; the test must pass there too.
     shutil.rmtree(checkout.root / "agents" / "meetings", ignore_errors=True)
     reader = Reader(checkout)
     yield reader

@@ -88,6 +88,6 @@ def test_two_agents_may_not_mean_different_servers_by_one_name(monkeypatch: pyte
         return AgentSpec(name=name, description="", instructions="", input=Anything, tools=(), mcp=mcp)
 
     monkeypatch.setattr(registry, "_added", {"a": spec("a", "one"), "b": spec("b", "two")})
-    registry._services.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    registry.services.cache_clear()
     with pytest.raises(registry.BrokenAgent, match="declares MCP server twice differently"):
         registry.service("twice")
