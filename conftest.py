@@ -1,5 +1,6 @@
 import os
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,6 +15,7 @@ settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("short")
 
 pytest_plugins = [
+    "holdfast.testing",
     "tests.fixtures.store",
     "tests.fixtures.temporal",
     "tests.fixtures.stack",
@@ -28,3 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="the workers of a stage keep no run in their cache: each workflow task replays its run from the history",
     )
+
+
+@pytest.fixture
+def worker_options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """With `--uncached` every workflow task replays its run: what holds only in a cached run fails at once."""
+    return {"max_cached_workflows": 0} if request.config.getoption("--uncached") else {}

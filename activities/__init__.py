@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from activities.batches import Batches
+from activities.plan import Plan
+from activities.recovery import Repairs
+from activities.resets import Resets
+from activities.runs import RunRecords
+from activities.tools import Tools
+from activities.webhooks import Webhooks
 from holdfast.engine.runtime import Runtime
 
 
 def of_stage(runtime: Runtime) -> list[Callable[..., Any]]:
     """The activities of a worker that serves one stage: tools and their undos, and the activities of batches."""
-    from activities.batches import Batches
-    from activities.tools import Tools
-
     tools, batches = Tools(runtime), Batches(runtime)
     return [tools.tool, tools.undo, batches.list_items, batches.report_batch]
 
 
-def activities(runtime: Runtime) -> list[Callable[..., Any]]:
-    """All activities of a worker."""
-    from activities.batches import Batches
-    from activities.plan import Plan
-    from activities.recovery import Repairs
-    from activities.resets import Resets
-    from activities.runs import RunRecords
-    from activities.tools import Tools
-    from activities.webhooks import Webhooks
-
+def activities(runtime: Runtime, workflows: Sequence[type]) -> list[Callable[..., Any]]:
+    """All activities of a worker. workflows: the ones that it serves."""
     tools, records = Tools(runtime), RunRecords(runtime)
     repairs, batches, hooks = Repairs(runtime, records), Batches(runtime), Webhooks(runtime)
-    resets = Resets(runtime)
+    resets = Resets(runtime, workflows)
     return [
         Plan(runtime).plan,
         tools.tool,

@@ -119,7 +119,8 @@ class Plan:
 
         shut = await self._down(spec, request)
         down = shut | gone
-        thread = Thread(self._runtime.db, request.key_base, tag, request.base, lean=spec.graph is None)
+        built_in = spec.graph is None
+        thread = Thread(self._runtime.db, request.key_base, tag, request.base, lean=built_in)
         resumed = await thread.open()
         notes: list[str] = []
         asking = Asking(self._runtime, request, tag, thread, notes, spec.model)
@@ -132,7 +133,8 @@ class Plan:
                 _resume(snapshot.interrupts, request) if snapshot else _begin(spec, request, thread, down, notes)
             )
             context = graph.Turn(spec, request.turn, where, frozenset(down), asking, _open(spec, request))
-            state = await app.ainvoke(value, thread.config, context=context, durability="sync")
+            durability = "exit" if built_in else "sync"
+            state = await app.ainvoke(value, thread.config, context=context, durability=durability)
         profile = spec.profile if request.turn == 1 else None
         if asked := state.get("__interrupt__"):
             used = await self._spent(request)
@@ -176,7 +178,7 @@ class Plan:
         return {
             tool.name: f"{targets[tool.name]} does not answer"
             for tool in spec.tools
-            if tool.service and targets[tool.name] in rows and tool.put_off
+            if tool.service and targets[tool.name] in rows and tool.deferrable
             if not tool.has_fallback and tool.name not in request.offered
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from temporalio import activity
 from temporalio.client import Client, WorkflowHistory
@@ -22,8 +23,10 @@ from holdfast.telemetry import metrics
 
 
 class Resets:
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, workflows: Sequence[type]) -> None:
+        """workflows: the ones that the worker serves. A history is replayed with them."""
         self._letters = DeadLetters(runtime.db)
+        self._workflows = workflows
 
     @activity.defn(name="find_stuck")
     async def find_stuck(self, _: Sweep) -> list[Stuck]:
@@ -44,7 +47,7 @@ class Resets:
                 raise
             return ENDED
         try:
-            mended = await mend(client, execution, replays_with(client))
+            mended = await mend(client, execution, replays_with(client, self._workflows))
         except RPCError as error:
             if unknown_run(error):
                 return ENDED
@@ -93,11 +96,9 @@ def _commands(workflow_id: str) -> list[str]:
     ]
 
 
-def replays_with(client: Client) -> Replays:
-    from workflows.all_workflows import WORKFLOWS
-
+def replays_with(client: Client, workflows: Sequence[type]) -> Replays:
     replayer = Replayer(
-        workflows=WORKFLOWS,
+        workflows=workflows,
         workflow_runner=sandbox(),
         data_converter=client.data_converter,
         debug_mode=True,  # no deadlock limit of two seconds between yields: a busy machine would exceed it

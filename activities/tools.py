@@ -314,7 +314,7 @@ class Tools:
                     timeout_s=min(tool.timeout_s, self._runtime.settings.model_total_s + 10),
                 )
             except ModelUnavailable as gone:
-                if tool.put_off or gone.failure.type not in PARKS:
+                if tool.deferrable or gone.failure.type not in PARKS:
                     raise
                 # The call waits for a model as a turn does, without limit.
                 why = f"the model is unavailable: {gone.failure.message}"

@@ -1,11 +1,14 @@
 """Hooks of mkdocs: README.md and CHANGELOG.md as pages, the navigation, and links from docs/ to files outside of it.
 
-Pages are written for a reader of the repository: a link names the file as it lies there, also a test or code. The site
-has a copy of each linked file, and a link whose text is a test's name leads to that test's line.
+Pages are written for a reader of the repository: a link names the file as it lies there, also if that is code. A test
+is named by its file and itself, `test_life.py::test_turns_are_bounded`, wherever the file lies. The site has a copy of
+each file that is linked or named so, and such a test's name leads to its line.
 """
 
+import ast
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,23 +18,30 @@ from mkdocs.structure.pages import Page
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 HOME = "index.md"
-OUTSIDE = {HOME: ROOT / "README.md", "changelog.md": ROOT / "CHANGELOG.md"}
-"""Pages of the site that lie outside of docs/."""
+OUTSIDE = {HOME: ROOT / "README.md", "changelog.md": ROOT / "CHANGELOG.md", "pages.md": DOCS / "README.md"}
+"""Pages of the site that lie outside of docs/, and docs/README.md, which would take the place of the first page."""
 
 LINK = re.compile(r"(!?\[([^\]]+)\])\(([^)\s#]+)(#[^)\s]*)?\)")
+TEST = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 LANGUAGES = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".json": "json"}
 
 SECTIONS: dict[str, list[str]] = {
-    "Start": [HOME, "demo.md", "tutorial.md"],
-    "Guides": ["own-agents.md", "*.md"],
-    "Reference": ["commands.md", "settings.md", "glossary.md", "changelog.md"],
-    "Guarantees": ["guarantees/README.md", "promises.md", "guarantees/*.md"],
-    "Production": ["operations.md", "deployment.md", "patching.md"],
-    "Architecture": ["architecture.md"],
-    "Measured": ["kill-sweep.md", "chaos.md", "benchmark.md", "comparison.md", "trial.md"],
+    "Start": [HOME, "pages.md"],
+    "Tutorial": ["tutorial/README.md", "tutorial/demo.md"],
+    "How to": [
+        "how-to/own-agents.md",
+        "how-to/own-repository.md",
+        "how-to/graphs.md",
+        "how-to/polling.md",
+        "how-to/mcp.md",
+        "how-to/*.md",
+    ],
+    "Reference": ["reference/commands.md", "reference/settings.md", "reference/*.md", "changelog.md"],
+    "Guarantees": ["reference/guarantees/*.md"],
+    "Explanation": ["explanation/architecture.md", "explanation/*.md"],
 }
 """Pages by section; a pattern takes those that no section names."""
-SHORT = {"patching.md": "Patching workflows", "guarantees/README.md": "Overview", "kill-sweep.md": "Kill sweep"}
+SHORT = {"tutorial/README.md": "Tutorial", "how-to/patching.md": "Patching workflows"}
 """What the navigation calls a page whose heading is too long for it."""
 
 
@@ -64,7 +74,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for uri, page in OUTSIDE.items():
         head = "---\nhide: [navigation]\n---\n\n" if uri == HOME else ""
         files.append(File.generated(config, uri, content=head + page.read_text()))
-    linked = {target for page in pages for target in _targets(page) if _is_source(target)}
+    linked = {target for page in pages for target in (*_targets(page), *_tests(page)) if _is_source(target)}
     for source in sorted(linked):
         name, language = source.relative_to(ROOT).as_posix(), LANGUAGES.get(source.suffix, "text")
         # A file may hold fences of its own, of three.
@@ -94,7 +104,29 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
             return found[0]  # the strict build complains of it
         return f"{label}({os.path.relpath(to, Path(uri).parent)}{anchor or ''})"
 
-    return LINK.sub(rewritten, markdown)
+    def linked(found: re.Match[str]) -> str:
+        files = files_of_test(*found.groups())
+        if len(files) != 1:
+            return found[0]
+        return f"[{found[2]}]({os.path.relpath(_copy(files[0]), Path(uri).parent)}{_line(files[0], found[2])})"
+
+    return TEST.sub(linked, LINK.sub(rewritten, markdown))
+
+
+def files_of_test(file: str, name: str) -> list[Path]:
+    """The test files of that name, wherever they lie, that define the test: exactly one if the pages are right."""
+    found = (path for folder in ("tests", "agents") for path in sorted((ROOT / folder).rglob(file)))
+    return [path for path in found if name in _functions(path)]
+
+
+@cache
+def _functions(source: Path) -> frozenset[str]:
+    nodes = ast.walk(ast.parse(source.read_text()))
+    return frozenset(node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _tests(page: Path) -> set[Path]:
+    return {path for found in TEST.finditer(page.read_text()) for path in files_of_test(*found.groups())}
 
 
 def _targets(page: Path) -> set[Path]:

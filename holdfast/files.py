@@ -1,4 +1,4 @@
-"""Atomic, durable file writes."""
+"""Where Holdfast's own files are; atomic, durable file writes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The root of the checkout."""
+LIBRARY = Path(__file__).resolve().parent
+INSIDE = LIBRARY / "_application"
+"""Where the installed package has what stands beside `holdfast/` in a clone (`force-include` in pyproject.toml)."""
+ROOT = INSIDE if INSIDE.is_dir() else LIBRARY.parent
+"""The folder with `worker.py`, `starter.py`, `workflows/`, `activities/` and `agents/`; in a clone its root."""
 
 
 def write_whole(path: Path, raw: bytes) -> None:

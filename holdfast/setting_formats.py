@@ -1,12 +1,28 @@
-"""Parses settings with a format: encryption keys and addresses of payload storage."""
+"""Settings with a format: encryption keys, addresses of payload storage, parameters of model requests, folders."""
 
 from __future__ import annotations
 
+import os
 import re
 from base64 import b64decode
 from binascii import Error as Base64Error
+from pathlib import Path
 from urllib.parse import urlsplit
 
+OURS = frozenset(
+    {
+        "model",
+        "messages",
+        "tools",
+        "tool_choice",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "max_completion_tokens",
+        "n",
+    }
+)
+"""Request parameters that Holdfast sets itself."""
 _ENTRY = re.compile(r"(?P<id>[A-Za-z0-9._-]{1,64}):(?P<key>[A-Za-z0-9+/]{43}=)")
 
 
@@ -50,3 +66,8 @@ def kind(address: str) -> str:
     if (url.scheme == "file" and not url.netloc and len(url.path) > 1) or (url.scheme == "s3" and url.netloc):
         return url.scheme
     raise ValueError(f"{address!r} is none of store, file:///directory and s3://bucket/prefix")
+
+
+def folders(text: str) -> list[Path]:
+    """The folders of `HOLDFAST_AGENTS`, valid in any directory."""
+    return [Path(part.strip()).expanduser().resolve() for part in text.split(os.pathsep) if part.strip()]

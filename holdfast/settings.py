@@ -25,8 +25,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from holdfast.authoring.options import OURS
-from holdfast.setting_formats import addresses, parse_keys
+from holdfast.setting_formats import OURS, addresses, folders, parse_keys
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -135,6 +134,8 @@ class Settings(BaseSettings):
 
     home: Annotated[Path, Field(alias="HOLDFAST_HOME")] = Path(".holdfast")
     """Directory with the state of the embedded stack."""
+    agents: Annotated[str, Field(alias="HOLDFAST_AGENTS")] = ""
+    """Folders of agents beside the shipped ones, with `:` between them."""
     temporal_cli: Annotated[str, Field(alias="HOLDFAST_TEMPORAL_CLI")] = ""
     """The `temporal` binary of the embedded stack and of the tests; empty: the one installed beside Python."""
     database_url: Annotated[str, Field(alias="DATABASE_URL")] = ""
@@ -280,6 +281,10 @@ class Settings(BaseSettings):
         if variable not in self.stack_secrets or os.environ.get(variable):
             return ""
         return f"`up` has a secret in its {variable}, which it does not publish: set {variable} here to the same value"
+
+    @property
+    def agent_folders(self) -> list[Path]:
+        return folders(self.agents)
 
     @property
     def store_url(self) -> str:

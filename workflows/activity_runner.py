@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -27,54 +27,56 @@ UNDO_DEADLINE_S = 3600.0
 ASK_DEADLINE_S = 900.0
 """Time for a service to say whether a call happened, over all attempts."""
 
+P = TypeVar("P")
 T = TypeVar("T")
-Parked = Callable[[Wait | None], None]
-"""Called with the wait when an activity asks to wait, and with None when the wait is over."""
+
+
+class Host:
+    """What an `ActivityRunner` tells the workflow that it works for, and asks it. The defaults show nothing."""
+
+    stops = False
+    """A cancelled task starts no activity and does not wait. False, as in a repair: the task goes on to its end."""
+
+    def parked(self, wait: Wait | None) -> None:
+        """An activity has asked to wait; None: a wait is over."""
+
+    def went_on(self) -> None:
+        """An activity has returned a result that is no wait."""
+
+    def places(self) -> int:
+        """How many tool calls may run at a time; 0: any number."""
+        return 0
 
 
 class ActivityRunner:
-    """Runs the activities of one run. `open` counts those in flight: the run may continue as new only at 0."""
+    """Runs the activities of one workflow. `open` counts those in flight: a run may continue as new only at 0."""
 
-    def __init__(
-        self,
-        parked: Parked,
-        went_on: Callable[[], None] = lambda: None,
-        places: Callable[[], int] = lambda: 0,
-        stops: bool = False,
-    ) -> None:
-        """went_on: called after every activity that has returned a result. places: how many tool calls may run at a
-        time; 0: any number. stops: a cancelled task starts no activity and does not wait. Without it, as in a repair,
-        the task goes on to its end.
-        """
+    def __init__(self, host: Host) -> None:
         self.open = 0
         self.waits: list[Wait] = []
         """The waits that calls are sleeping through now."""
-        self._parked = parked
-        self._went_on = went_on
-        self._places = places
-        self._stops = stops
+        self._host = host
         self._window: asyncio.Semaphore | None = None
 
     def _stops_here(self) -> bool:
-        return self._stops and leaving() and workflow.patched("cancel-ends")
+        return self._host.stops and leaving()
 
     def _place(self) -> AbstractAsyncContextManager[None]:
         """One of the places for running tool calls."""
-        if self._window is None and (places := self._places()):
+        if self._window is None and (places := self._host.places()):
             self._window = asyncio.Semaphore(places)
         return self._window or nullcontext()
 
     async def run(
         self,
-        name: str,
-        request: Any,
-        result: type[T],
+        activity: Callable[[Any, P], Awaitable[T]],
+        request: P,
         *,
         summary: str,
         timeout_s: float = 0.0,
         deadline_s: float | None = None,
         settle: bool = True,
-        put_off: bool = False,
+        deferrable: bool = False,
         patience: datetime | None = None,
         queue: str = "",
         begins: Callable[[], None] | None = None,
@@ -84,13 +86,13 @@ class ActivityRunner:
 
         timeout_s: time for one attempt. deadline_s: time for all attempts and the waits between them; no wait goes
         beyond it. settle: after a cancel, wait until the activity has reported how it ended; without it, return at
-        once. put_off: return a wait for a service that is down to the caller, which defers the call. patience: no wait
-        goes beyond this time either. queue: the stage whose workers run the activity. begins: given for a tool call,
-        which needs a place: called each time the call gets one, before the activity is scheduled. The call holds the
-        place only while the activity is open, so a sleeping call blocks no other. The deadline counts from the first
-        place. waited: called with each result that asks to wait.
+        once. deferrable: return a wait for a service that is down to the caller, which defers the call. patience: no
+        wait goes beyond this time either. queue: the stage whose workers run the activity. begins: given for a tool
+        call, which needs a place: called each time the call gets one, before the activity is scheduled. The call holds
+        the place only while the activity is open, so a sleeping call blocks no other. The deadline counts from the
+        first place. waited: called with each result that asks to wait.
         The result still has its `wait` when the call was given up or is to be deferred.
-        Raises ActivityError when the activity gave up or was cancelled. With `stops`, raises CancelledError in a
+        Raises ActivityError when the activity gave up or was cancelled. With `Host.stops`, raises CancelledError in a
         cancelled task instead of waiting or starting: an activity that was allowed to end swallows the cancellation.
         """
         how = workflow.ActivityCancellationType
@@ -106,10 +108,9 @@ class ActivityRunner:
                     end = workflow.now() + timedelta(seconds=deadline_s)
                 self.open += 1
                 try:
-                    outcome: T = await workflow.execute_activity(
-                        name,
+                    outcome = await workflow.execute_activity_method(
+                        activity,
                         request,
-                        result_type=result,
                         task_queue=f"{workflow.info().task_queue}.{queue}" if queue else None,
                         start_to_close_timeout=timedelta(seconds=timeout_s + GRACE_S),
                         schedule_to_close_timeout=max(end - workflow.now(), timedelta(seconds=1)) if end else None,
@@ -122,22 +123,22 @@ class ActivityRunner:
                     self.open -= 1
             wait = outcome.wait if isinstance(outcome, MayWait) else None
             if wait is None:
-                self._went_on()
+                self._host.went_on()
             else:
                 waited(outcome)
             if wait and self._stops_here():
                 raise asyncio.CancelledError
             latest = min((each for each in (end, patience) if each), default=None)
-            if wait is None or (put_off and wait.service) or (latest and wait.until > latest):
+            if wait is None or (deferrable and wait.service) or (latest and wait.until > latest):
                 return outcome
             self.waits.append(wait)
-            self._parked(wait)
+            self._host.parked(wait)
             try:
                 # A durable timer: the wait uses no worker and no retry.
                 await workflow.sleep(max(wait.until - workflow.now(), timedelta(milliseconds=100)))
             finally:
                 self.waits.remove(wait)
-            self._parked(None)
+            self._host.parked(None)
 
 
 def leaving() -> bool:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from pydantic import BaseModel
 from temporalio import workflow
 
 from holdfast.contracts import door
 from holdfast.contracts.door import T
 from holdfast.contracts.people import Approval, ApprovalDecision, DecidedApproval, DecisionReply, Verdict
 from holdfast.contracts.wording import did_you_mean
+from workflows.run import Run
+from workflows.webhooks import Webhooks
 
 PAST = {
     Verdict.APPROVE: "approved",
@@ -45,43 +45,13 @@ MOMENT = timedelta(milliseconds=10)
 """How long a decision waits for its request to open: until the next workflow task."""
 
 
-class ApprovalsState(BaseModel):
-    open: dict[str, Approval] = {}
-    decided: dict[str, DecidedApproval] = {}
-    asked_since: datetime | None = None
-    """When the run began to wait for a person; None while it waits for no answer."""
-    waited_s: float = 0.0
-    """Seconds waited before `asked_since`."""
-    held: list[str] = []
-    """Requests of kind `outcome` that the run cannot end without."""
-    withdrawn: dict[str, str] = {}
-    """Requests of kind `outcome` that no longer need an answer, and why."""
-    early: dict[str, ApprovalDecision] = {}
-    """The last decisions about requests that were not open. They count only if the run was reset after them."""
-    recalled: dict[str, ApprovalDecision] = {}
-    """Early decisions that the server sent again after a reset: each counts as soon as its request is open again."""
-
-    @property
-    def blocking(self) -> list[Approval]:
-        """The open requests that the run waits for."""
-        return [a for a in self.open.values() if a.kind != "outcome" or a.id in self.held]
-
-
 class Approvals:
-    """The approvals of one run. `note` is called with each decision that was ignored, `changed` after each change of
-    the state, `opened` with each new request."""
+    """The requests of one run."""
 
-    def __init__(
-        self,
-        state: ApprovalsState,
-        note: Callable[[str], None],
-        changed: Callable[[], None],
-        opened: Callable[[Approval], None],
-    ) -> None:
-        self.state = state
-        self._note = note
-        self.changed = changed
-        self._opened = opened
+    def __init__(self, run: Run, webhooks: Webhooks) -> None:
+        self.state = run.state.approvals
+        self._run = run
+        self._webhooks = webhooks
         self._moment: asyncio.Task[None] | None = None
 
     async def ask(self, approval: Approval) -> ApprovalDecision:
@@ -93,13 +63,13 @@ class Approvals:
 
     def open(self, approval: Approval) -> None:
         """Opens a request and does not wait. Opening it again under the same id changes nothing."""
-        if not self.asked(approval.id):
+        if not self.state.asked(approval.id):
             self.state.open[approval.id] = approval
             self._keep_time()
             if self._answered_before(approval.id):
                 return
-            self.changed()
-            self._opened(approval)
+            self._run.changed()
+            self._webhooks.asked(approval)
 
     def recall(self) -> None:
         """After a reset: makes the decisions count that people sent before it."""
@@ -113,8 +83,10 @@ class Approvals:
         if (decision := self.state.recalled.pop(name, None)) is None:
             return False
         reply = self._take(decision)
-        self._note(f"{reply.message} (by {decision.approver}, before the reset)" if reply.accepted else reply.message)
-        self.changed()
+        self._run.note(
+            f"{reply.message} (by {decision.approver}, before the reset)" if reply.accepted else reply.message
+        )
+        self._run.changed()
         return reply.accepted
 
     async def answer(self, approval_id: str) -> ApprovalDecision | None:
@@ -128,17 +100,14 @@ class Approvals:
         if self.state.open.pop(approval_id, None):
             self.state.withdrawn[approval_id] = why
             self._keep_time()
-            self.changed()
+            self._run.changed()
 
     def hold_for(self, approval_ids: list[str]) -> None:
         """Marks the requests that the run now waits for: the run's clock stops for them too."""
         if approval_ids != self.state.held:
             self.state.held = approval_ids
             self._keep_time()
-            self.changed()
-
-    def asked(self, approval_id: str) -> bool:
-        return approval_id in self.state.open or approval_id in self.state.decided
+            self._run.changed()
 
     async def foresee(self, *payload: Any) -> None:
         """Waits a moment when the request of a decision is not open yet.
@@ -148,9 +117,7 @@ class Approvals:
         activities.
         """
         name = payload[0].get("approval_id") if payload and isinstance(payload[0], dict) else None
-        if not isinstance(name, str) or self.asked(name) or name in self.state.withdrawn:
-            return
-        if not workflow.patched("foresees-decisions"):
+        if not isinstance(name, str) or self.state.asked(name) or name in self.state.withdrawn:
             return
         if self._moment is None or self._moment.done():
             self._moment = asyncio.create_task(self._pass())
@@ -159,7 +126,7 @@ class Approvals:
     async def foreseen(self) -> None:
         """Waits until the decisions that came before this have been taken: a recall counts those that came early."""
         if self._moment and not self._moment.done():
-            await asyncio.wait([self._moment])
+            await workflow.wait([self._moment])
 
     async def _pass(self) -> None:
         """One condition for all early decisions: the SDK would check one for each again and again."""
@@ -173,8 +140,8 @@ class Approvals:
         """Takes one decision of any shape. Never raises: a typed handler would drop what does not decode."""
         reply = self._decide(payload)
         if not reply.accepted:
-            self._note(reply.message)
-        self.changed()
+            self._run.note(reply.message)
+        self._run.changed()
         return reply
 
     def _decide(self, payload: tuple[Any, ...]) -> DecisionReply:
@@ -221,7 +188,7 @@ class Approvals:
         """Closes all open requests when the run ends: no decision counts any more."""
         self.state.open.clear()
         self._keep_time()
-        self.changed()
+        self._run.changed()
 
     def _keep_time(self) -> None:
         """Starts or stops counting the time that the run waits for people."""
@@ -258,10 +225,4 @@ def parse(kind: type[T], payload: tuple[Any, ...], example: str) -> T | str:
     try:
         return door.checked(kind, payload[0])
     except door.Unfit as error:
-        problem = str(error)
-    with suppress(door.Unfit):
-        before = door.parsed(kind, payload[0])
-        # A run that is older than this check may have accepted it: its replay has to accept it again.
-        if not workflow.patched("checked-at-the-door"):
-            return before
-    return problem
+        return str(error)

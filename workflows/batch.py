@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+from pydantic import ValidationError
 from temporalio import workflow
 from temporalio.common import RawValue, SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
 from temporalio.exceptions import (
@@ -23,30 +24,28 @@ from temporalio.exceptions import (
 )
 from temporalio.workflow import ChildWorkflowCancellationType, ContinueAsNewVersioningBehavior, ParentClosePolicy
 
-with workflow.unsafe.imports_passed_through():
-    from pydantic import ValidationError
-
-    from holdfast.aio import to_the_end
-    from holdfast.contracts.batch import (
-        BatchInput,
-        BatchReport,
-        BatchState,
-        ChildNews,
-        Item,
-        ItemFailure,
-        ItemPage,
-        ListRequest,
-    )
-    from holdfast.contracts.failures import ErrorType
-    from holdfast.contracts.run import AgentInput, Items, Pending, Phase, RunEnd, RunOutcome, RunResult, RunStatus
-    from holdfast.contracts.tool_call import key_base
-    from holdfast.contracts.turn import Wait
-    from holdfast.engine.client import AGENT, STATUS, TENANT
-    from workflows import batch_decisions, messages
-    from workflows.activity_runner import ActivityRunner, why
-    from workflows.inbox import Inbox
-    from workflows.start_input import BATCH, MAX_NAME, start
-    from workflows.state import Ending
+from activities.batches import Batches
+from activities.runs import RunRecords
+from holdfast.aio import to_the_end
+from holdfast.contracts.batch import (
+    BatchInput,
+    BatchReport,
+    BatchState,
+    ChildNews,
+    Item,
+    ItemFailure,
+    ListRequest,
+)
+from holdfast.contracts.failures import ErrorType
+from holdfast.contracts.run import AgentInput, Items, Phase, RunEnd, RunOutcome, RunResult, RunStatus
+from holdfast.contracts.tool_call import key_base
+from holdfast.contracts.turn import Wait
+from holdfast.engine.client import AGENT, STATUS, TENANT
+from workflows import batch_decisions, messages
+from workflows.activity_runner import ActivityRunner, Host, why
+from workflows.inbox import Inbox
+from workflows.start_input import BATCH, MAX_NAME, start
+from workflows.state import Ending
 
 LIST_S = 300.0
 REPORT_S = 300.0
@@ -56,7 +55,7 @@ TASK_TIMEOUT = timedelta(seconds=5)
 
 
 @workflow.defn(name="BatchWorkflow")
-class BatchWorkflow:
+class BatchWorkflow(Host):
     @workflow.init
     def __init__(self, *payload: Any) -> None:
         given = start(BatchInput, payload, BATCH)
@@ -68,12 +67,12 @@ class BatchWorkflow:
             else BatchState(key_base=key_base(info.workflow_id, info.first_execution_run_id), started=info.start_time)
         )
         self._inbox = Inbox()
-        self._activities = ActivityRunner(self._waits)
+        self._activities = ActivityRunner(self)
         self._ahead: list[Item] = []
         self._open: dict[str, asyncio.Task[None]] = {}
         """By the child's workflow id."""
-        self._heard: dict[str, int] = {}
-        """Number of the last `child` Signal of each open child that sent one: odd while the child waits."""
+        self._news_of: dict[str, ChildNews] = {}
+        """The last `child` Signal of each open child that sent one."""
         self._started_here = 0
         self._changes = 0
         self._broken: BaseException | None = None
@@ -145,7 +144,7 @@ class BatchWorkflow:
 
     def _heed(self) -> None:
         """Raises the cancellation again: an activity that ends before it hears of the cancellation swallows it."""
-        if workflow.cancellation_reason() is not None and workflow.patched("cancelled-within-an-activity"):
+        if workflow.cancellation_reason() is not None:
             raise asyncio.CancelledError
 
     async def _list(self) -> str:
@@ -155,9 +154,8 @@ class BatchWorkflow:
         queue = state.profile.queue if state.profile else self._given.queue
         try:
             page = await self._activities.run(
-                "list_items",
+                Batches.list_items,
                 request,
-                ItemPage,
                 summary=f"list, after {state.after}" if state.after else "list",
                 timeout_s=LIST_S,
                 deadline_s=DEADLINE_S,
@@ -207,7 +205,7 @@ class BatchWorkflow:
         self._changed()
         failed = ending.outcome is RunOutcome.FAILED
         end = RunEnd(tenant=self._given.tenant, result=result, input=self._given.input if failed else None)
-        await self._activities.run("record_end", end, list[Pending], summary=f"record: {ending.outcome}")
+        await self._activities.run(RunRecords.record_end, end, summary=f"record: {ending.outcome}")
         return result
 
     # ------------------------------------------------------------ one item
@@ -223,7 +221,7 @@ class BatchWorkflow:
     def _gone(self, child: str, task: asyncio.Task[None]) -> None:
         # Here and not in the task: a task that is cancelled at once never begins.
         self._open.pop(child, None)
-        self._heard.pop(child, None)
+        self._news_of.pop(child, None)
         self._broken = self._broken or (None if task.cancelled() else task.exception())
         self._changed()
 
@@ -261,7 +259,7 @@ class BatchWorkflow:
         except asyncio.CancelledError:
             failed = "cancelled before it began"
         self._open.pop(child)
-        self._heard.pop(child, None)
+        self._news_of.pop(child, None)
         if self._ending is None or failed is None:
             name = ItemFailure(id=item.id, name=item.name, why=failed[:300]) if failed else None
             batch_decisions.count(state, result, name)
@@ -288,9 +286,8 @@ class BatchWorkflow:
         )
         try:
             state.words = await self._activities.run(
-                "report_batch",
+                Batches.report_batch,
                 report,
-                str,
                 summary=f"report: {counts.ended}/{counts.total}",
                 timeout_s=REPORT_S,
                 deadline_s=DEADLINE_S,
@@ -305,16 +302,16 @@ class BatchWorkflow:
 
     def _has_room(self) -> bool:
         profile = self._state.profile
-        return profile is not None and batch_decisions.has_room(profile, len(self._open), self._parked())
+        return profile is not None and batch_decisions.has_room(profile, len(self._open), self._waiting())
 
     def _is_long(self) -> bool:
         profile, info = self._state.profile, workflow.info()
         full = profile is not None and self._started_here >= profile.items_per_execution
         full = full or info.is_continue_as_new_suggested()
-        return batch_decisions.is_long(full, info.get_current_history_length(), self._parked())
+        return batch_decisions.is_long(full, info.get_current_history_length(), self._waiting())
 
-    def _parked(self) -> int:
-        return sum(n % 2 for n in self._heard.values())
+    def _waiting(self) -> int:
+        return sum(news.waits for news in self._news_of.values())
 
     # ------------------------------------------------------------ Signals and queries
 
@@ -327,8 +324,9 @@ class BatchWorkflow:
             news = ChildNews.model_validate(payload[0] if payload else None)
         except ValidationError:
             return  # not sent by a child of this batch
-        if news.id in self._open and news.n > self._heard.get(news.id, 0):
-            self._heard[news.id] = news.n
+        before = self._news_of.get(news.id)
+        if news.id in self._open and (before is None or news.number > before.number):
+            self._news_of[news.id] = news
             self._changed()
 
     @workflow.signal(dynamic=True, description="Any other name: noted, and nothing else")
@@ -353,9 +351,9 @@ class BatchWorkflow:
         return self._state.profile.unit if self._state.profile else "items"
 
     def _items(self) -> Items:
-        return batch_decisions.items(self._state, len(self._open), self._parked())
+        return batch_decisions.items(self._state, len(self._open), self._waiting())
 
-    def _waits(self, wait: Wait | None) -> None:
+    def parked(self, wait: Wait | None) -> None:
         if wait:
             self._note(wait.why)
 
@@ -366,7 +364,7 @@ class BatchWorkflow:
         state = self._state
         self._changes += 1
         if state.phase in (Phase.RUNNING, Phase.PARKED):
-            still = bool(self._open) and self._parked() == len(self._open) and not self._has_room()
+            still = bool(self._open) and self._waiting() == len(self._open) and not self._has_room()
             state.phase = Phase.PARKED if still else Phase.RUNNING
         if state.phase != self._shown_status:
             self._shown_status = state.phase

@@ -6,12 +6,13 @@ continue-as-new.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
 
+from activities.tools import Tools
 from holdfast.aio import to_the_end
 from holdfast.contracts.people import Approval, ApprovalDecision, Finding, Verdict
 from holdfast.contracts.tool_call import Outcome
@@ -19,28 +20,18 @@ from holdfast.contracts.turn import OutcomeStatus, Wait
 from workflows import questions
 from workflows.activity_runner import ActivityRunner
 from workflows.approvals import Approvals
-from workflows.state import CallState, Deferred, RunState
+from workflows.run import Run
+from workflows.state import CallState, Deferred
 from workflows.tool_calls import ToolCalls
 
 
 class DeferredCalls:
-    """`concluded` is called with each call that gets its outcome here."""
-
-    def __init__(
-        self,
-        state: RunState,
-        approvals: Approvals,
-        activities: ActivityRunner,
-        tool_calls: ToolCalls,
-        concluded: Callable[[CallState], None],
-        note: Callable[[str], None],
-    ) -> None:
-        self._state = state
-        self._approvals = approvals
+    def __init__(self, run: Run, activities: ActivityRunner, approvals: Approvals, tool_calls: ToolCalls) -> None:
+        self._run = run
+        self._state = run.state
         self._activities = activities
+        self._approvals = approvals
         self._tool_calls = tool_calls
-        self._concluded = concluded
-        self._note = note
         self._trying: set[int] = set()
         """Deferred calls whose next attempt is in flight."""
         self._answered: set[int] = set()
@@ -57,26 +48,26 @@ class DeferredCalls:
         for approval in asked + questions.answered(self._state):
             self._start(self._settle(approval))
 
-    def put_off(self, item: CallState, wait: Wait) -> Outcome:
-        """Defers the call: it is tried again when its service is back. Returns what the turn hears of it now."""
+    def defer(self, item: CallState, wait: Wait) -> Outcome:
+        """Defers a call: it is tried again when its service is back. Returns what the turn hears of it now."""
         deferred = Deferred(call=item.call, seq=item.seq, until=wait.until, since=workflow.now(), why=wait.why)
         self._state.deferred.append(deferred)
         self._start(self._try_again(deferred))
         return questions.deferral(deferred)
 
-    def ask(self, item: CallState) -> None:
-        """Asks a person how the call ended, if the platform cannot settle its outcome."""
+    def conclude(self, item: CallState) -> None:
+        """Accounts for the outcome of a call, and asks a person if the platform cannot settle it."""
+        assert item.outcome is not None
+        self._state.account(item)
+        self._run.note(*item.outcome.notes)
         for name in questions.outdated(self._state, item.call.tool):
             self._approvals.withdraw(name, f"call #{item.seq} of {item.call.tool} has worked")
         before = questions.closed(self._state, item.seq)
-        if before and not workflow.patched("questions-apart"):
-            before = 0
         approval = questions.how_it_ended(self._state, item, workflow.now(), before)
-        if approval and approval.about == OutcomeStatus.DEFERRED and not workflow.patched("answers-bound"):
-            approval.about = ""
-        if approval and not self._approvals.asked(approval.id):
+        if approval and not self._state.approvals.asked(approval.id):
             self._approvals.open(approval)
             self._start(self._settle(approval))
+        self._run.changed()
 
     @property
     def open_ends(self) -> bool:
@@ -116,14 +107,14 @@ class DeferredCalls:
             if outcome.wait is None:
                 break
             deferred.until, deferred.why = outcome.wait.until, outcome.wait.why
-            self._approvals.changed()
+            self._run.changed()
         if deferred not in state.deferred:
             return
         state.deferred.remove(deferred)
         for name in [a.id for a in state.approvals.open.values() if a.kind == "outcome" and a.seq == seq]:
             self._approvals.withdraw(name, f"call #{seq} of {call.tool} was tried again and ended: {outcome.status}")
         state.notices.append(f"Call #{seq} of {call.tool}, deferred before, has ended: {outcome.content}")
-        self._concluded(CallState(call=call, seq=seq, outcome=outcome))
+        self.conclude(CallState(call=call, seq=seq, outcome=outcome))
 
     async def _settle(self, approval: Approval) -> None:
         decision = await self._approvals.answer(approval.id)
@@ -142,11 +133,11 @@ class DeferredCalls:
         deferred = next((each for each in self._state.deferred if each.seq == approval.seq), None)
         if deferred is None:
             self._state.settled.append(approval.id)
-            self._note(
+            self._run.note(
                 f"{decision.approver} answered {approval.id} ({decision.verdict}) while call #{approval.seq} of"
                 f" {approval.subject} was tried again. The call has ended, so this answer changes nothing"
             )
-            self._approvals.changed()
+            self._run.changed()
             return
         # Closes the key, and writes the row that `settle` needs: the call may never have been sent.
         call, seq = deferred.call, deferred.seq
@@ -157,10 +148,10 @@ class DeferredCalls:
         # An earlier attempt may have acted. The question did not say so, so the answer does not cover it.
         self._state.settled.append(approval.id)
         self._state.deferred.remove(deferred)
-        self._note(
+        self._run.note(
             f"{decision.approver} says of {approval.id} that it did not happen, but an earlier attempt may have acted"
         )
-        self._concluded(CallState(call=call, seq=seq, outcome=known))
+        self.conclude(CallState(call=call, seq=seq, outcome=known))
 
     async def _settled(self, approval: Approval, decision: ApprovalDecision) -> None:
         """Records how a call ended according to a person, and tells the model."""
@@ -171,8 +162,8 @@ class DeferredCalls:
             by=decision.approver,
             comment=decision.comment,
         )
-        outcome = await self._activities.run("settle", finding, Outcome, summary=f"{approval.id}: {decision.verdict}")
+        outcome = await self._activities.run(Tools.settle, finding, summary=f"{approval.id}: {decision.verdict}")
         self._state.deferred = [each for each in self._state.deferred if each.seq != approval.seq]
         self._state.settled.append(approval.id)
         questions.settle(self._state, approval, decision, outcome)
-        self._approvals.changed()
+        self._run.changed()

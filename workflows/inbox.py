@@ -23,7 +23,6 @@ T = TypeVar("T")
 class Inbox:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()  # first come, first served
-        self._in_turn: bool | None = None
 
     def quiet(self) -> bool:
         """Whether no item is being taken and none is queued."""
@@ -35,12 +34,6 @@ class Inbox:
         A handler only calls this, and is unfinished until its item is taken. So a run that waits for
         `all_handlers_finished` before it ends or continues as new loses no item.
         """
-        if self._in_turn is None:
-            # The first item of the run decides, and it is the same one however items are batched. A run that got an
-            # item before the inbox existed goes on without it.
-            self._in_turn = workflow.patched("one-item-at-a-time")
-        if not self._in_turn:
-            return act()
         async with self._turn:
             said = act()
             for _ in range(ROUNDS):

@@ -8,45 +8,49 @@ answers the next call of its tool. A call whose outcome is unknown goes to a per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from temporalio import workflow
 
-from holdfast.contracts.recovery import LookBack, LookedBack, Past
+from activities.recovery import Repairs
+from holdfast.contracts.recovery import LookBack, Past
 from holdfast.contracts.run import UndoRecord
 from holdfast.contracts.tool_call import Outcome, UndoStatus
 from holdfast.contracts.turn import OutcomeStatus, ToolCall
+from holdfast.recovery import resets
+from workflows import questions
 from workflows.activity_runner import ActivityRunner, leaving
 from workflows.approvals import Approvals
-from workflows.state import CallState, RunState
+from workflows.deferred import DeferredCalls
+from workflows.gate import not_done
+from workflows.run import Run
+from workflows.state import CallState
 from workflows.tool_calls import ToolCalls
 
 
 class Lookback:
-    """`concluded` is called with each call that a person has to settle, `note` with what a reader should know."""
-
     def __init__(
-        self,
-        state: RunState,
-        approvals: Approvals,
-        activities: ActivityRunner,
-        tool_calls: ToolCalls,
-        concluded: Callable[[CallState], None],
-        note: Callable[..., None],
+        self, run: Run, activities: ActivityRunner, approvals: Approvals, tool_calls: ToolCalls, deferred: DeferredCalls
     ) -> None:
-        self._state = state
-        self._approvals = approvals
+        self._run = run
+        self._state = run.state
         self._activities = activities
+        self._approvals = approvals
         self._tool_calls = tool_calls
-        self._concluded = concluded
-        self._note = note
-        self.due = False
-        """The run was reset and has not checked yet: it decides, starts and ends nothing until it has."""
+        self._deferred = deferred
         # The server gives a run that it resets a new random seed, at the point of the Reset in its history.
         workflow.register_random_seed_callback(self._reset)
 
     def _reset(self, seed: int) -> None:
-        self.due = self._state.was_reset = True
+        self._state.look_back_due = self._state.was_reset = True
+
+    def was_reset(self, payload: tuple[Any, ...]) -> None:
+        """Takes the sweep's Signal. What people decided before its Reset counts."""
+        if told := resets.told_of(payload):
+            self._run.note(told.words)
+            self._approvals.recall()
+        else:
+            self._run.note(f"Signal {resets.SIGNAL} ignored: only the sweep sends it, and its payload is not valid")
 
     async def watch(self) -> None:
         """Looks back after each Reset, as long as the run is open.
@@ -54,21 +58,20 @@ class Lookback:
         A look that is in flight when the run ends is finished, and swallows the cancellation.
         """
         while not leaving():
-            await workflow.wait_condition(lambda: self.due)
-            if workflow.patched("look-back"):
-                await self._look()
-            self.due = False
+            await workflow.wait_condition(lambda: self._state.look_back_due)
+            await self._look()
+            self._state.look_back_due = False
 
     async def done(self) -> None:
         """Waits until the run knows what stands."""
-        if self.due:
-            await workflow.wait_condition(lambda: not self.due)
+        if self._state.look_back_due:
+            await workflow.wait_condition(lambda: not self._state.look_back_due)
 
     async def _look(self) -> None:
         state = self._state
         open_ = [item.seq for item in state.calls if item.outcome is None and not item.acting]
-        request = LookBack(key_base=self._tool_calls.key_base, seq=state.seq, open=open_)
-        found = await self._activities.run("look_back", request, LookedBack, summary="what stands after the Reset")
+        request = LookBack(key_base=self._run.key_base, seq=state.seq, open=open_)
+        found = await self._activities.run(Repairs.look_back, request, summary="what stands after the Reset")
         if not found.last:
             return  # nothing was undone
         gone, doubtful = list(found.gone), list(found.doubtful)
@@ -89,7 +92,7 @@ class Lookback:
             outcome = Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown: {words}", reason=words)
             told = f"Call #{past.seq} of {past.tool}: {outcome.content}. A person settles it"
             state.notices.append(f"{told}. Do not call it again until then.")
-            self._concluded(CallState(call=call, seq=past.seq, outcome=outcome))
+            self._deferred.conclude(CallState(call=call, seq=past.seq, outcome=outcome))
 
     def _forget(self, gone: list[Past]) -> None:
         """Removes these calls from what the run holds for done."""
@@ -104,23 +107,12 @@ class Lookback:
             return
         names = ", ".join(f"#{past.seq} {past.tool}" for past in believed)
         text = f"Undone while this run was stopped, and no longer standing: {names}."
-        self._note(f"reset: {text}")
+        self._run.note(f"reset: {text}")
         state.notices.append(f"{text} Call again what is still needed.")
         # Calls that are decided and have not begun may build on them, and so may the turn in flight.
         state.void_turn = state.turn
         for item in state.calls:
             if item.seq in seqs and item.outcome:
-                item.outcome = _void(f"it was undone while this run was stopped ({names})")
+                item.outcome = not_done(f"it was undone while this run was stopped ({names})")
             elif item.outcome is None and not item.acting:
-                self._approvals.withdraw(f"a{item.seq}", f"what it builds on was undone: {names}")
-
-
-def void(state: RunState, item: CallState) -> Outcome | None:
-    """The outcome of a call that was decided before the run learned what no longer stands; None when it may run."""
-    if not state.void_turn or state.void_turn != state.turn or item.acting:
-        return None
-    return _void("what was done before was undone while this run was stopped, so decide again")
-
-
-def _void(why: str) -> Outcome:
-    return Outcome(status=OutcomeStatus.ERROR, content=f"not done: {why}. Call again what is still needed.")
+                self._approvals.withdraw(questions.approval_id(item), f"what it builds on was undone: {names}")

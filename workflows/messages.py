@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from holdfast.contracts.data import clip
 from holdfast.contracts.people import DecisionReply, Message
 from holdfast.contracts.wording import did_you_mean
 from workflows.approvals import parse
+from workflows.run import Run
 from workflows.state import RunState
 
 PREFIX = "Message from "
 MAX_UNREAD = 20
+MAX_SHOWN = 300
+"""Bytes of a message that the note about it shows."""
 
 
 def unread(state: RunState) -> int:
@@ -21,8 +25,15 @@ def unread(state: RunState) -> int:
     return sum(notice.startswith(PREFIX) for notice in state.notices[state.heard or 0 :])
 
 
-def take(state: RunState, payload: tuple[Any, ...], ended: bool) -> DecisionReply:
+def take(run: Run, payload: tuple[Any, ...]) -> DecisionReply:
     """Takes one message. Never raises, because Temporal drops a Signal that does not decode without a trace."""
+    reply = _take(run.state, payload, ended=run.ending is not None)
+    run.note(clip(run.state.notices[-1], MAX_SHOWN) if reply.accepted else reply.message)
+    run.changed()
+    return reply
+
+
+def _take(state: RunState, payload: tuple[Any, ...], ended: bool) -> DecisionReply:
     message = parse(Message, payload, '{"text": "…", "by": "…"}')
     if isinstance(message, str):
         return _ignored(message)

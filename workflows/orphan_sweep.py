@@ -13,13 +13,14 @@ from temporalio.common import VersioningBehavior, WorkflowIDReusePolicy
 from temporalio.exceptions import ActivityError, WorkflowAlreadyStartedError
 from temporalio.workflow import ParentClosePolicy
 
-with workflow.unsafe.imports_passed_through():
-    from holdfast.contracts.recovery import Repair, Sweep, Swept
-    from holdfast.recovery.model import unwind_id
-    from holdfast.recovery.resets import Stuck
-    from workflows.activity_runner import ActivityRunner, why
-    from workflows.progress import plain
-    from workflows.start_input import one
+from activities.recovery import Repairs
+from activities.resets import Resets
+from holdfast.contracts.recovery import Sweep, Swept
+from holdfast.recovery.model import unwind_id
+from holdfast.recovery.resets import Stuck
+from workflows.activity_runner import ActivityRunner, Host, why
+from workflows.progress import plain
+from workflows.start_input import one
 
 FIND_S = 120.0
 RESET_S = 300.0
@@ -36,8 +37,8 @@ class OrphanSweep:
     async def run(self, *payload: Any) -> Swept:
         """Takes one `Sweep`."""
         given = one(Sweep, payload)
-        found = await ActivityRunner(lambda wait: None).run(
-            "find_orphans", given, list[Repair], summary="look for runs without an end", timeout_s=FIND_S
+        found = await ActivityRunner(Host()).run(
+            Repairs.find_orphans, given, summary="look for runs without an end", timeout_s=FIND_S
         )
         ids = [unwind_id(repair.key_base) for repair in found]
         for id, repair in zip(ids, found, strict=True):
@@ -53,28 +54,30 @@ class OrphanSweep:
                 )
             except WorkflowAlreadyStartedError:
                 continue  # an earlier sweep started it, and it is running
-        stuck: list[str] = []
-        if workflow.patched("resets-stuck-runs"):
-            stuck = await self._mend(given)
+        stuck = await self._mend(given)
         lines = [f"- `{id}`" for id in ids] + [f"- {plain(line)}" for line in stuck]
         workflow.set_current_details("\n".join(lines) or "nothing to do")
         return Swept(found=ids, stuck=stuck)
 
     async def _mend(self, given: Sweep) -> list[str]:
         """Resets the stuck runs, and returns a line about each. A run that cannot be reset delays no other."""
-        calls = ActivityRunner(lambda wait: None, places=lambda: AT_A_TIME)
-        found = await calls.run(
-            "find_stuck", given, list[Stuck], summary="look for runs whose history does not replay", timeout_s=FIND_S
+        activities = ActivityRunner(_AFewAtATime())
+        found = await activities.run(
+            Resets.find_stuck, given, summary="look for runs whose history does not replay", timeout_s=FIND_S
         )
-        return list(await asyncio.gather(*(_mended(calls, each) for each in found)))
+        return list(await asyncio.gather(*(_mended(activities, each) for each in found)))
+
+
+class _AFewAtATime(Host):
+    def places(self) -> int:
+        return AT_A_TIME
 
 
 async def _mended(activities: ActivityRunner, stuck: Stuck) -> str:
     try:
         return await activities.run(
-            "mend",
+            Resets.mend,
             stuck,
-            str,
             summary=f"reset {stuck.workflow_id}, whose history does not replay",
             timeout_s=RESET_S,
             deadline_s=RESET_DEADLINE_S,

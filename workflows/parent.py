@@ -23,24 +23,26 @@ class Parent:
         self._state = state
         self._telling: set[asyncio.Task[None]] = set()
 
-    def stands_still(self) -> None:
-        if self._batch and self._state.told % 2 == 0:
-            self._tell()
+    def run_waits(self) -> None:
+        self._tell(waits=True)
 
-    def goes_on(self) -> None:
-        if self._batch and self._state.told % 2 == 1:
-            self._tell()
+    def run_goes_on(self) -> None:
+        self._tell(waits=False)
 
-    def _tell(self) -> None:
-        self._state.told += 1
-        task = asyncio.create_task(self._signal(ChildNews(id=workflow.info().workflow_id, n=self._state.told)))
+    def _tell(self, *, waits: bool) -> None:
+        state = self._state
+        if self._batch is None or waits is state.told_waits:
+            return
+        state.told_waits = waits
+        state.told += 1
+        news = ChildNews(id=workflow.info().workflow_id, number=state.told, waits=waits)
+        task = asyncio.create_task(self._signal(self._batch.workflow_id, news))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def _signal(self, news: ChildNews) -> None:
-        assert self._batch is not None
+    async def _signal(self, batch: str, news: ChildNews) -> None:
         try:
-            await workflow.get_external_workflow_handle(self._batch.workflow_id).signal("child", news)
+            await workflow.get_external_workflow_handle(batch).signal("child", news)
         except FailureError as error:
             # The batch was terminated, and its close policy cancels this run: the Signal no longer matters.
-            workflow.logger.info("cannot signal the batch %s: %s", self._batch.workflow_id, error)
+            workflow.logger.info("cannot signal the batch %s: %s", batch, error)

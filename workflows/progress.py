@@ -1,11 +1,9 @@
-"""What a run shows its readers: a line, a percentage, a page for the Web UI, search attributes, the result."""
+"""What a run shows its readers: a line, a percentage, a page for the Web UI, the result. All are pure functions."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
-from collections.abc import Callable
 from datetime import datetime
 from math import ceil
 
@@ -26,7 +24,6 @@ from holdfast.contracts.run import (
 from holdfast.contracts.tool_call import UndoStatus
 from holdfast.contracts.turn import Usage
 from holdfast.contracts.wording import WHAT_WAS_DONE, WHY, YOUR_ANSWER, YOUR_NAME, in_words, standing
-from holdfast.engine.client import AGENT, SEARCH_ATTRIBUTES, STAGE, STATUS, TENANT
 from workflows.state import Ending, RunState
 
 TICKS = {
@@ -263,47 +260,6 @@ def result(given: AgentInput, state: RunState, ending: Ending) -> RunResult:
         webhook=given.webhook,
         stands=state.stands() if ending.outcome.unwinds else [],
     )
-
-
-class Display:
-    """Keeps the Web UI's page and the search attributes up to date, writing history only for what changed.
-
-    A separate coroutine makes the page once per workflow task: a hundred calls that end, or a hundred questions that
-    are asked or answered, make one page and not a hundred. `quiet`: whether the inbox is empty.
-    """
-
-    def __init__(self, given: AgentInput, page: Callable[[], str], quiet: Callable[[], bool]) -> None:
-        self._given = given
-        self._page = page
-        self._quiet = quiet
-        self._outdated = False
-        self._paging: asyncio.Task[None] | None = None
-        known = workflow.info().typed_search_attributes
-        self._shown = {key: known.get(key, "") for key in SEARCH_ATTRIBUTES}
-
-    def start(self) -> None:
-        self._paging = asyncio.create_task(self._keep())
-
-    async def _keep(self) -> None:
-        while True:
-            # The condition is checked when the workflow task has nothing else left to do. Several hundred Signals in
-            # one task, with a page after each, would exceed the two seconds that the SDK allows a task.
-            await workflow.wait_condition(lambda: self._outdated and self._quiet())
-            self._outdated = False
-            workflow.set_current_details(self._page())
-
-    def page(self) -> None:
-        """Marks the page as outdated. The page is not in history."""
-        if self._paging and self._paging.done():
-            self._paging.result()  # raises the error that ended it
-        self._outdated = True
-
-    def show(self, state: RunState) -> None:
-        self.page()
-        now = {STATUS: state.phase.value, STAGE: state.stage(), AGENT: self._given.agent, TENANT: self._given.tenant}
-        if changed := [key.value_set(value) for key, value in now.items() if self._shown.get(key, "") != value]:
-            self._shown = now
-            workflow.upsert_search_attributes(changed)
 
 
 def _done(steps: list[StepState]) -> int:

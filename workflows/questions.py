@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from temporalio import workflow
-
 from holdfast.contracts.data import digest
 from holdfast.contracts.people import Approval, ApprovalDecision, Verdict
 from holdfast.contracts.tool_call import Outcome
@@ -24,7 +22,7 @@ def may_run(state: RunState, item: CallState, now: datetime) -> Approval:
     if item.edits:
         why = f"The edited arguments do not fit: {item.edits[-1]}. {why}"
     return Approval(
-        id=_numbered(f"a{item.seq}", len(item.edits)),
+        id=approval_id(item),
         subject=call.tool,
         seq=item.seq,
         arguments=call.arguments,
@@ -35,6 +33,11 @@ def may_run(state: RunState, item: CallState, now: datetime) -> Approval:
         asked_at=now,
         role=_approver(state, call.tool),
     )
+
+
+def approval_id(item: CallState) -> str:
+    """The id of the request about a call, which is a new one after each edit that the tool did not accept."""
+    return _numbered(f"a{item.seq}", len(item.edits))
 
 
 def _approver(state: RunState, tool: str) -> str:
@@ -172,9 +175,7 @@ def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outc
         state.lasts(tool, seq, f"settled by {who}")
         return
     comment = f": {decision.comment}" if decision.comment else ""
-    mine = before and before.status is OutcomeStatus.UNKNOWN
-    if before and mine and before.seq != seq and not beside:
-        mine = not workflow.patched("doubts-apart")  # older runs took it for the end of this call
+    mine = before is not None and before.status is OutcomeStatus.UNKNOWN and before.seq == seq
     if mine and not beside:
         del state.ends[tool]
     if mine or beside:
@@ -189,5 +190,5 @@ def settle(state: RunState, approval: Approval, decision: ApprovalDecision, outc
 
 
 def _why_off(state: RunState, tool: str) -> str:
-    deferred = state.put_off(tool)
+    deferred = state.deferred_call(tool)
     return deferred.why if deferred else "its service does not answer"

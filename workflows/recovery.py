@@ -4,33 +4,37 @@ and unwinds a run that was terminated.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from temporalio import workflow
 from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
 
-with workflow.unsafe.imports_passed_through():
-    from holdfast.contracts.failures import ErrorType
-    from holdfast.contracts.people import Finding
-    from holdfast.contracts.recovery import Action, ActionEnd, Repair, RepairEnd, RepairResult, Survey
-    from holdfast.contracts.tool_call import Outcome, UndoOutcome, UndoStatus
-    from holdfast.contracts.turn import OutcomeStatus, Wait
-    from workflows.activity_runner import ASK_DEADLINE_S, UNDO_DEADLINE_S, ActivityRunner, why
-    from workflows.progress import plain as plain
-    from workflows.start_input import one
-    from workflows.webhooks import send
+from activities.recovery import Repairs
+from activities.tools import Tools
+from holdfast.contracts.failures import ErrorType
+from holdfast.contracts.people import Finding
+from holdfast.contracts.recovery import Action, ActionEnd, Repair, RepairEnd, RepairResult
+from holdfast.contracts.tool_call import UndoStatus
+from holdfast.contracts.turn import OutcomeStatus, Wait
+from workflows.activity_runner import ASK_DEADLINE_S, UNDO_DEADLINE_S, ActivityRunner, Host, why
+from workflows.progress import plain
+from workflows.start_input import one
+from workflows.webhooks import send
 
+Record = Callable[[Repairs, RepairEnd], Awaitable[RepairResult]]
+"""An activity that records how a repair ended."""
 WORDS = {"call": "replay", "undo": "undo", "settle": "settle", "ask": "ask about"}
 
 
 # Auto-upgrade: an undo must never wait for a build that has no workers any more.
 @workflow.defn(name="RepairWorkflow", versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
-class RepairWorkflow:
+class RepairWorkflow(Host):
     @workflow.init
     def __init__(self, *payload: Any) -> None:
         self._given = one(Repair, payload)
-        self._activities = ActivityRunner(self._waits)
+        self._activities = ActivityRunner(self)
         self._ends: list[ActionEnd] = []
         self._doing = "starting"
 
@@ -41,33 +45,33 @@ class RepairWorkflow:
         if not given.actions:
             return await self._unwind()
         refused = await self._activities.run(
-            "begin_repair", given, str, summary=f"begin: {given.letter or given.key_base}"
+            Repairs.begin_repair, given, summary=f"begin: {given.letter or given.key_base}"
         )
         if refused:
             self._show(refused)
             raise ApplicationError(refused, type=ErrorType.REFUSED, non_retryable=True)
         await self._do(given.actions)
-        return await self._record("record_repair")
+        return await self._record(Repairs.record_repair)
 
     async def _unwind(self) -> RepairResult:
         """Undoes the effects of a run that can no longer do it itself, and records the end of that run."""
-        survey = await self._activities.run("survey", self._given, Survey, summary="what was left behind")
+        survey = await self._activities.run(Repairs.survey, self._given, summary="what was left behind")
         if survey.alive:
             words = "nothing was undone: the run is still open, or its end is recorded"
             self._show(words)
             return RepairResult(ok=True, words=words)
         await self._do(survey.actions)
-        return await self._record("record_orphan", survey.webhook)
+        return await self._record(Repairs.record_orphan, survey.webhook)
 
     async def _do(self, actions: list[Action]) -> None:
         for action in actions:
             self._show(_name(action))
             self._ends.append(await self._one(action))
 
-    async def _record(self, activity: str, webhook: str = "") -> RepairResult:
+    async def _record(self, activity: Record, webhook: str = "") -> RepairResult:
         self._show("recording the outcome")
         end = RepairEnd(repair=self._given, ends=self._ends, webhook=webhook)
-        result = await self._activities.run(activity, end, RepairResult, summary="record the outcome")
+        result = await self._activities.run(activity, end, summary="record the outcome")
         self._show(result.words)
         if result.hook:
             await send(result.hook)
@@ -89,9 +93,8 @@ class RepairWorkflow:
 
     async def _call(self, action: Action) -> ActionEnd:
         outcome = await self._activities.run(
-            "tool",
+            Tools.tool,
             self._given.request(action),
-            Outcome,
             summary=_name(action),
             timeout_s=action.timeout_s,
             deadline_s=action.deadline_s,
@@ -110,9 +113,8 @@ class RepairWorkflow:
 
     async def _undo(self, action: Action) -> ActionEnd:
         outcome = await self._activities.run(
-            "undo",
+            Tools.undo,
             self._given.request(action),
-            UndoOutcome,
             summary=_name(action),
             timeout_s=action.timeout_s,
             deadline_s=UNDO_DEADLINE_S,
@@ -131,16 +133,15 @@ class RepairWorkflow:
         undo = UndoStatus.UNDONE if happened else UndoStatus.FAILED
         if action.key:
             finding = Finding(key=action.key, happened=happened, result=action.result, by=by, comment=action.comment)
-            outcome = await self._activities.run("settle", finding, Outcome, summary=_name(action))
+            outcome = await self._activities.run(Tools.settle, finding, summary=_name(action))
             if happened is not (outcome.status is OutcomeStatus.OK):
                 return ActionEnd(action=action, ok=False, words=f"not settled: the ledger says {outcome.content}")
         return ActionEnd(action=action, ok=True, words=f"{said}. {action.comment}".removesuffix(". "), undo=undo)
 
     async def _ask(self, action: Action) -> ActionEnd:
         outcome = await self._activities.run(
-            "ask_probe",
+            Repairs.ask_probe,
             self._given.request(action),
-            Outcome,
             summary=_name(action),
             timeout_s=action.timeout_s,
             deadline_s=ASK_DEADLINE_S,
@@ -153,7 +154,7 @@ class RepairWorkflow:
     def _by(self) -> str:
         return f" by {self._given.by}" if self._given.by else ""
 
-    def _waits(self, wait: Wait | None) -> None:
+    def parked(self, wait: Wait | None) -> None:
         self._show(f"waiting: {wait.why}" if wait else "trying again")
 
     def _show(self, doing: str) -> None:

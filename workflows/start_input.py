@@ -45,8 +45,7 @@ def one(kind: type[T], given: tuple[Any, ...], example: str = "") -> T:
 def start(kind: type[Start], given: tuple[Any, ...], example: str) -> Start:
     """The input of a run or a batch, checked against the limits for data from outside."""
     value = one(kind, given, example)
-    # The patch is asked for only when something is wrong: runs older than these limits go on without them.
-    if (wrong := _problem(value)) and workflow.patched("start-within-limits"):
+    if wrong := _problem(value):
         raise _refused(wrong)
     return value
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pydantic import BaseModel, Field
-from temporalio import workflow
 
+from holdfast.contracts.people import Approval, ApprovalDecision, DecidedApproval
 from holdfast.contracts.profile import Effect, Profile, StepSpec, ToolPolicy
 from holdfast.contracts.run import (
     NO_UNDO,
@@ -25,7 +25,6 @@ from holdfast.contracts.run import (
 )
 from holdfast.contracts.tool_call import Outcome, UndoStatus
 from holdfast.contracts.turn import OutcomeStatus, Reply, ToolCall, Usage, Wait
-from workflows.approvals import ApprovalsState
 
 NOTE_TIME = len("2026-11-21 12:00:00 ")
 """Length of the timestamp that a note begins with."""
@@ -88,6 +87,31 @@ class Deferred(BaseModel):
         return tried_again(self)
 
 
+class ApprovalsState(BaseModel):
+    open: dict[str, Approval] = {}
+    decided: dict[str, DecidedApproval] = {}
+    asked_since: datetime | None = None
+    """When the run began to wait for a person; None while it waits for no answer."""
+    waited_s: float = 0.0
+    """Seconds waited before `asked_since`."""
+    held: list[str] = []
+    """Requests of kind `outcome` that the run cannot end without."""
+    withdrawn: dict[str, str] = {}
+    """Requests that no longer need an answer, and why."""
+    early: dict[str, ApprovalDecision] = {}
+    """The last decisions about requests that were not open. They count only if the run was reset after them."""
+    recalled: dict[str, ApprovalDecision] = {}
+    """Early decisions that the server sent again after a reset: each counts as soon as its request is open again."""
+
+    @property
+    def blocking(self) -> list[Approval]:
+        """The open requests that the run waits for."""
+        return [a for a in self.open.values() if a.kind != "outcome" or a.id in self.held]
+
+    def asked(self, approval_id: str) -> bool:
+        return approval_id in self.open or approval_id in self.decided
+
+
 class RunState(BaseModel):
     key_base: str
     started: datetime
@@ -131,7 +155,7 @@ class RunState(BaseModel):
     last_turn: str = ""
     deferred: list[Deferred] = []
     final: str | None = None
-    """The model's final words, kept while a call is deferred or unknown that must be settled before the run can end."""
+    """The model's final words, kept until the run ends or goes on: it may first wait for what must be settled."""
     models: dict[str, int] = {}
     """Turns by the model that answered."""
     refused_turns: int = 0
@@ -147,13 +171,16 @@ class RunState(BaseModel):
     """What activities wait for right now. Not carried: a waiting activity asks again."""
     standing: list[Standing] = []
     """Effects after the point of a Reset that still stand: each answers a call of its tool."""
+    look_back_due: bool = False
+    """The run was reset and has not looked back yet: it decides, starts and ends nothing until it has."""
     was_reset: bool = False
     """The run was reset: effects may stand that this execution has not reached."""
     void_turn: int = 0
     """The turn whose calls were decided before the run learned what was undone before a Reset."""
     told: int = 0
-    """Number of the last Signal to the batch that started this run: odd says that it waits, even that it goes on."""
-
+    """How many Signals the batch that started this run got from it."""
+    told_waits: bool = False
+    """The last of them said that the run waits."""
     lasting: list[Stands] = []
     """Effects that this run cannot undo, in the order in which their calls ended."""
 
@@ -174,6 +201,7 @@ class RunState(BaseModel):
         self.usage += outcome.usage
         if outcome.status is OutcomeStatus.OK:
             self.lasts(item.call.tool, item.seq, outcome.origin)
+            self.stood += [each.key for each in self.standing if each.key == self.key_of(item.seq)]
         if outcome.status is not OutcomeStatus.ERROR:
             detail = "" if outcome.status is OutcomeStatus.OK else (outcome.reason or outcome.content)[:300]
             end = ToolEnd(status=outcome.status, seq=item.seq, detail=detail, origin=outcome.origin)
@@ -185,9 +213,7 @@ class RunState(BaseModel):
     def ended(self, tool: str, end: ToolEnd) -> None:
         """Keeps the end of a call as its tool's end. Another call of the tool that is unknown stays so."""
         before = self.ends.get(tool)
-        other = before and before.status is OutcomeStatus.UNKNOWN and before.seq != end.seq
-        # Older runs dropped the other call.
-        if before and other and workflow.patched("doubts-apart"):
+        if before and before.status is OutcomeStatus.UNKNOWN and before.seq != end.seq:
             self.doubts.append(Doubt(tool=tool, seq=before.seq, detail=before.detail))
         self.resolved(end.seq)
         self.ends[tool] = end
@@ -247,7 +273,7 @@ class RunState(BaseModel):
         last = [Doubt(tool=t, seq=e.seq, detail=e.detail) for t, e in ends if e.status is OutcomeStatus.UNKNOWN]
         return last + self.doubts
 
-    def put_off(self, tool: str) -> Deferred | None:
+    def deferred_call(self, tool: str) -> Deferred | None:
         """The deferred call of this tool, if there is one."""
         return next((each for each in self.deferred if each.call.tool == tool), None)
 
@@ -263,7 +289,7 @@ class RunState(BaseModel):
         """What a person has to settle after the run."""
         steps = self.steps()
         left = [
-            Pending(step=s.name, role=s.role, what=s.detail or "not done", key=self._key(s.seq))
+            Pending(step=s.name, role=s.role, what=s.detail or "not done", key=self.key_of(s.seq))
             for s in steps
             if s.status is StepStatus.PENDING or (s.status is StepStatus.TODO and not s.critical)
         ]
@@ -271,7 +297,7 @@ class RunState(BaseModel):
         return left + [
             Pending(step=each.tool, role=self._role(each.tool), what=each.detail, key=key)
             for each in self.in_doubt()
-            if (key := self._key(each.seq)) not in said
+            if (key := self.key_of(each.seq)) not in said
         ]
 
     def missing(self) -> dict[str, list[str]]:
@@ -332,7 +358,8 @@ class RunState(BaseModel):
         step = self.step_of(tool)
         return step.role if step else ""
 
-    def _key(self, seq: int | None) -> str:
+    def key_of(self, seq: int | None) -> str:
+        """The idempotency key of a call; empty without a call."""
         return f"{self.key_base}/{seq}" if seq else ""
 
     def _step(self, spec: StepSpec, running: set[str]) -> StepState:

@@ -9,26 +9,27 @@ from typing import Any
 from temporalio import workflow
 from temporalio.exceptions import ActivityError
 
+from activities.recovery import Repairs
+from activities.tools import Tools
 from holdfast.contracts.profile import Effect, ToolPolicy
 from holdfast.contracts.recovery import RunRef
 from holdfast.contracts.run import UndoRecord
 from holdfast.contracts.tool_call import Checked, GiveUp, Outcome, ToolRequest, UndoOutcome, UndoStatus
 from holdfast.contracts.turn import OutcomeStatus, ToolCall
 from workflows.activity_runner import ASK_DEADLINE_S, UNDO_DEADLINE_S, ActivityRunner, leaving, why
-from workflows.state import CallState, RunState
+from workflows.run import Run
+from workflows.state import CallState
 
 
 class ToolCalls:
     """The tool calls of one run."""
 
-    def __init__(self, agent: str, tenant: str, state: RunState, activities: ActivityRunner) -> None:
-        self._agent = agent
-        self._tenant = tenant
-        self._state = state
+    def __init__(self, run: Run, activities: ActivityRunner) -> None:
+        self._given = run.given
+        self._state = run.state
+        self._key_base = run.key_base
         self._activities = activities
-        self.key_base = state.key_base.removeprefix(workflow.info().workflow_id)
-        """Relative to the workflow's own id, so that history does not repeat the id in every request."""
-        self._registered = {record.seq for record in state.saga}
+        self._registered = {record.seq for record in run.state.saga}
 
     async def tool(self, call: ToolCall, seq: int, since: datetime) -> Outcome:
         """Runs a tool call to its outcome, or to a `wait` when its service is down.
@@ -40,14 +41,13 @@ class ToolCalls:
         request = self._request(seq, call.tool, call.version, call.arguments)
         try:
             outcome = await self._activities.run(
-                "tool",
+                Tools.tool,
                 request,
-                Outcome,
                 summary=f"#{seq} {call.tool} ({policy.service})",
                 # An attempt of a `probe` tool may ask first and then act, each within the tool's timeout.
                 timeout_s=policy.timeout_s * (2 if policy.effect is Effect.PROBE else 1),
                 deadline_s=left,
-                put_off=policy.put_off,
+                deferrable=policy.deferrable,
                 queue=policy.queue,
                 begins=lambda: self._begins(policy, call, seq),
                 settle=not policy.pure,
@@ -60,7 +60,7 @@ class ToolCalls:
             if policy.pure or policy.effect is Effect.READ:
                 return Outcome(status=OutcomeStatus.FAILED, content=f"gave up: {why(error)}")
             return Outcome(status=OutcomeStatus.UNKNOWN, content=f"outcome unknown, gave up: {why(error)}")
-        if outcome.wait and (not policy.put_off or not outcome.wait.service or left <= 0):
+        if outcome.wait and (not policy.deferrable or not outcome.wait.service or left <= 0):
             # It waited too long. The ledger knows whether an earlier attempt has acted.
             outcome = await self.give_up(call, seq, f"gave up after {policy.deadline_s:.0f} s: {outcome.wait.why}")
         if policy.pure and outcome.status is OutcomeStatus.UNKNOWN:
@@ -71,23 +71,20 @@ class ToolCalls:
     async def give_up(self, call: ToolCall, seq: int, why: str) -> Outcome:
         """Closes a call that is not tried any more, even one that was never sent. Returns what is known of it."""
         given_up = GiveUp(request=self._request(seq, call.tool, call.version, call.arguments), why=why)
-        return await self._activities.run("give_up", given_up, Outcome, summary=f"#{seq} {call.tool}: give up")
+        return await self._activities.run(Tools.give_up, given_up, summary=f"#{seq} {call.tool}: give up")
 
     async def check(self, item: CallState, arguments: dict[str, Any]) -> Checked:
         """Whether the tool of a call accepts these arguments."""
         call = item.call
         request = self._request(item.seq, call.tool, call.version, arguments)
-        return await self._activities.run(
-            "check", request, Checked, summary=f"#{item.seq} {call.tool}: edited arguments"
-        )
+        return await self._activities.run(Tools.check, request, summary=f"#{item.seq} {call.tool}: edited arguments")
 
     async def undo(self, record: UndoRecord) -> UndoOutcome:
         """Undoes one effect. Raises ActivityError when its deadline passes."""
         policy = self._state.policy(record.tool) or ToolPolicy()
         outcome = await self._activities.run(
-            "undo",
+            Tools.undo,
             self._request(record.seq, record.tool, record.version, record.arguments),
-            UndoOutcome,
             summary=f"#{record.seq} {record.tool} ({policy.service})",
             timeout_s=policy.timeout_s,
             deadline_s=UNDO_DEADLINE_S,
@@ -117,9 +114,9 @@ class ToolCalls:
 
         This execution has not reached those calls, so its saga does not know them.
         """
-        of = RunRef(agent=self._agent, key_base=self.key_base, tenant=self._tenant)
+        of = RunRef(agent=self._given.agent, key_base=self._key_base, tenant=self._given.tenant)
         known = {record.seq for record in self._state.saga}
-        for record in await self._activities.run("to_undo", of, list[UndoRecord], summary="what is to be undone"):
+        for record in await self._activities.run(Repairs.to_undo, of, summary="what is to be undone"):
             if record.seq not in known:
                 step = self._state.step_of(record.tool)
                 self._state.saga.append(record.model_copy(update={"step": step.name if step else ""}))
@@ -130,15 +127,14 @@ class ToolCalls:
 
         A call that stays unknown becomes a dead letter for a person. Returns a line about each call.
         """
-        of = RunRef(agent=self._agent, key_base=self.key_base, tenant=self._tenant)
+        of = RunRef(agent=self._given.agent, key_base=self._key_base, tenant=self._given.tenant)
         found: list[str] = []
-        for request in await self._activities.run("in_doubt", of, list[ToolRequest], summary="calls in doubt"):
+        for request in await self._activities.run(Repairs.in_doubt, of, summary="calls in doubt"):
             policy = self._state.policy(request.tool) or ToolPolicy()
             try:
                 outcome = await self._activities.run(
-                    "ask_probe",
+                    Repairs.ask_probe,
                     request,
-                    Outcome,
                     summary=f"ask about #{request.seq} {request.tool}",
                     timeout_s=policy.timeout_s,
                     deadline_s=ASK_DEADLINE_S,
@@ -153,11 +149,11 @@ class ToolCalls:
 
     def _request(self, seq: int, tool: str, version: str, arguments: dict[str, Any]) -> ToolRequest:
         return ToolRequest(
-            agent=self._agent,
-            key_base=self.key_base,
+            agent=self._given.agent,
+            key_base=self._key_base,
             seq=seq,
             tool=tool,
             version=version,
             arguments=arguments,
-            tenant=self._tenant,
+            tenant=self._given.tenant,
         )

@@ -8,11 +8,11 @@ from temporalio import workflow
 from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError
 
-with workflow.unsafe.imports_passed_through():
-    from holdfast.contracts.webhooks import Delivered, Hook, Undelivered
-    from workflows.activity_runner import ActivityRunner, why
-    from workflows.progress import plain
-    from workflows.start_input import one
+from activities.webhooks import Webhooks
+from holdfast.contracts.webhooks import Delivered, Hook, Undelivered
+from workflows.activity_runner import ActivityRunner, Host, why
+from workflows.progress import plain
+from workflows.start_input import one
 
 SEND_S = 10.0
 DEADLINE_S = 86_400.0
@@ -27,17 +27,17 @@ class DeliveryWorkflow:
     async def run(self, *payload: Any) -> Delivered:
         """Takes one `Hook`."""
         hook = one(Hook, payload)
-        calls = ActivityRunner(lambda wait: None)
+        activities = ActivityRunner(Host())
         about = f"`{hook.type}` of run `{hook.workflow_id}` to {plain(hook.url)}, id `{hook.id}`"
         workflow.set_current_details(about)
         try:
-            delivered = await calls.run(
-                "deliver", hook, Delivered, summary=hook.type, timeout_s=SEND_S, deadline_s=DEADLINE_S
+            delivered = await activities.run(
+                Webhooks.deliver, hook, summary=hook.type, timeout_s=SEND_S, deadline_s=DEADLINE_S
             )
         except ActivityError as error:
             delivered = Delivered(ok=False, words=f"gave up: {why(error)}")
         workflow.set_current_details(f"{about}\n\n{'✓' if delivered.ok else '✗'} {plain(delivered.words)}")
         if hook.replay or not delivered.ok:
             summary = "close the dead letter" if delivered.ok else "keep it as a dead letter"
-            await calls.run("record_delivery", Undelivered(hook=hook, delivered=delivered), type(None), summary=summary)
+            await activities.run(Webhooks.record_delivery, Undelivered(hook=hook, delivered=delivered), summary=summary)
         return delivered

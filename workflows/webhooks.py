@@ -10,9 +10,10 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.workflow import ChildWorkflowCancellationType, ParentClosePolicy
 
 from holdfast.contracts.people import Approval
-from holdfast.contracts.run import AgentInput, RunResult
+from holdfast.contracts.run import RunResult
 from holdfast.contracts.webhooks import Hook
 from holdfast.engine.webhooks import ENDED, needs_input, run_is
+from workflows.run import Run
 
 
 async def send(hook: Hook) -> None:
@@ -32,11 +33,11 @@ async def send(hook: Hook) -> None:
 
 
 class Webhooks:
-    """The events of one run. Without an address it issues no command, so a run older than webhooks still replays."""
+    """The webhooks of one run; none without an address."""
 
-    def __init__(self, given: AgentInput, key_base: str) -> None:
-        self._given = given
-        self._key_base = key_base
+    def __init__(self, run: Run) -> None:
+        self._given = run.given
+        self._key_base = run.state.key_base
         self._starting: set[asyncio.Task[None]] = set()
 
     @property

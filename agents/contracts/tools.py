@@ -27,7 +27,7 @@ PATIENT = 7 * 86_400.0
 DISK = 1000
 """Retries while the workspace cannot be used: a full disk fails no document before a person can free space."""
 REASKS = 2
-_stage = partial(tool, effect=Effect.IDEMPOTENT, deadline=PATIENT, retries=DISK, put_off=False)
+_stage = partial(tool, effect=Effect.IDEMPOTENT, deadline=PATIENT, retries=DISK, deferrable=False)
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 

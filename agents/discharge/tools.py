@@ -47,13 +47,13 @@ async def _of_patient(ctx: ToolContext, patient_id: str, method: str, path: str,
 # Without the record the agent can neither order nor write anything correct, so a run waits for these two.
 
 
-@tool(effect=Effect.READ, service="records", put_off=False)
+@tool(effect=Effect.READ, service="records", deferrable=False)
 async def read_record(ctx: ToolContext, patient_id: PatientId) -> Json:
     """Read the patient's record: a FHIR bundle with Patient, Encounter and Conditions."""
     return await _of_patient(ctx, patient_id, "GET", f"/records/patients/{patient_id}")
 
 
-@tool(effect=Effect.READ, service="records", put_off=False)
+@tool(effect=Effect.READ, service="records", deferrable=False)
 async def read_orders(ctx: ToolContext, patient_id: PatientId) -> Json:
     """Read the discharge orders: a FHIR bundle with MedicationRequests and the ServiceRequest for the follow-up."""
     return await _of_patient(ctx, patient_id, "GET", f"/records/patients/{patient_id}/orders")

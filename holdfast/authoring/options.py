@@ -8,21 +8,8 @@ from typing import Any
 
 from holdfast.contracts.data import Json
 from holdfast.contracts.turn import Usage
+from holdfast.setting_formats import OURS
 
-OURS = frozenset(
-    {
-        "model",
-        "messages",
-        "tools",
-        "tool_choice",
-        "stream",
-        "stream_options",
-        "max_tokens",
-        "max_completion_tokens",
-        "n",
-    }
-)
-"""Request parameters that Holdfast sets itself."""
 MAX_TOKENS = 8192
 """Default limit of an answer in tokens: every request has a limit."""
 

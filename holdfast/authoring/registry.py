@@ -1,4 +1,4 @@
-"""Finds the agents: every `SPEC` in `agents/<name>/spec.py`. To add an agent, add a folder.
+"""Finds the agents: every `SPEC` in `<name>/spec.py` of a place of agents. To add an agent, add a folder.
 
 A broken agent is listed as broken and does not affect the others.
 """
@@ -15,10 +15,10 @@ from typing import TypeVar
 
 from holdfast.authoring.agent import AgentSpec
 from holdfast.authoring.batch import BatchSpec
+from holdfast.authoring.places import SHIPPED, Place, file_of, places
 from holdfast.authoring.services import Service
 from holdfast.contracts.failures import MESSAGE_LIMIT, ErrorType, Failure
 from holdfast.contracts.wording import did_you_mean
-from holdfast.files import ROOT
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class UnknownAgent(Exception):
 
 
 class BrokenAgent(Exception):
-    """An agent under `agents/` cannot be imported, or its declaration cannot run. The message says where and why.
+    """An agent cannot be imported, or its declaration cannot run. The message says where and why.
 
     Other agents are not affected. Runs of the broken agent wait until it is repaired; none of them fails.
     """
@@ -45,19 +45,25 @@ _added_batches: dict[str, BatchSpec] = {}
 
 @dataclass
 class _Found:
-    """The contents of `agents/`. `broken` is by folder."""
+    """The contents of all places. `broken` is by folder."""
 
     agents: dict[str, AgentSpec] = field(default_factory=dict)
     batches: dict[str, BatchSpec] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     """The file that declares each name."""
+    homes: dict[str, Place] = field(default_factory=dict)
+    """The place of each name."""
     broken: dict[str, BrokenAgent] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    """The file of each module that was to be imported."""
 
-    def take(self, folder: str) -> None:
+    def take(self, place: Place, folder: str) -> None:
         """Adds the agent and the batch that a folder declares. Adds nothing and raises BrokenAgent when it cannot."""
-        file = f"agents/{folder}/spec.py"
+        file, name = place.shown(f"{folder}/spec.py"), f"{place.package}.{folder}.spec"
+        if (other := self.modules.setdefault(name, file)) != file:
+            raise BrokenAgent(f"{file}: the folder name {folder!r} is taken by {other}: give it one of its own")
         try:
-            module = import_module(f"agents.{folder}.spec")
+            module = import_module(name)
             spec, batch = getattr(module, "SPEC", None), getattr(module, "BATCH", None)
             if not isinstance(spec, AgentSpec):
                 raise TypeError("it has no SPEC = AgentSpec(…)")
@@ -73,10 +79,11 @@ class _Found:
         if batch is not None:
             self.batches[batch.name] = batch
         self.files |= dict.fromkeys(names, file)
+        self.homes |= dict.fromkeys(names, place)
 
 
 def _broken(file: str, error: BaseException) -> BrokenAgent:
-    near = f"/{Path(file).parent}/"
+    near = f"/{'/'.join(Path(file).parent.parts[-2:])}/"
     where = [each for each in traceback.extract_tb(error.__traceback__) if near in each.filename]
     at = f" ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else ""
     return BrokenAgent(f"{file}: {type(error).__name__}: {error}{at}")
@@ -84,18 +91,32 @@ def _broken(file: str, error: BaseException) -> BrokenAgent:
 
 @cache
 def _found() -> _Found:
-    found = _Found()
-    for folder in sorted(path.parent.name for path in (ROOT / "agents").glob("*/spec.py")):
-        try:
-            found.take(folder)
-        except BrokenAgent as error:
-            found.broken[folder] = error
+    found = _Found(broken={name: BrokenAgent(why) for name, why in places().lacking.items()})
+    for place in places().there:
+        for folder in place.having("spec.py"):
+            try:
+                found.take(place, folder)
+            except BrokenAgent as error:
+                found.broken[folder if folder not in found.broken else str(place.folder / folder)] = error
     found.agents = dict(sorted(found.agents.items()))
     return found
 
 
+def origin(name: str) -> str:
+    """The folder with the agents among which an agent or a batch is; empty for those of `agents/`."""
+    home = _found().homes.get(name, SHIPPED)
+    return "" if home == SHIPPED else str(home.folder)
+
+
+def file_with(name: str, graph: object) -> str:
+    """The file that has an agent's graph: that of the module which it is named in, or the agent's own spec."""
+    if isinstance(graph, str):
+        return file_of(graph.partition(":")[0])
+    return _found().files.get(name, f"agents/{name}/spec.py")
+
+
 def broken() -> dict[str, BrokenAgent]:
-    """The broken agents under `agents/`, by folder name."""
+    """The broken agents by folder name, and places where no agents can be."""
     return _found().broken
 
 

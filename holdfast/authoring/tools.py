@@ -162,7 +162,7 @@ class Tool:
     result_schema: Json
     per_minute: int | None = None
     queue: str = ""
-    put_off: bool = True
+    deferrable: bool = True
     role: str = ""
     settles_s: float | None = None
     remote: bool = False
@@ -233,7 +233,7 @@ class Tool:
             timeout_s=self.timeout_s,
             deadline_s=self.deadline_s,
             queue=self.queue,
-            put_off=self.put_off,
+            deferrable=self.deferrable,
             role=self.role,
             pure=all(each.pure for each in self.chain),
         )
@@ -327,7 +327,7 @@ def tool(
     role: str = "",
     per_minute: int | None = None,
     queue: str = "",
-    put_off: bool = True,
+    deferrable: bool = True,
     settles_within: float | None = None,
     fallback: tuple[Tool | LastGood, ...] = (),
     name: str = "",
@@ -343,8 +343,8 @@ def tool(
     per_minute: rate limit of the tool: calls of all workers together per minute, per tenant.
     queue: the stage whose workers run it (`worker.py --queue`), so that stages scale separately; by default the main
     workers.
-    put_off: False for a tool that the rest of the work needs: while its service or its model is unavailable, the turn
-    waits for the call (parked), and the model is still offered the tool. True: such a call is deferred.
+    deferrable: False for a tool that the rest of the work needs: while its service or its model is unavailable, the
+    turn waits for the call (parked), and the model is still offered the tool. True: such a call is deferred.
     settles_within: seconds after which a request that has had no effect will never have one, counted from the end of
     the attempt that sent it; None: the value of its service. Until then a probe's "no" does not count, and an unknown
     outcome is not undone. When neither declares it and the probe says that a call did not happen, a person settles it.
@@ -383,7 +383,7 @@ def tool(
             approval=approval,
             per_minute=per_minute,
             queue=queue,
-            put_off=put_off,
+            deferrable=deferrable,
             role=role,
             settles_s=settles_within,
             fallback=tuple(fallback),

@@ -12,7 +12,7 @@ import typer
 from typer._click.exceptions import NoArgsIsHelpError
 from typer.exceptions import TyperException
 
-from holdfast.cli import breakers, deployments, webhooks
+from holdfast.cli import breakers, webhooks
 from holdfast.cli.errors import mendable, nowhere
 from holdfast.cli.output import Refused, fail, out, prepare_streams, print_json
 
@@ -26,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(breakers.commands, name="breakers", rich_help_panel=RELIABILITY)
-app.add_typer(deployments.commands, name="deployments", rich_help_panel=OPERATIONS)
 dlq = typer.Typer(help="List, replay and drop dead letters: failed work, kept for a replay.", no_args_is_help=True)
 app.add_typer(dlq, name="dlq", rich_help_panel=RELIABILITY)
 app.add_typer(webhooks.commands, name="webhooks", rich_help_panel=OPERATIONS)
@@ -414,12 +413,28 @@ def demo(
 @app.command(rich_help_panel=SET_UP)
 def new(
     agent: Annotated[str, typer.Argument(metavar="AGENT", help="its name, such as meetings")],
+    repo: Annotated[
+        str, typer.Option("--repo", metavar="DIR", help="write a repository of its own, with a Dockerfile, into DIR")
+    ] = "",
+    holdfast: Annotated[
+        str,
+        typer.Option(
+            "--holdfast",
+            metavar="PATH|URL@TAG",
+            help="with --repo: where that repository gets Holdfast from, a checkout or git (default: this checkout)",
+        ),
+    ] = "",
     json: Json = False,
 ) -> None:
     """Create a working example in agents/AGENT, with a script for the scripted model and a test."""
-    from holdfast.cli.new import new
+    from holdfast.cli import new
 
-    new(agent, json)
+    if holdfast and not repo:
+        raise Refused("--holdfast goes with --repo only")
+    if repo:
+        new.new_repository(agent, repo, holdfast, json)
+    else:
+        new.new(agent, json)
 
 
 @app.command(rich_help_panel=SET_UP)

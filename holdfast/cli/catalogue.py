@@ -13,6 +13,7 @@ from holdfast.authoring.registry import agent as find_agent
 from holdfast.authoring.registry import agents as all_agents
 from holdfast.authoring.registry import batches as all_batches
 from holdfast.authoring.registry import broken as broken_agents
+from holdfast.authoring.registry import origin
 from holdfast.authoring.tools import LastGood, Tool
 from holdfast.cli.output import counted, out, print_json
 from holdfast.contracts.data import Json
@@ -55,6 +56,7 @@ def show_agents(as_json: bool) -> None:
     for spec, down in found:
         out.print(f"[bold]{spec.name}[/bold]  [dim]version {spec.version}[/dim]")
         out.print(f"  {spec.description}", markup=False)
+        _show_origin(spec.name)
         out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(spec).items())}", markup=False)
         steps = (step.name + ("" if step.critical else " (optional)") for step in spec.steps)
         if spec.steps:
@@ -66,8 +68,14 @@ def show_agents(as_json: bool) -> None:
     for batch in all_batches().values():
         out.print(f"[bold]{batch.name}[/bold]  [dim]batch of {batch.agent.name}, {batch.window} at a time[/dim]")
         out.print(f"  {batch.description}", markup=False)
+        _show_origin(batch.name)
         out.print(f"  input  {', '.join(f'{n}: {_type(f)}' for n, f in _fields(batch).items())}", markup=False)
     _show_broken()
+
+
+def _show_origin(name: str) -> None:
+    if folder := origin(name):
+        out.print(f"  from   {folder}", markup=False)
 
 
 def _show_broken() -> None:
@@ -79,6 +87,7 @@ def _batch(spec: BatchSpec) -> Json:
     return {
         "name": spec.name,
         "batch_of": spec.agent.name,
+        "from": origin(spec.name),
         "description": spec.description,
         "input": spec.input.model_json_schema(),
         "window": spec.window,
@@ -91,6 +100,7 @@ def _agent(spec: AgentSpec, down: Down) -> Json:
         "name": spec.name,
         "version": spec.version,
         "description": spec.description,
+        "from": origin(spec.name),
         "input": spec.input.model_json_schema(),
         "steps": [step.model_dump(mode="json") for step in spec.steps],
         "tools": list(spec.by_name),

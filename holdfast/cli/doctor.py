@@ -18,7 +18,8 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSyste
 from temporalio.converter import StorageDriverRetrieveContext, StorageDriverStoreContext
 from temporalio.service import RPCError, RPCStatusCode
 
-from holdfast.cli.output import out, print_json
+from holdfast.authoring import places, registry
+from holdfast.cli.output import counted, out, print_json
 from holdfast.cli.up import running_stack
 from holdfast.contracts.data import Json
 from holdfast.engine.client import (
@@ -65,7 +66,7 @@ BROUGHT = {
 
 
 async def doctor(fix: bool, as_json: bool) -> int:
-    checks = [_versions(), _stack()]
+    checks = [_versions(), _agents(), _stack()]
     try:
         client = await connect()
     except NoServer as error:
@@ -99,6 +100,19 @@ def _told_once(checks: list[Check]) -> list[Check]:
 def _versions() -> Check:
     packages = ", ".join(f"{name} {version(name)}" for name in ("temporalio", "langgraph", "openai", "pydantic"))
     return Check("versions", True, f"Python {platform.python_version()}, {packages}")
+
+
+def _agents() -> Check:
+    """Checks that agents are where the settings say, and that none is broken."""
+    if wrong := places.missing_folders():
+        return Check("agents", False, "; ".join(wrong), "workers do not start before HOLDFAST_AGENTS is right")
+    found = f"{counted(len(registry.agents()), 'agent')} in {', '.join(map(_name_of, places.places().there))}"
+    broken = "; ".join(map(str, registry.broken().values()))
+    return Check("agents", not broken, broken or found, "correct them; the other agents go on", needed=False)
+
+
+def _name_of(place: places.Place) -> str:
+    return "agents/" if place == places.SHIPPED else str(place.folder)
 
 
 def _stack() -> Check:
@@ -152,7 +166,7 @@ async def _builds(client: Client) -> list[Check]:
             return await _versioned_elsewhere(client, settings().task_queue)
         deployment = await describe(client, name)
     except (DeploymentError, RPCError) as error:
-        return [Check("deployment", False, str(error), "see docs/deployment.md on how to start versioned workers")]
+        return [Check("deployment", False, str(error), "to start versioned workers see docs/how-to/deployment.md")]
     found = ", ".join(f"{each.build} {each.state} ({each.open_runs} runs open)" for each in deployment.builds)
     return [Check("deployment", not deployment.troubles, f"{name}: {found}", "; ".join(deployment.troubles))]
 

@@ -27,6 +27,7 @@ def mendable(error: Exception) -> str | None:
         return f"{what}: {error.strerror}"
     from temporalio.service import RPCError
 
+    from holdfast.application import NameTaken
     from holdfast.authoring.registry import BrokenAgent, UnknownAgent
     from holdfast.contracts import door
     from holdfast.dev.stack import StackFailed
@@ -48,6 +49,7 @@ def mendable(error: Exception) -> str | None:
         | BrokenAgent
         | PayloadLost
         | KeyReused
+        | NameTaken
         | NoServer
         | PayloadUnreadable
         | SchemaMismatch

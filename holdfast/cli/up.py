@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from holdfast.authoring.places import missing_folders
 from holdfast.cli.output import Refused, err, out
 from holdfast.cli.watch import Watch
 from holdfast.dev.stack import Stack
@@ -26,6 +27,8 @@ async def up() -> int:
     scripted = not (os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
     with only_one(home):
         stack_file().unlink(missing_ok=True)  # left by an `up` that was killed: its addresses are stale
+        if wrong := missing_folders():
+            raise Refused("; ".join(wrong))
         # Work in flight at Ctrl-C goes on after the next `up`: no need to wait for it.
         stack = Stack(home, {"HOLDFAST_DRAIN_S": "2", **os.environ}, scripted_model=scripted)
         try:

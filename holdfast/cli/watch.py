@@ -1,6 +1,6 @@
-"""Supervises the stack for `up`: restarts processes that end, and reloads `agents/` when it changes.
+"""Supervises the stack for `up`: restarts processes that end, and reloads the agents when their files change.
 
-An error under `agents/` never ends the stack. A change that cannot be imported is not loaded; a worker that starts
+An error in an agent never ends the stack. A change that cannot be imported is not loaded; a worker that starts
 meanwhile serves the other agents, and a worker that cannot start at all waits for the next change.
 """
 
@@ -18,17 +18,17 @@ from typing import NoReturn
 
 from rich.markup import escape
 
+from holdfast.authoring.places import places
 from holdfast.cli.output import err, out
-from holdfast.dev.stack import ROOT, Child, Stack, StackFailed
+from holdfast.dev.stack import Child, Stack, StackFailed
 
 SHORT_LIFE_S = 10.0
 SHORT_LIVES = 3
 """A process that ends this often in a row, each time within SHORT_LIFE_S, is not restarted."""
 
 IMPORT_S = 60.0
-"""How long an import of `agents/` may take, in seconds: a hanging import would block the watch."""
+"""How long an import of the agents may take, in seconds: a hanging import would block the watch."""
 
-AGENTS = ROOT / "agents"
 IMPORT = (
     "from holdfast.authoring import registry; from holdfast.reasoning.loading import load_graphs;"
     " load_graphs(); registry.none_is_broken()"
@@ -46,18 +46,19 @@ class Watch:
         self._stack = stack
         self._short_lives: Counter[str] = Counter()
         self._waiting: set[Child] = set()
-        """Processes that cannot start because of an error in `agents/`."""
-        self._taken = self._tried = agents_now()
+        """Processes that cannot start because of an error in an agent."""
+        self._folders = [place.folder for place in places().there]
+        self._taken = self._tried = self._now()
 
     async def run(self) -> NoReturn:
-        """Raises StackFailed when a process keeps ending for a reason other than an error in `agents/`."""
+        """Raises StackFailed when a process keeps ending for a reason other than an error in an agent."""
         seen = self._tried
         while True:
             for child in self._stack.children:
                 if not child.alive and child not in self._waiting:
                     await self._revive(child)
             await asyncio.sleep(0.25)
-            before, seen = seen, agents_now()
+            before, seen = seen, self._now()
             if seen == before != self._tried:  # changed, and stable since the last look
                 self._tried = seen
                 await self._take(seen)
@@ -65,7 +66,7 @@ class Watch:
     async def _take(self, files: Files) -> None:
         """Restarts the processes that import the agents, unless the changed agents cannot be imported."""
         if complaint := await self._complaint(self._stack.scripted_model):
-            err.print(f"[red]agents/ has changed, but is not taken:[/red] {escape(complaint)}")
+            err.print(f"[red]{self._changed(files)}, but is not taken:[/red] {escape(complaint)}")
             return
         for child in self._stack.children:
             if child.name == "model" or child in self._stack.workers:
@@ -76,8 +77,21 @@ class Watch:
                 self._waiting.discard(child)
                 await self._start(child)
         if not self._waiting and not any(worker.not_served for worker in self._stack.workers):
-            out.print(f"[dim]agents/ has changed ({_changed(self._taken, files)}), taken at {_clock()}[/dim]")
+            out.print(f"[dim]{self._changed(files)}, taken at {_clock()}[/dim]")
             self._taken = files
+
+    def _now(self) -> Files:
+        return {path: changed for folder in self._folders for path, changed in agents_now(folder).items()}
+
+    def _changed(self, files: Files) -> str:
+        """What differs, such as `agents/ has changed (expenses/spec.py)`: three files, a count of the rest."""
+        differ = {path for path, _ in self._taken.items() ^ files.items()}
+        if not differ:
+            return "the agents are as before"
+        folders = [each for each in self._folders if any(path.is_relative_to(each) for path in differ)]
+        names = sorted(str(path.relative_to(each)) for each in folders for path in differ if path.is_relative_to(each))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{', '.join(f'{each.name}/' for each in folders)} has changed ({', '.join(names[:3])}{more})"
 
     async def _revive(self, child: Child) -> None:
         lived = time.monotonic() - child.started_at
@@ -89,13 +103,13 @@ class Watch:
             out.print(f"[yellow]{child.name} had ended (status {status}) and was started again[/yellow]")
 
     async def _start(self, child: Child) -> bool:
-        """Starts a process; whether it is ready. If not, it waits for `agents/` to change, or `_revive` retries it."""
-        before = agents_now()
+        """Starts a process; whether it is ready. If not, it waits for a change of an agent, or `_revive` retries it."""
+        before = self._now()
         child.start()
         try:
             await self._stack.until_ready(child)
         except StackFailed as error:
-            now = agents_now()
+            now = self._now()
             complaint = await self._complaint(scripts=False) if child in self._stack.workers else ""
             if complaint:
                 self._waiting.add(child)
@@ -111,7 +125,7 @@ class Watch:
         return True
 
     async def _complaint(self, scripts: bool) -> str:
-        """Why `agents/` cannot be imported now, in one line; empty when it can."""
+        """Why the agents cannot be imported now, in one line; empty when it can."""
         code = f"{IMPORT}; {IMPORT_SCRIPTS}" if scripts else IMPORT
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", code),
@@ -124,7 +138,7 @@ class Watch:
             async with asyncio.timeout(IMPORT_S):
                 _, said = await process.communicate()
         except TimeoutError:
-            return f"importing agents/ takes longer than {IMPORT_S:.0f} s"
+            return f"importing the agents takes longer than {IMPORT_S:.0f} s"
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -133,13 +147,13 @@ class Watch:
         line = said.decode(errors="replace").strip().rpartition("\n")[2]
         for name in ("holdfast.authoring.registry.BrokenAgent", "holdfast.dev.simulation.script.ScriptFailed"):
             line = line.removeprefix(f"{name}: ")
-        return line or f"importing agents/ ends the process with status {process.returncode}"
+        return line or f"importing the agents ends the process with status {process.returncode}"
 
 
-def agents_now() -> Files:
-    """The files under `agents/` and their modification times, without tests and editors' temporary files."""
+def agents_now(folder: Path) -> Files:
+    """The files under a folder of agents and their modification times, without tests and editors' temporary files."""
     found = (
-        path for path in AGENTS.rglob("*") if path.is_file() and not any(map(_aside, path.relative_to(AGENTS).parts))
+        path for path in folder.rglob("*") if path.is_file() and not any(map(_aside, path.relative_to(folder).parts))
     )
     with suppress(FileNotFoundError):  # a file may vanish between listing and stat
         return {path: path.stat().st_mtime_ns for path in found}
@@ -148,12 +162,6 @@ def agents_now() -> Files:
 
 def _aside(part: str) -> bool:
     return part.startswith((".", "test_", "__pycache__", "#")) or part.endswith("~")
-
-
-def _changed(before: Files, after: Files) -> str:
-    """The files that differ, such as `expenses/spec.py`: the first three and a count of the rest."""
-    names = sorted({str(path.relative_to(AGENTS)) for path, _ in before.items() ^ after.items()})
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _clock() -> str:

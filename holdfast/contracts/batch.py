@@ -74,13 +74,14 @@ class BatchReport(BaseModel):
 
 
 class ChildNews(BaseModel):
-    """Payload of the Signal `child`: the run `id` is parked or waits for a person (odd `n`), or goes on (even `n`).
+    """Payload of the Signal `child`: the run `id` is parked or waits for a person, or goes on.
 
-    The highest `n` counts.
+    Two Signals of a run may arrive in the wrong order: the one with the highest `number` counts.
     """
 
     id: str
-    n: int
+    number: int
+    waits: bool
 
 
 class BatchInput(BaseModel):

@@ -62,11 +62,11 @@ def checked(kind: type[T], data: Mapping[str, Any]) -> T:
     if unknown := next((each[:80] for each in data if each not in kind.model_fields), ""):
         fields = ", ".join(kind.model_fields)
         problems.append(f"there is no field {unknown!r}{did_you_mean(unknown, kind.model_fields)} (fields: {fields})")
+    said = None
     try:
-        said = parsed(kind, data)
-    except Unfit as error:
-        problems.append(str(error))
-        said = None
+        said = kind.model_validate(data)
+    except ValidationError as error:
+        problems.append(explain(error))
     if problems or said is None:
         raise Unfit("; ".join(problems))
     if isinstance(said, Message):
@@ -79,11 +79,3 @@ def checked(kind: type[T], data: Mapping[str, Any]) -> T:
         raise Unfit(f"answer is still {answer.strip()!r}: put your own answer there")
     reason("comment", said.comment)
     return said.model_copy(update={"approver": name("approver", said.approver)})
-
-
-def parsed(kind: type[T], data: Mapping[str, Any]) -> T:
-    """Validates the types only, as runs did before `checked` existed. Raises Unfit."""
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise Unfit(explain(error)) from None

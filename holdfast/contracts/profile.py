@@ -52,7 +52,7 @@ class ToolPolicy(BaseModel):
     """Schedule-to-close timeout of a call: all its attempts and waits."""
     queue: str = ""
     """The stage of its calls and compensations: the task queue `<the run's queue>.<queue>`; empty: the run's own."""
-    put_off: bool = True
+    deferrable: bool = True
     """True: while its service is down, a call is deferred and the turns go on. False: the turn is parked with the call.
 
     False also keeps the tool offered while its service is down, because the run can do nothing without it.
@@ -76,4 +76,4 @@ class Profile(BaseModel):
     turns_per_execution: int = 100
     """Turns of one execution before continue-as-new, which the server may also suggest earlier."""
     parallel_calls: int = 0
-    """Tool calls that run at the same time; 0: no limit, as in runs that are older than this field."""
+    """Tool calls that run at the same time; 0: no limit."""

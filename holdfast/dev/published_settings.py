@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+from holdfast.setting_formats import folders
 
 PLAIN = (
     "HOLDFAST_TASK_QUEUE",
@@ -47,6 +50,8 @@ def published(environment: Mapping[str, str]) -> dict[str, Any]:
     if services := json.loads(environment.get("HOLDFAST_SERVICES") or "{}"):
         addresses = {name: without_credentials(value) for name, value in services.items()}
         tell("HOLDFAST_SERVICES", addresses, addresses == services)
+    if agents := environment.get("HOLDFAST_AGENTS"):
+        told["HOLDFAST_AGENTS"] = os.pathsep.join(map(str, folders(agents)))
     if models := json.loads(environment.get("HOLDFAST_MODEL_FALLBACKS") or "[]"):
         told["HOLDFAST_MODEL_FALLBACKS"] = [_fallback(each) for each in models]
     return {**told, "stack_secrets": kept}

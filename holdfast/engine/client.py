@@ -145,7 +145,9 @@ def data_converter(settings: Settings, namespace: str) -> DataConverter:
     )
 
 
-PASSED_THROUGH = ("holdfast", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "opentelemetry")
+LIBRARIES = ("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "opentelemetry")
+PASSED_THROUGH = ("holdfast", "activities", *LIBRARIES)
+WORKFLOWS = "workflows"
 
 
 @dataclass(frozen=True)
@@ -180,14 +182,19 @@ class _Sandbox(SandboxedWorkflowRunner):
 _NO_CONTEXT = StorageDriverStoreContext(target=None)
 
 
-def sandbox(versioned: bool = False, evict: Callable[[str], None] | None = None) -> SandboxedWorkflowRunner:
-    """Returns the sandbox with our library and pydantic passed through: own copies are most of a parked run's memory.
+def sandbox(
+    versioned: bool = False, evict: Callable[[str], None] | None = None, *, strict: bool = False
+) -> SandboxedWorkflowRunner:
+    """Returns the sandbox with our modules and pydantic passed through: own copies are most of a parked run's memory.
 
     versioned: for a worker of a Worker Deployment. For other workers the sandbox removes the workflows' versioning
     behavior.
     evict: makes the worker drop the run with this run id from its cache, after its current activation.
+    strict: gives each run its own copy of the workflows' modules, in which a call that is not deterministic fails. The
+    copy takes 10 ms of CPU, so the tests check with it and the workers run without.
     """
-    restrictions = SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH)
+    passed = PASSED_THROUGH if strict else (*PASSED_THROUGH, WORKFLOWS)
+    restrictions = SandboxRestrictions.default.with_passthrough_modules(*passed)
     return _Sandbox(restrictions=restrictions, versioned=versioned, evict=evict)
 
 

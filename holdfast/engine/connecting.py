@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from cryptography import x509
 from temporalio.envconfig import ClientConfigProfile
 
 
@@ -39,5 +38,7 @@ def _expiry(where: ClientConfigProfile) -> str:
     settled = where.tls.to_connect_tls_config() if where.tls else False
     if isinstance(settled, bool) or not settled.client_cert:
         return "; no client certificate is set"
+    from cryptography import x509  # takes 8 MB, and only this error needs it
+
     until = x509.load_pem_x509_certificate(settled.client_cert).not_valid_after_utc
     return f"; the client certificate is valid until {until:%Y-%m-%d %H:%M} UTC"

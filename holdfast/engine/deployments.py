@@ -1,18 +1,17 @@
-"""Worker versioning: the builds of a Worker Deployment as the server knows them, and which build takes new runs.
+"""Worker versioning: the builds of a Worker Deployment as the server knows them, and whose runs cannot go on.
 
 A run is pinned to the build that it began on; workflows that compensate (repairs, the sweep) go to the current build.
-See docs/deployment.md for the steps of a deploy.
+See docs/how-to/deployment.md for the steps of a deploy.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from temporalio.api.deployment.v1 import WorkerDeploymentVersion
-from temporalio.api.enums.v1 import RoutingConfigUpdateState, TaskQueueType, VersionDrainageStatus
+from temporalio.api.enums.v1 import TaskQueueType, VersionDrainageStatus
 from temporalio.api.taskqueue.v1 import PollerInfo, TaskQueue
 from temporalio.api.workflowservice.v1 import (
     DescribeTaskQueueRequest,
@@ -20,8 +19,6 @@ from temporalio.api.workflowservice.v1 import (
     DescribeWorkerDeploymentResponse,
     DescribeWorkerDeploymentVersionRequest,
     DescribeWorkerDeploymentVersionResponse,
-    SetWorkerDeploymentCurrentVersionRequest,
-    SetWorkerDeploymentRampingVersionRequest,
 )
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
@@ -30,12 +27,12 @@ SEEN_S = 75.0
 """Seconds. A worker polls at least once a minute; one that has not polled for this long is gone."""
 WAITS_S = 5.0
 """Seconds. A running worker takes a task at once; a task that waits longer has no worker."""
-SETTLE_S = 30.0
-"""Seconds within which a change of routing has to reach all parts of the server."""
+CURRENT = "temporal worker deployment set-current-version --deployment-name {name}"
+"""The command that sends new runs to a build."""
 
 
 class DeploymentError(Exception):
-    """The server cannot make the requested change. The message is one line that says what to do."""
+    """The server does not describe the deployment. The message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,6 @@ class Build:
     build: str
     state: str
     """current, ramping, draining (no new runs, some open), drained (none open), inactive (never had any)."""
-    percent: float
-    """Share of new runs that the build takes, 0…100."""
     open_runs: int
     """Open runs that are pinned to this build."""
     workers: int
@@ -55,12 +50,6 @@ class Build:
     """Tasks that wait for a worker of this build."""
     waiting_s: float
     """Age of the oldest of these tasks, in seconds."""
-    queues: tuple[str, ...] = ()
-
-    @property
-    def may_go(self) -> bool:
-        """Whether the build's workers may be stopped for good."""
-        return self.state in ("drained", "inactive") and not self.open_runs and not self.backlog
 
     @property
     def trouble(self) -> str:
@@ -95,7 +84,7 @@ class Deployment:
         if not self.current:
             found.append(
                 "no build is current, so new runs wait for workers that are not versioned: "
-                "run `uv run starter.py deployments promote BUILD`"
+                f"run `{CURRENT.format(name=self.name)} --build-id BUILD`"
             )
         return found
 
@@ -105,22 +94,21 @@ async def describe(client: Client, name: str) -> Deployment:
     answer = await _describe(client, name)
     routing = answer.worker_deployment_info.routing_config
     current = routing.current_deployment_version.build_id
-    ramping, ramp = routing.ramping_deployment_version.build_id, routing.ramping_version_percentage
+    ramping = routing.ramping_deployment_version.build_id
     builds = []
     for each in answer.worker_deployment_info.version_summaries:
         build = each.deployment_version.build_id
-        percent = 0.0
         if build == current:
-            state, percent = "current", 100.0 - ramp
+            state = "current"
         elif build == ramping:
-            state, percent = "ramping", ramp
+            state = "ramping"
         elif each.drainage_status == VersionDrainageStatus.VERSION_DRAINAGE_STATUS_DRAINING:
             state = "draining"
         elif each.drainage_status == VersionDrainageStatus.VERSION_DRAINAGE_STATUS_DRAINED:
             state = "drained"
         else:
             state = "inactive"
-        builds.append((each.create_time.ToDatetime(), await _build(client, name, build, state, percent)))
+        builds.append((each.create_time.ToDatetime(), await _build(client, name, build, state)))
     return Deployment(name, [build for _, build in sorted(builds, key=lambda pair: pair[0], reverse=True)])
 
 
@@ -142,50 +130,7 @@ async def takes_new_runs(client: Client, queue: str) -> tuple[str, str]:
 
 def without_versions(name: str) -> str:
     """Returns the command that sends new runs to workers that are not versioned."""
-    return f"temporal worker deployment set-current-version --deployment-name {name} --unversioned"
-
-
-async def promote(client: Client, name: str, build: str, percent: float | None, by: str) -> None:
-    """Routes all new runs to a build, or with `percent` that share of them (0 ends the share).
-
-    Returns when all parts of the server know the change. Raises DeploymentError when no worker of the build polls, or
-    its workers do not poll all task queues.
-    """
-    if not build:  # to the server this means that no build is current
-        raise DeploymentError("no build is named: `uv run starter.py deployments` lists the builds")
-    if percent == 0:  # the server would end the share of any build that has one
-        ramping = (await _describe(client, name)).worker_deployment_info.routing_config.ramping_deployment_version
-        if ramping.build_id != build:
-            other = f"; build {ramping.build_id} has one" if ramping.build_id else ""
-            raise DeploymentError(f"not changed: build {build} has no share of new runs to end{other}")
-    try:
-        if percent is None:
-            await client.workflow_service.set_worker_deployment_current_version(
-                SetWorkerDeploymentCurrentVersionRequest(
-                    namespace=client.namespace, deployment_name=name, build_id=build, identity=by
-                )
-            )
-        else:
-            await client.workflow_service.set_worker_deployment_ramping_version(
-                SetWorkerDeploymentRampingVersionRequest(
-                    namespace=client.namespace,
-                    deployment_name=name,
-                    build_id=build if percent else "",
-                    percentage=percent,
-                    identity=by,
-                )
-            )
-    except RPCError as error:
-        raise _deployment_error(error, name) from None
-    deadline = time.monotonic() + SETTLE_S
-    settling = RoutingConfigUpdateState.ROUTING_CONFIG_UPDATE_STATE_IN_PROGRESS
-    while (await _describe(client, name)).worker_deployment_info.routing_config_update_state == settling:
-        if time.monotonic() > deadline:
-            raise DeploymentError(
-                f"build {build} is set, but the change has not reached all parts of the server after {SETTLE_S:.0f} s:"
-                " check it with `uv run starter.py deployments`"
-            )
-        await asyncio.sleep(0.1)
+    return f"{CURRENT.format(name=name)} --unversioned"
 
 
 async def _describe(client: Client, name: str) -> DescribeWorkerDeploymentResponse:
@@ -197,7 +142,7 @@ async def _describe(client: Client, name: str) -> DescribeWorkerDeploymentRespon
         raise _deployment_error(error, name) from None
 
 
-async def _build(client: Client, name: str, build: str, state: str, percent: float) -> Build:
+async def _build(client: Client, name: str, build: str, state: str) -> Build:
     request = DescribeWorkerDeploymentVersionRequest(
         namespace=client.namespace,
         deployment_version=WorkerDeploymentVersion(deployment_name=name, build_id=build),
@@ -216,12 +161,10 @@ async def _build(client: Client, name: str, build: str, state: str, percent: flo
     return Build(
         build=build,
         state=state,
-        percent=round(percent, 2),
         open_runs=runs.count,
         workers=len({poller.identity for queue in queues for poller in await _pollers(client, queue, name, build)}),
         backlog=sum(each.approximate_backlog_count for each in stats),
         waiting_s=max((each.approximate_backlog_age.ToTimedelta().total_seconds() for each in stats), default=0.0),
-        queues=tuple(queues),
     )
 
 
@@ -248,13 +191,9 @@ def _deployment_error(error: RPCError, name: str) -> DeploymentError:
         case RPCStatusCode.NOT_FOUND:
             todo = f"start workers with HOLDFAST_DEPLOYMENT={name} and a HOLDFAST_BUILD_ID of their own"
             return DeploymentError(f"the server has no such build of {name!r} yet ({error.message}): {todo}")
-        case RPCStatusCode.FAILED_PRECONDITION:
-            return DeploymentError(
-                f"not changed: {error.message}: check that workers of this build poll all task queues"
-            )
         case RPCStatusCode.PERMISSION_DENIED:
             return DeploymentError(
                 f"not allowed: {error.message}: check that Worker Deployments are enabled for the namespace"
             )
         case _:
-            return DeploymentError(f"not changed: {error.message}")
+            return DeploymentError(f"the server does not describe the deployment: {error.message}")

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from google.protobuf.message import DecodeError
 from temporalio.api.common.v1 import Payload
 from temporalio.converter import PayloadCodec
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 ENCODING = b"binary/encrypted"
 KEY_ID = "encryption-key-id"
@@ -40,7 +42,7 @@ class EncryptionCodec(PayloadCodec):
     """
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
-        self._ciphers = {id: AESGCM(key) for id, key in keys.items()}
+        self._ciphers = _ciphers(keys)
         self._current = next(iter(keys), "")
 
     async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
@@ -61,6 +63,8 @@ class EncryptionCodec(PayloadCodec):
         if cipher is None:
             here = f"here are: {', '.join(self._ciphers)}" if self._ciphers else "none is set here"
             raise PayloadUnreadable(f"a payload is encrypted with key {id!r} ({here}): add that key to {VARIABLE}")
+        from cryptography.exceptions import InvalidTag
+
         try:
             opened = cipher.decrypt(payload.data[:NONCE], payload.data[NONCE:], _aad(id))
             return Payload.FromString(opened)
@@ -69,6 +73,14 @@ class EncryptionCodec(PayloadCodec):
                 f"a payload encrypted with key {id!r} does not open: it was changed, or {VARIABLE} has another key "
                 "under that id than the one that encrypted it"
             ) from None
+
+
+def _ciphers(keys: Mapping[str, bytes]) -> dict[str, AESGCM]:
+    if not keys:
+        return {}
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # takes 8 MB, and most processes have no keys
+
+    return {id: AESGCM(key) for id, key in keys.items()}
 
 
 def _aad(id: str) -> bytes:

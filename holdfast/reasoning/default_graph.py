@@ -1,8 +1,8 @@
-"""The graph of an agent without its own: model → check → (model again | end).
+"""The graph of an agent without its own: one node, `model`, which is one turn.
 
-`model` assembles the context and asks the model. `check` validates the answer: it ends the turn with a decision, or
-asks again with the validation error, twice at most. Each node ends with a checkpoint, so after a crash between the two
-the turn resumes at `check`. Messages are plain OpenAI dicts, stored as they are sent.
+The node assembles the context and asks the model. When the answer does not validate, it asks again with the error,
+twice at most. A node that runs again after a crash gets the recorded answers, so the turn needs one checkpoint, with
+its decision. Messages are plain OpenAI dicts, stored as they are sent.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime
 
 from holdfast.contracts.data import Json
-from holdfast.reasoning.conversation import inbox_messages
-from holdfast.reasoning.graph import Turn, TurnState, answers, tools
+from holdfast.reasoning.conversation import again, inbox_messages, parse
+from holdfast.reasoning.graph import Turn, TurnState, answers, decided
+
+MODEL = "model"
 
 
 class Conversation(TurnState):
@@ -26,20 +28,22 @@ class Conversation(TurnState):
 
 
 async def _model(state: Conversation, runtime: Runtime[Turn]) -> dict[str, Any]:
-    new: list[Json] = []
-    if not state["heard"]:
-        if not state["messages"]:
-            new = runtime.context.spec.messages(state["input"])
-        new += inbox_messages(state["messages"], [each.content for each in answers(state)], state["notices"])
-    answer = await runtime.context.ask(state["messages"] + new, must_call=True)
-    # Marked as heard for `check` too: the answers come here straight from START, which saves a superstep.
-    return {"messages": [*new, answer.message], "heard": {} if state["heard"] else {"check": 0}}
+    turn, before = runtime.context, state["messages"]
+    new = [] if before else turn.spec.messages(state["input"])
+    new += inbox_messages(before, [each.content for each in answers(state)], state["notices"])
+    tries = 0
+    while True:
+        answer = await turn.ask(before + new, must_call=True)
+        new.append(answer.message)
+        decision, problems = parse(answer.message, turn.spec)
+        if decision is not None:
+            return {"messages": new, "decision": decided(decision, answer.message, MODEL, turn)}
+        tries = again(tries, problems)
+        new += problems
 
 
 def build() -> StateGraph[Any, Any, Any, Any]:
     graph = StateGraph(Conversation, context_schema=Turn)
-    graph.add_node("model", _model)
-    graph.add_node("check", tools(then="model"), destinations=("model", "__end__"))
-    graph.add_edge(START, "model")
-    graph.add_edge("model", "check")
+    graph.add_node(MODEL, _model)
+    graph.add_edge(START, MODEL)
     return graph

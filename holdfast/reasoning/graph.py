@@ -34,7 +34,7 @@ from langgraph.types import Command
 from holdfast.authoring.agent import AgentSpec
 from holdfast.authoring.tools import Tool
 from holdfast.contracts.data import Json
-from holdfast.contracts.turn import OutcomeStatus
+from holdfast.contracts.turn import Decision, OutcomeStatus
 from holdfast.reasoning.conversation import again, as_json, inbox_messages, parse
 from holdfast.reliability import crash_points
 from holdfast.reliability.crash_points import Point
@@ -144,6 +144,14 @@ def final(text: str, then: str = "") -> Json:
     return {"calls": [], "then": [then] if then else [], "final": text}
 
 
+def decided(decision: Decision, message: Json, by: str, turn: Turn) -> Json:
+    """Returns a model's decision as the state holds it. message: where it was read. by: the node that decided."""
+    ids = [call["id"] for call in message.get("tool_calls") or ()]
+    made = [{**call.model_dump(), "by": by, "id": id} for call, id in zip(decision.calls, ids, strict=True)]
+    crash_points.reached(Point.NODE_DONE, turn.where)
+    return {"calls": made, "then": [by], "final": decision.final}
+
+
 def begin_at(node: str) -> Callable[[TurnState], list[str]]:
     """Routes a turn to the nodes that the previous decision named, else to `node`.
 
@@ -180,7 +188,6 @@ class Tools:
         context, me = get_runtime(Turn).context, _node()
         if _nested():
             raise BadGraph(f"node {me} decides the turn, so it belongs in the agent's own graph, not in a subgraph")
-        crash_points.reached(Point.NODE_DONE, context.where)
         conversation = [as_json(each) for each in state[self.messages]]
         tries = state["heard"].get(me)
         if me in state["resume"] and tries is None:
@@ -191,11 +198,7 @@ class Tools:
         decision, problems = parse(conversation[-1], context.spec, self._offered)
         if decision is None:
             return Command(goto=self.then, update={self.messages: problems, "heard": {me: again(tries or 0, problems)}})
-        ids = [call["id"] for call in conversation[-1].get("tool_calls") or []]
-        made = [
-            {**call.model_dump(), "by": me, "id": call_id} for call, call_id in zip(decision.calls, ids, strict=True)
-        ]
-        return Command(goto=END, update={"decision": {"calls": made, "then": [me], "final": decision.final}})
+        return Command(goto=END, update={"decision": decided(decision, conversation[-1], me, context)})
 
 
 def tools(then: str, *, messages: str = "messages", offered: Sequence[Tool | str] | None = None) -> Tools:

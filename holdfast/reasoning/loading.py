@@ -25,13 +25,7 @@ def load_graphs() -> None:
             try:
                 compiled(spec.graph, name)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - an agent's own code; the error is kept and shown
-                registry.breaks(name, _file_of(spec.graph, name), error)
-
-
-def _file_of(graph: object, agent: str) -> str:
-    if isinstance(graph, str):
-        return graph.partition(":")[0].replace(".", "/") + ".py"
-    return f"agents/{agent}/spec.py"
+                registry.breaks(name, registry.file_with(name, spec.graph), error)
 
 
 @cache

@@ -33,9 +33,9 @@ class Thread(Checkpoints):
     It hides later checkpoints of other attempts: a frozen worker that wakes up may have moved the thread's end.
 
     It stores everything that LangGraph passes to it, so that finished branches and open interrupts survive a crash.
-    When `lean`, it stores one checkpoint per finished node and nothing else: the checkpoint before the first node and
-    the writes ahead of a node's checkpoint only save running a node again, and a repeated node repeats no model call,
-    because the ledger has the answer. Lean is for graphs with a single line of nodes.
+    When `lean`, it stores the checkpoint with the turn's decision and nothing else: anything before that only saves
+    running nodes again, and a repeated node repeats no model call, because the ledger has the answer. Lean is for
+    graphs whose nodes do nothing but ask the model.
     """
 
     def __init__(self, db: Database, thread_id: str, tag: str, base: str | None, *, lean: bool = False) -> None:
@@ -45,7 +45,6 @@ class Thread(Checkpoints):
         self._base = base
         self._lean = lean
         self._head: CheckpointTuple | None = None
-        self._unstored = 0
         self.head = ""
         """Id of the thread's last checkpoint; empty for an empty thread."""
         self.carried: Json = {}
@@ -64,12 +63,12 @@ class Thread(Checkpoints):
                 # With an empty conversation the run would do all its work again, under new keys.
                 raise Forgotten(
                     f"the store lacks checkpoint {self._base} of this run: was it restored older than Temporal?"
-                    " The run waits until the checkpoint is back: see docs/operations.md, Backup and restore"
+                    " The run waits until the checkpoint is back: see docs/how-to/backup.md"
                 )
             return False
         self._head, self.head = found, found.config.get("configurable", {})["checkpoint_id"]
         self.carried = found.metadata.get("carried", {})  # type: ignore[typeddict-item]
-        return found.metadata.get("turn") == self._tag
+        return _of(found) == self._tag
 
     def value(self, channel: str, default: Any) -> Any:
         """Returns the channel's value at the head when the thread was opened."""
@@ -90,11 +89,7 @@ class Thread(Checkpoints):
     ) -> RunnableConfig:
         if _nested(config):
             return await super().aput(config, checkpoint, metadata, new_versions)
-        if self._lean and metadata.get("source") == "input":
-            self._unstored = 2  # the input, and the step that passes it to the first node
-        if self._unstored:
-            self._unstored -= 1
-        else:
+        if _decided(checkpoint) or not self._lean:
             parent: RunnableConfig = {**config, "configurable": {"thread_id": self._id, "checkpoint_id": self.head}}
             stored: Any = {**metadata, "carried": self.carried} if self.carried else metadata
             await super().aput(parent, checkpoint, stored, new_versions)
@@ -109,6 +104,15 @@ class Thread(Checkpoints):
         failed = ERROR in channels and HANDLED not in channels
         if not failed and (_nested(config) or not self._lean):
             await super().aput_writes(config, writes, task_id, task_path)
+
+
+def _of(found: CheckpointTuple) -> str:
+    """Returns the tag of the turn that stored a checkpoint."""
+    return found.metadata.get("turn", "")
+
+
+def _decided(checkpoint: Checkpoint) -> bool:
+    return checkpoint["channel_values"].get("decision") is not None
 
 
 def _nested(config: RunnableConfig) -> bool:

@@ -55,6 +55,8 @@ def decision_of(state: Mapping[str, Any], spec: AgentSpec) -> Decision:
         raise BadGraph("the graph ended without a decision: return calls(…) or final(…) as `decision` in some node")
     if not isinstance(made, dict) or made.keys() != DECISION:
         raise BadGraph(f"`decision` has to be what calls(…) or final(…) returns; it is {type(made).__name__}")
+    if made["final"] is not None and made["calls"]:
+        raise BadGraph("the graph decided calls and a final answer at once: return calls(…) or final(…)")
     if made["final"] is None and not made["calls"]:
         raise BadGraph("the graph decided calls(…) without any call: to end the run, return final(…)")
     try:

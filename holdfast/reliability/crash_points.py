@@ -22,7 +22,7 @@ class Point(StrEnum):
     """The model has answered, nothing is recorded: only here can a crash make a model call be paid twice."""
     MODEL_RECORDED = "model-recorded"
     NODE_DONE = "node-done"
-    """The model node's checkpoint is written, the check node has not run."""
+    """A node has read the turn's decision from the model's recorded answer; no checkpoint has it yet."""
     DECIDED = "decided"
     """The decision is checkpointed, not yet reported to the workflow."""
     LIMITED = "limited"

@@ -1,0 +1,1 @@
+"""Slices of the programs in `bench` that kill, freeze, load or confuse."""

@@ -1,7 +1,8 @@
 """Records histories for the replay test: `uv run python -m tests.histories.record [SCENARIO …]`.
 
-Histories are only ever added: a run that is in flight at a deploy must go on with the new code. Without names the
-scenarios that have no file yet are recorded; one that has is refused, so a new one needs a new name.
+The set was recorded with version 0.2.0. From there on histories are only ever added: a run that is in flight at a
+deploy must go on with the new code. Without names the scenarios that have no file yet are recorded; one that has is
+refused, so a new one needs a new name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from holdfast.engine.client import DATA_CONVERTER
 from holdfast.recovery.dead_letters import DeadLetters
 from holdfast.recovery.requests import repair_of, start_repair
 from holdfast.state.schema import migrate
+from holdfast.testing.model import call, error, say, sequence, turn
+from holdfast.testing.stage import Stage, a_stage, dev_server, until
 from tests.fixtures.batch import Batch, Work, names
-from tests.fixtures.model import call, error, say, sequence, turn
-from tests.fixtures.temporal import Stage, a_stage, dev_server, until
+from tests.fixtures.temporal import temporal_cli
 from tests.fixtures.world import World, agent
 
 HERE = Path(__file__).parent
@@ -137,8 +140,8 @@ async def settled(stage: Stage, world: World) -> Handle:
     return handle
 
 
-async def put_off(stage: Stage, world: World) -> Handle:
-    """A call whose service's breaker opens: put off, and tried again while the run waits to end."""
+async def deferred(stage: Stage, world: World) -> Handle:
+    """A call whose service's breaker opens: deferred, and tried again while the run waits to end."""
     rule = BreakerRule(failures=1, probe_after_s=2.0)
     spec = agent(
         world.tool("book", errors=[ConnectionRefusedError("down")]), services=(Service("world", breaker=rule),)
@@ -172,8 +175,8 @@ async def unwound(stage: Stage, world: World) -> Handle:
     return stage.client.get_workflow_handle(found.found[0])
 
 
-async def told(stage: Stage, world: World) -> Handle:
-    """A run that tells of its question and of its end."""
+async def with_webhook(stage: Stage, world: World) -> Handle:
+    """A run that sends a webhook when it asks a person, and one when it ends."""
     spec = agent(world.tool("send", approval=True))
     stage.model.script = sequence(call(SEND), say("done"))
     handle = await stage.start(spec, webhook="http://127.0.0.1:9/hook")
@@ -183,7 +186,7 @@ async def told(stage: Stage, world: World) -> Handle:
 
 
 async def undelivered(stage: Stage, world: World) -> Handle:
-    """What the end of such a run starts: nobody takes it, and it becomes a dead letter."""
+    """The delivery that the end of such a run starts: it fails, and becomes a dead letter."""
     spec = agent(world.tool("book"))
     stage.model.script = sequence(call(BOOK), say("done"))
     handle = await stage.start(spec, webhook="http://127.0.0.1:9/hook")
@@ -194,10 +197,10 @@ async def undelivered(stage: Stage, world: World) -> Handle:
 
 
 async def batch(stage: Stage, world: World) -> Handle:
-    """Children that stand still while a service is down, one that fails, continue-as-new."""
+    """Children that wait while a service is down, one that fails, continue-as-new."""
     up = asyncio.Event()
 
-    @tool(effect=Effect.IDEMPOTENT, service="history", put_off=False, retries=50)
+    @tool(effect=Effect.IDEMPOTENT, service="history", deferrable=False, retries=50)
     async def think(ctx: ToolContext, name: str) -> str:
         """Thinks."""
         if not up.is_set():
@@ -219,7 +222,7 @@ async def batch(stage: Stage, world: World) -> Handle:
 
 
 async def batch_item(stage: Stage, world: World) -> Handle:
-    """The first child of such a batch, which told it twice."""
+    """The first child of such a batch. It has sent the batch two Signals."""
     handle = await batch(stage, world)
     await handle.result()
     return stage.client.get_workflow_handle(f"{handle.id}.n00")
@@ -251,7 +254,7 @@ async def together(stage: Stage, world: World) -> Handle:
 
 
 async def withdrawn(stage: Stage, world: World) -> Handle:
-    """A tool that was withdrawn is offered again; its call is put off, and a person settles it meanwhile."""
+    """A tool that was withdrawn is offered again; its call is deferred, and a person settles it meanwhile."""
     await stage.runtime.guards.breaker.trip("world", "moving house", "lee")
     stage.model.script = sequence(say("I cannot book"), call(BOOK), say("all but the booking"), say("done"))
     handle = await stage.start(agent(world.tool("book")))
@@ -260,8 +263,8 @@ async def withdrawn(stage: Stage, world: World) -> Handle:
     return handle
 
 
-async def apart(stage: Stage, world: World) -> Handle:
-    """A call that was put off and then ended unknown: two questions."""
+async def asked_twice(stage: Stage, world: World) -> Handle:
+    """A call that was deferred and then ended unknown: two questions."""
     rule = BreakerRule(failures=1, probe_after_s=2.0)
     errors = [ConnectionRefusedError("down"), TimeoutError("no answer")]
     send = world.tool("send", Effect.MANUAL, errors=errors, undo=None)
@@ -285,6 +288,40 @@ async def dropped(stage: Stage, world: World) -> Handle:
     return handle
 
 
+async def early(stage: Stage, world: World) -> Handle:
+    """A decision that comes before the run asks: ignored, and sent again."""
+    gate = asyncio.Event()
+    look = world.tool("look", Effect.READ, gate=gate)
+    stage.model.script = sequence(call(("look", {})), call(SEND), say("done"))
+    handle = await stage.start(agent(look, world.tool("send", approval=True)))
+    await world.saw("begin look#1")
+    await decide(handle, "a2")
+    await until(handle, lambda s: bool(s.notes))
+    gate.set()
+    await asked(handle)
+    await decide(handle, "a2")
+    return handle
+
+
+async def looked_back(stage: Stage, world: World) -> Handle:
+    """Cancelled, undone, and then reset to before the cancel: it looks back, and books again."""
+    stage.model.script = sequence(call(BOOK), call(SEND), call(BOOK), call(SEND), say("done"))
+    handle = await stage.start(agent(world.tool("book"), world.tool("send", approval=True)))
+    await asked(handle)
+    tasks = [e for e in (await handle.fetch_history()).events if e.HasField("workflow_task_completed_event_attributes")]
+    await handle.cancel()
+    with suppress(WorkflowFailureError):
+        await handle.result()
+    where = ("--workflow-id", handle.id, "--event-id", str(tasks[-1].event_id), "--reason", "recorded")
+    assert (await temporal_cli(stage, "workflow", "reset", *where)).returncode == 0
+    described = await stage.client.get_workflow_handle(handle.id).describe()
+    handle = stage.client.get_workflow_handle(handle.id, run_id=described.run_id)
+    await until(handle, lambda s: any(each.id != "a2" for each in s.approvals))
+    (again,) = await handle.query("approvals")
+    await decide(handle, again["id"])
+    return handle
+
+
 SCENARIOS: list[Scenario] = [
     completed,
     partial,
@@ -296,19 +333,21 @@ SCENARIOS: list[Scenario] = [
     waiting,
     continued,
     settled,
-    put_off,
+    deferred,
     repaired,
     swept,
     unwound,
-    told,
+    with_webhook,
     undelivered,
     batch,
     batch_item,
     batch_cancelled,
     together,
     withdrawn,
-    apart,
+    asked_twice,
     dropped,
+    early,
+    looked_back,
 ]
 
 
@@ -335,7 +374,7 @@ async def record(client: Client, scenario: Scenario) -> None:
         async with a_stage(client, store) as stage, stage.worker(identity="recorder"):
             handle = await scenario(stage, World())
             described = (await handle.describe()).raw_description.workflow_execution_info
-            run_id: str | None = described.first_run_id
+            run_id: str | None = handle.run_id or described.first_run_id  # a reset run is not the first
             if scenario is not waiting:
                 try:
                     await handle.result()

@@ -1,8 +1,8 @@
 """What the scripted model answers: a pure function of the messages and the offered tools.
 
-An agent has its rules in `agents/<name>/script.py`: `decide(messages, tools)` returns the next assistant message, or
-None when the conversation belongs to another agent. Agents without a script get a generic one. Every text that it
-writes for people begins with `LABEL`.
+An agent has its rules in `script.py` beside its `spec.py`: `decide(messages, tools)` returns the next assistant
+message, or None when the conversation belongs to another agent. Agents without a script get a generic one. Every text
+that it writes for people begins with `LABEL`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from importlib import import_module
 from traceback import extract_tb
 from typing import Any
 
+from holdfast.authoring.places import Place, places
 from holdfast.contracts.data import Json
-from holdfast.files import ROOT
 
 LABEL = "[simulated model] "
 
-AGENTS = ROOT / "agents"
 _LOG = logging.getLogger(__name__)
 
 Call = tuple[str, Json]
@@ -40,9 +39,9 @@ def decide(messages: Sequence[Json], tools: Sequence[Json]) -> Json:
     Raises ScriptFailed when a script fails and no other script takes the conversation.
     """
     failed: ScriptFailed | None = None
-    for name in _names():
+    for place, name in _there():
         try:
-            message = _run(name, messages, tools)
+            message = _run(place, name, messages, tools)
         except ScriptFailed as error:
             # Every script sees every conversation: a broken one must not stop the others.
             _LOG.warning("%s", error, exc_info=error.__cause__)
@@ -60,38 +59,39 @@ def decide(messages: Sequence[Json], tools: Sequence[Json]) -> Json:
 
 def scripts() -> list[Script]:
     """All scripts. Raises ScriptFailed for one that cannot be imported."""
-    return [_script(name) for name in _names()]
+    return [_script(place, name) for place, name in _there()]
 
 
 @cache
-def _names() -> list[str]:
-    return [path.parent.name for path in sorted(AGENTS.glob("*/script.py"))]
+def _there() -> list[tuple[Place, str]]:
+    return [(place, name) for place in places().there for name in place.having("script.py")]
 
 
 @cache
-def _script(name: str) -> Script:
+def _script(place: Place, name: str) -> Script:
     try:
-        return import_module(f"agents.{name}.script").decide
+        return import_module(f"{place.package}.{name}.script").decide
     except Exception as error:
-        raise ScriptFailed(_words(name, error)) from error
+        raise ScriptFailed(_words(place, name, error)) from error
 
 
-def _run(name: str, messages: Sequence[Json], tools: Sequence[Json]) -> Json | None:
-    script = _script(name)
+def _run(place: Place, name: str, messages: Sequence[Json], tools: Sequence[Json]) -> Json | None:
+    script = _script(place, name)
     try:
         message = script(messages, tools)
         if not isinstance(message, dict | None):
             raise TypeError(f"decide gave back {type(message).__name__}, neither a message nor None")
     except Exception as error:
-        raise ScriptFailed(_words(name, error)) from error
+        raise ScriptFailed(_words(place, name, error)) from error
     return message
 
 
-def _words(name: str, error: Exception) -> str:
-    at = f"agents/{name}/script.py"
+def _words(place: Place, name: str, error: Exception) -> str:
+    file = f"{name}/script.py"
+    at = f"{place.folder.name}/{file}"
     lines = [each.lineno for each in extract_tb(error.__traceback__) if each.filename.endswith(at)]
     line = f" (line {lines[-1]})" if lines else ""
-    return f"the script of {at} failed: {type(error).__name__}: {error}{line}"
+    return f"the script of {place.shown(file)} failed: {type(error).__name__}: {error}{line}"
 
 
 def ask(talk: Talk, *calls: Call) -> Json:

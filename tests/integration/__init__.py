@@ -1,0 +1,1 @@
+"""One process of ours against real servers: Temporal, SQLite and Postgres, HTTP, MCP."""
