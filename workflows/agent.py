@@ -254,6 +254,7 @@ class AgentWorkflow:
 
     async def _take_decision(self, *payload: Any) -> DecisionReply:
         await self._approvals.foresee(*payload)
+        await asyncio.sleep(0)  # the Signal of a reset by the sweep may have come in the same task
         return await self._run.inbox.take(lambda: self._approvals.decide(*payload))
 
     @workflow.signal(name="message", description="Sends a message to the run: text, by")
@@ -266,7 +267,9 @@ class AgentWorkflow:
 
     @workflow.signal(name=resets.SIGNAL, description="Sent by the sweep: it has reset this run")
     async def was_reset(self, *payload: Any) -> None:
+        self._approvals.recalls = resets.told_of(payload) is not None
         await self._approvals.foreseen()
+        await asyncio.sleep(0)  # after the decisions that came before it
         await self._run.inbox.take(lambda: self._lookback.was_reset(payload))
 
     @workflow.signal(dynamic=True, description="Any other name: noted, and nothing else")

@@ -53,6 +53,8 @@ class Approvals:
         self._run = run
         self._webhooks = webhooks
         self._moment: asyncio.Task[None] | None = None
+        self.recalls = False
+        """The sweep has reset the run, and what people had decided before is still to be recalled."""
 
     async def ask(self, approval: Approval) -> ApprovalDecision:
         """Waits until a person decides, for days if need be, without holding anything in a worker."""
@@ -71,23 +73,30 @@ class Approvals:
             self._run.changed()
             self._webhooks.asked(approval)
 
-    def recall(self) -> None:
-        """After a reset: makes the decisions count that people sent before it."""
-        self.state.recalled |= self.state.early
+    def recall(self, accepted: list[str]) -> None:
+        """After a reset by the sweep: makes the decisions count that people sent before it.
+
+        accepted: the requests whose decision the run had taken by an Update. The sweep sent that one last.
+        """
+        self.recalls = False
+        for decision in self.state.early:
+            self.state.recalled.setdefault(decision.approval_id, []).append(decision)
+        for name in accepted:
+            self.state.recalled[name] = self.state.recalled.get(name, [])[-1:]
         self.state.early.clear()
         for name in list(self.state.open):
             self._answered_before(name)
 
     def _answered_before(self, name: str) -> bool:
         """Takes the decision that was sent before the reset. Its digest is checked like any other."""
-        if (decision := self.state.recalled.pop(name, None)) is None:
-            return False
-        reply = self._take(decision)
-        self._run.note(
-            f"{reply.message} (by {decision.approver}, before the reset)" if reply.accepted else reply.message
-        )
-        self._run.changed()
-        return reply.accepted
+        for decision in self.state.recalled.pop(name, []):
+            reply = self._take(decision)
+            by = f" (by {decision.approver}, before the reset)" if reply.accepted else ""
+            self._run.note(reply.message + by)
+            self._run.changed()
+            if reply.accepted:
+                return True
+        return False
 
     async def answer(self, approval_id: str) -> ApprovalDecision | None:
         """The decision; None when the request was withdrawn."""
@@ -157,14 +166,13 @@ class Approvals:
             return DecisionReply(
                 accepted=False, message=f"decision of {decision.approver} ignored: {name} was already {was}"
             )
-        approval = state.open.get(name)
+        approval = None if self.recalls else state.open.get(name)
         if approval is None and (why := state.withdrawn.get(name)):
             message = f"decision of {decision.approver} ignored: the run withdrew the question {name}, because {why}"
             return DecisionReply(accepted=False, message=message)
         if approval is None:
-            state.early[name] = decision
-            if len(state.early) > MAX_EARLY:
-                del state.early[next(iter(state.early))]
+            state.early.append(decision)
+            del state.early[:-MAX_EARLY]
             waiting = ", ".join(state.open) or "none"
             message = f"decision of {decision.approver} ignored: no approval {name!r} is open (open: {waiting})"
             message += did_you_mean(name, state.open)

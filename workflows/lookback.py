@@ -48,7 +48,7 @@ class Lookback:
         """Takes the sweep's Signal. What people decided before its Reset counts."""
         if told := resets.told_of(payload):
             self._run.note(told.words)
-            self._approvals.recall()
+            self._approvals.recall(told.accepted)
         else:
             self._run.note(f"Signal {resets.SIGNAL} ignored: only the sweep sends it, and its payload is not valid")
 

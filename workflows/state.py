@@ -98,10 +98,11 @@ class ApprovalsState(BaseModel):
     """Requests of kind `outcome` that the run cannot end without."""
     withdrawn: dict[str, str] = {}
     """Requests that no longer need an answer, and why."""
-    early: dict[str, ApprovalDecision] = {}
+    early: list[ApprovalDecision] = []
     """The last decisions about requests that were not open. They count only if the run was reset after them."""
-    recalled: dict[str, ApprovalDecision] = {}
-    """Early decisions that the server sent again after a reset: each counts as soon as its request is open again."""
+    recalled: dict[str, list[ApprovalDecision]] = {}
+    """Early decisions that the server sent again after a reset, by request. As soon as it is open again, the first one
+    that fits counts."""
 
     @property
     def blocking(self) -> list[Approval]:

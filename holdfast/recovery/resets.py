@@ -68,6 +68,9 @@ class WasReset(BaseModel):
     run_id: str
     number: int = 1
     event_id: int = 0
+    accepted: list[str] = []
+    """The requests whose decision the run had taken by an Update. After the reset that decision comes last, so the run
+    has to know that it counts, and not a contrary Signal that came later."""
 
     @property
     def words(self) -> str:
@@ -171,6 +174,7 @@ async def mend(client: Client, stuck: Execution, replays: Replays) -> Mended:
             for id, request in _updates(history.events, event_id):
                 if not await _refused(client, history.events, id):
                     await _as_signal(client, stuck, id, request)
+                    told.accepted += await _decided_by(client, request)
             # Before the reset, which keeps the Signal: after a crash in between, the next sweep finds it and goes on.
             await handle.signal(SIGNAL, told)
         reset = ResetWorkflowExecutionRequest(
@@ -213,6 +217,17 @@ async def _refused(client: Client, events: Sequence[HistoryEvent], update_id: st
                 (reply,) = await client.data_converter.decode(completed.outcome.success.payloads, [DecisionReply])
                 return not reply.accepted
     return False
+
+
+async def _decided_by(client: Client, update: Request) -> list[str]:
+    """The request that this Update answers, if it is a decision."""
+    if update.input.name != "decide":
+        return []
+    with suppress(PayloadUnreadable):
+        values = await client.data_converter.decode(update.input.args.payloads)
+        name = values[0].get("approval_id") if values and isinstance(values[0], dict) else None
+        return [name] if isinstance(name, str) else []
+    return []
 
 
 async def _as_signal(client: Client, stuck: Execution, update_id: str, update: Request) -> None:

@@ -72,10 +72,12 @@ class Attempt:
     timeout_s: float
     sent_at: float | None = None
     frozen: bool = False
+    before_reset: bool = False
+    """A person has closed the breaker since: a probe in flight is a call like any other then."""
 
     @property
     def probing(self) -> bool:
-        return self.passed.version > 0 and self.sent_at is not None and not self.frozen
+        return self.passed.version > 0 and self.sent_at is not None and not self.frozen and not self.before_reset
 
     @property
     def ends_at(self) -> float:
@@ -242,6 +244,8 @@ class BreakerMachine(RuleBasedStateMachine):
             assert self.let_in(client, self.new_key()) is None
         elif what == "reset":
             self.run(breaker.reset(TARGET, "lee"))
+            for attempt in self.attempts:
+                attempt.before_reset = True
         else:
             self.run(breaker.pause(TARGET, 25.0))
 
